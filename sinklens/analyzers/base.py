@@ -1,0 +1,150 @@
+"""What an analyzer is and what it returns."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass, field, fields
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from sinklens.core.figures import Figure, Tile
+from sinklens.core.registry import Registry
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from sinklens.tracers.signals import Signal
+    from sinklens.tracers.trace import Trace
+
+
+class Status(StrEnum):
+    """The three states of a finding. `not-applicable` always has a reason."""
+
+    FOUND = "found"
+    NOT_FOUND = "not-found"
+    NOT_APPLICABLE = "not-applicable"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Where a method comes from.
+
+    Attributes:
+        section: Where in the paper the definition stands.
+        code: The authors' repository, or "" if none.
+        bibtex: The entry `cite` prints.
+    """
+
+    key: str
+    title: str
+    authors: str
+    year: int
+    arxiv: str
+    section: str
+    code: str = ""
+    venue: str = ""
+
+    @property
+    def url(self) -> str:
+        return f"https://arxiv.org/abs/{self.arxiv}"
+
+    @property
+    def bibtex(self) -> str:
+        lines = [
+            f"@article{{{self.key},",
+            f"  title   = {{{self.title}}},",
+            f"  author  = {{{self.authors}}},",
+            f"  journal = {{{self.venue or 'arXiv preprint arXiv:' + self.arxiv}}},",
+            f"  year    = {{{self.year}}},",
+            f"  eprint  = {{{self.arxiv}}},",
+            "  archivePrefix = {arXiv}",
+            "}",
+        ]
+        return "\n".join(lines)
+
+
+@dataclass
+class Finding:
+    """The answer of one analyzer on one trace.
+
+    Attributes:
+        rows: Table rows, strongest first, plain scalars only; `units` names the unit of each column.
+        summary: Scalars that describe the whole run.
+        figures: What to draw, as data.
+        tiles: Boxes for the first screen of the report.
+        notes: Warnings that change how the numbers are to be read.
+    """
+
+    analyzer: str
+    title: str
+    status: Status
+    verdict: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    units: dict[str, str] = field(default_factory=dict)
+    figures: list[Figure] = field(default_factory=list)
+    tiles: list[Tile] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    reason: str | None = None
+
+    def to_frame(self) -> pd.DataFrame:
+        """The rows as a tidy table; the columns' units are in `.attrs["units"]`."""
+        import pandas as pd
+
+        frame = pd.DataFrame(self.rows)
+        frame.attrs["units"] = self.units
+        return frame
+
+    def to_json(self) -> dict[str, Any]:
+        """The finding's object in the `sinklens/run/1` document."""
+        return {
+            "status": str(self.status),
+            "reason": self.reason,
+            "verdict": self.verdict,
+            "parameters": self.parameters,
+            "summary": self.summary,
+            "rows": self.rows,
+            "units": self.units,
+            "notes": self.notes,
+        }
+
+    def __repr__(self) -> str:
+        return f"{self.title}: {self.verdict} [{self.status}, {len(self.rows)} rows]"
+
+
+class Analyzer(ABC):
+    """Base of all analyzers: a frozen dataclass whose fields are the method's parameters.
+
+    Class attributes: `name` (registry and JSON key), `title`, `needs` (signals the tracer must record),
+    `reference`. The docstring's first line says what is found.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    needs: ClassVar[frozenset[Signal]]
+    reference: ClassVar[Reference]
+
+    @abstractmethod
+    def analyze(self, trace: Trace) -> Finding:
+        """Read the trace, never the model."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # type: ignore[arg-type]
+
+    def finding(self, status: Status, verdict: str, **rest: Any) -> Finding:
+        """A finding of this analyzer, with its name and parameters filled in."""
+        return Finding(self.name, self.title, status, verdict, parameters=self.parameters, **rest)
+
+    def not_applicable(self, reason: str, **rest: Any) -> Finding:
+        verdict = f"Not applicable: {reason}"
+        return self.finding(Status.NOT_APPLICABLE, verdict, reason=reason, **rest)
+
+
+registry: Registry[type[Analyzer]] = Registry("analyzer", "sinklens ls analyzers")
+
+
+def plain(record: Any) -> dict[str, Any]:
+    """A dataclass as plain data for `rows`."""
+    return asdict(record)

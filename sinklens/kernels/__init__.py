@@ -1,0 +1,1 @@
+"""Attention statistics as pure functions of q, k, v. Knows torch, knows nothing of models or transformers."""

@@ -1,0 +1,110 @@
+"""What an attention kernel is given and what it returns: the contract that all kernels share.
+
+The dense reference (`reference.py`) is the definition; the blocked kernels (`blocked.py`) must equal it.
+
+Axis names: `batch head kv_head query key dim value_dim group`. Query row `q` sits at key position
+`q + (key - query)`: a decode chunk is the end of its sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Stat(StrEnum):
+    """A reduction of the attention weights `A[head, query, key]`; the comment gives shape and definition.
+
+    Sums over queries run over *counted* rows only (`AttentionCall.counted`), so padding never enters.
+    Per-row values of rows that are not counted, or that see no key, are 0.
+    """
+
+    RECEIVED = "received"  # batch head key: sum_q A
+    RECEIVED_SQUARED = "received_squared"  # batch head key: sum_q A^2
+    RECEIVED_LOG = "received_log"  # batch head key: sum_q A log A (nats), for the column entropy
+    RECEIVED_TAIL = "received_tail"  # batch head key: sum of A over the last `tail` counted rows
+    RECEIVED_MAX = "received_max"  # batch head key: max_q A
+    TOP1 = "top1"  # batch head key: counted rows whose largest weight is at key (first key on ties)
+    DIAGONAL = "diagonal"  # batch head query: A[q, q + key - query]
+    ENTROPY = "entropy"  # batch head query: -sum_k A log A (nats)
+    DISTANCE = "distance"  # batch head query: sum_k A (position of q - k), tokens
+    DISTANCE_WINDOWED = "distance_windowed"  # batch head query: sum_k A min(position of q - k, window)
+    ROW_MAX = "row_max"  # batch head query: max_k A
+    LSE = "lse"  # batch head query: log sum_k exp(z), learned sinks included (nats)
+    LEARNED_SINK = "learned_sink"  # batch head query: 1 - sum_k A, the mass on a learned sink logit
+    GROUP_MASS = "group_mass"  # batch head query group: sum_{k in group} A
+    GROUP_OUTPUT = "group_output"  # batch head query group value_dim: sum_{k in group} A v_k
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One softmax attention over post-RoPE, post-cache tensors.
+
+    Attributes:
+        query, key, value: Key and value heads may be fewer than query heads (GQA); head `h` reads
+            key head `h // (heads / kv_heads)`. The value width may differ from the key width (MLA).
+        scale: Factor on `q·k`, always explicit.
+        causal: Key `k` is visible to row `q` iff `k <= q + key - query`. Used only if `mask` is None.
+        mask: Boolean (True = visible) or additive float, broadcastable to batch head query key.
+        softcap: Logits become `softcap * tanh(logits / softcap)` before the mask.
+        learned_sinks: A logit per head that takes part in the softmax and has no value (GPT-OSS).
+        counted: Rows that enter sums over queries; None counts all. Rows without a visible key never count.
+    """
+
+    query: Float[Tensor, "batch head query dim"]
+    key: Float[Tensor, "batch kv_head key dim"]
+    value: Float[Tensor, "batch kv_head key value_dim"]
+    scale: float
+    causal: bool = True
+    mask: Bool[Tensor, "?b ?h ?q key"] | Float[Tensor, "?b ?h ?q key"] | None = None
+    softcap: float | None = None
+    learned_sinks: Float[Tensor, " head"] | None = None
+    counted: Bool[Tensor, "batch query"] | None = None
+
+
+@dataclass(frozen=True)
+class Want:
+    """Which statistics to compute, and their parameters.
+
+    Attributes:
+        stats: The statistics; nothing else is computed.
+        groups: Key sets for `GROUP_*`: `[group, batch, key]`, or `[group, batch, head, key]` per query head.
+        tail: Number of last counted rows in `RECEIVED_TAIL`.
+        window: Cap of the distance in `DISTANCE_WINDOWED`.
+    """
+
+    stats: frozenset[Stat]
+    groups: Bool[Tensor, "group batch key"] | Bool[Tensor, "group batch head key"] | None = None
+    tail: int = 64
+    window: int = 10
+
+
+@dataclass
+class AttentionStatistics:
+    """Results by statistic, float32 (counts too), and the number of counted rows that see each key.
+
+    Attributes:
+        values: One tensor per requested statistic, shaped as `Stat` says.
+        visible: Counted rows to which the key is visible, integer; the divisor of every "received" mean.
+            The head axis is 1 unless the mask differs by head.
+        rows: Rows that count: `counted` and at least one visible key.
+    """
+
+    values: dict[Stat, Tensor] = field(default_factory=dict)
+    visible: Int[Tensor, "batch visible_head key"] | None = None
+    rows: Bool[Tensor, "batch query"] | None = None
+
+    def __getitem__(self, stat: Stat) -> Tensor:
+        return self.values[stat]
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """How a blocked kernel walks the rows. `scores` is the number of logits in flight (all heads together)."""
+
+    scores: int = 1_600_000
+    score_dtype: torch.dtype = torch.float32

@@ -1,0 +1,108 @@
+"""What the rest of the house knows about a model: its blocks and where things are, by role, not by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class Block:
+    """One decoder or encoder layer. All names are module paths from the root of the model, or None if absent.
+
+    Attributes:
+        index: 0-based within its tower.
+        attention: The module that calls the attention interface (BERT: `...attention.self`), or None
+            for blocks without softmax attention.
+        attention_output: The projection W_O that writes attention into the residual (`o_proj`, `c_proj`, ...).
+        mlp: The feed-forward module if the block has one as a module (OPT and BERT have none).
+        down_proj: The dense Linear or Conv1D whose output the feed-forward part writes.
+        shared_down_proj: The same for shared experts of an MoE block (before any shared-expert gate).
+        experts: The module holding fused expert weights (`mlp.experts`).
+        router: The module that chooses experts.
+        residual_norm: For post-LayerNorm blocks, the block's last LayerNorm: its *input* is the residual
+            stream worth measuring. None when the block's output is the residual stream itself.
+        norms: Role to module path; roles are `pre_attention, post_attention, pre_mlp, post_mlp`.
+    """
+
+    index: int
+    path: str
+    attention: str | None = None
+    attention_output: str | None = None
+    mlp: str | None = None
+    down_proj: str | None = None
+    shared_down_proj: str | None = None
+    experts: str | None = None
+    router: str | None = None
+    residual_norm: str | None = None
+    norms: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A stack of blocks that share a width: the language model, or a vision encoder.
+
+    Attributes:
+        name: `text` or `vision`.
+        embedding: Path of the token embedding (text), or None.
+        final_norm: Path of the norm after the last block, or None.
+        n_experts: Routed experts per MoE block, 0 for a dense tower.
+        top_k: Experts per token, 0 for a dense tower.
+    """
+
+    name: str
+    blocks: tuple[Block, ...]
+    hidden_size: int
+    heads: int
+    kv_heads: int
+    causal: bool
+    embedding: str | None = None
+    final_norm: str | None = None
+    n_experts: int = 0
+    top_k: int = 0
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The towers of a model. `family` is the config's `model_type`."""
+
+    family: str
+    towers: tuple[Tower, ...]
+    routed: bool = True
+    """Whether its attention goes through transformers' attention registry; BLOOM and Falcon do not."""
+
+    @property
+    def main(self) -> Tower:
+        """The tower that is profiled by default: text if there is one."""
+        return next((tower for tower in self.towers if tower.name == "text"), self.towers[0])
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """The `model` object of the JSON document, and what a saved run remembers of its model."""
+
+    id: str
+    revision: str | None
+    family: str
+    layers: int
+    heads: int
+    kv_heads: int
+    hidden_size: int
+    experts: int
+    dtype: str
+    parameters: int = 0
+    vocab_size: int = 0
+    files_sha256: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class OpenedModel:
+    """A model ready to be traced: in eval mode, with its tokenizer if it has one."""
+
+    module: nn.Module
+    tokenizer: object | None
+    anatomy: Anatomy
+    info: ModelInfo
+    default_prompts: str | None = None
+    """Prompts that came with the checkpoint (a JSONL path), used when the user gives none."""
