@@ -186,8 +186,15 @@ NEO: dict[str, Any] = {"vocab_size": VOCAB, "hidden_size": HIDDEN, "num_layers":
 SHARED: dict[str, Any] = {"moe": True, "dense_layers": 1, "shared_experts": True}
 MHA: dict[str, Any] = {"kv_heads": HEADS}
 BOTH: dict[str, Any] = {"kind": "vlm", "towers": ("text", "vision"), "layers": (LAYERS, 3)}
-VISION: dict[str, Any] = {"kind": "vision", "towers": ("vision",), "layers": (3,), "heads": 3, "kv_heads": 3}
-VISION |= {"causal": False, "padding": False}
+UNPADDED: dict[str, Any] = {"causal": False, "padding": False}
+VISION: dict[str, Any] = {
+    "kind": "vision",
+    "towers": ("vision",),
+    "layers": (3,),
+    "heads": 3,
+    "kv_heads": 3,
+    **UNPADDED,
+}
 
 FAMILIES: dict[str, Family] = {
     "llama": Family(_lm("Llama", **GQA)),
@@ -233,9 +240,9 @@ FAMILIES: dict[str, Family] = {
     "opt_post_ln": Family(
         _lm("OPT", **OPT, do_layer_norm_before=False, word_embed_proj_dim=40), post_ln=True, **MHA
     ),
-    "deepseek_v2": Family(_deepseek("DeepseekV2", q_lora_rank=None, n_shared_experts=1), **SHARED**MHA),
+    "deepseek_v2": Family(_deepseek("DeepseekV2", q_lora_rank=None, n_shared_experts=1), **SHARED, **MHA),
     "deepseek_v3": Family(
-        _deepseek("DeepseekV3", q_lora_rank=24, n_shared_experts=2, n_group=4, topk_group=2), **SHARED**MHA
+        _deepseek("DeepseekV3", q_lora_rank=24, n_shared_experts=2, n_group=4, topk_group=2), **SHARED, **MHA
     ),
     "bloom": Family(_lm("Bloom", **BLOOM, pad_token_id=PAD), routed=False, **MHA),
     "falcon": Family(
@@ -272,17 +279,13 @@ FAMILIES: dict[str, Family] = {
         _model("BertForMaskedLM", "BertConfig", **TEXT), kind="encoder", causal=False, post_ln=True, **MHA
     ),
     "vit": Family(_model("ViTModel", **PIXELS), **VISION),
-    "dinov2": Family(_model("Dinov2Model", **{**PIXELS, "mlp_ratio": 2}), **VISION),
-    "dinov2_registers": Family(
-        _model("Dinov2WithRegistersModel", **{**PIXELS, "mlp_ratio": 2}, num_register_tokens=3), **VISION
-    ),
+    "dinov2": Family(_model("Dinov2Model", **PIXELS), **VISION),
+    "dinov2_registers": Family(_model("Dinov2WithRegistersModel", **PIXELS, num_register_tokens=3), **VISION),
     "dinov3": Family(_model("DINOv3ViTModel", **PIXELS, num_register_tokens=3), **VISION),
     "clip_vision": Family(_model("CLIPVisionModel", **PIXELS), **VISION),
     "siglip_vision": Family(_model("SiglipVisionModel", **PIXELS), **VISION),
     "clip": Family(_clip, kind="clip", towers=("text", "vision"), layers=(2, 3), **MHA),
-    "siglip": Family(
-        _siglip, kind="clip", towers=("text", "vision"), layers=(2, 3), causal=False, padding=False, **MHA
-    ),
+    "siglip": Family(_siglip, kind="clip", towers=("text", "vision"), layers=(2, 3), **UNPADDED, **MHA),
     "llava": Family(_llava, **BOTH),
     "qwen2_vl": Family(_qwen_vl("Qwen2VL", embed_dim=48, hidden_size=HIDDEN, mlp_ratio=2), **BOTH),
     "qwen2_5_vl": Family(
