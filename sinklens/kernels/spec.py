@@ -60,7 +60,7 @@ class AttentionCall:
     value: Float[Tensor, "batch kv_head key value_dim"]
     scale: float
     causal: bool = True
-    mask: Bool[Tensor, "?b ?h ?q key"] | Float[Tensor, "?b ?h ?q key"] | None = None
+    mask: Bool[Tensor, "#batch #head #query #key"] | Float[Tensor, "#batch #head #query #key"] | None = None
     softcap: float | None = None
     learned_sinks: Float[Tensor, " head"] | None = None
     counted: Bool[Tensor, "batch query"] | None = None
