@@ -1,0 +1,148 @@
+"""Trains a recipe on one CPU thread, the same weights every time, and saves it so that transformers opens it offline."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from .recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+CHUNK = 2048
+"""Sequences drawn at a time; part of what makes a run reproducible."""
+
+
+def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over the task's vocabulary that puts `<s>` first by itself."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {word: index for index, word in enumerate(recipe.task.vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocabulary["<s>"])]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+        padding_side="left",
+        model_max_length=512,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_model(recipe: Recipe, seed: int | None = None) -> PreTrainedModel:
+    """The untrained model of a recipe; the caller's random state is left as it was."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed if seed is None else seed)
+        model = AutoModelForCausalLM.from_config(recipe.config(), dtype=torch.float32)
+    if recipe.architecture == "qwen3_moe":
+        model.set_experts_implementation("grouped_mm")
+    return model
+
+
+def _batches(recipe: Recipe, seed: int) -> Iterator[torch.Tensor]:
+    rng = np.random.default_rng(seed + 1)
+    while True:
+        chunk = torch.from_numpy(recipe.task.sample(CHUNK, recipe.length, rng))
+        for start in range(0, CHUNK - recipe.batch + 1, recipe.batch):
+            yield chunk[start : start + recipe.batch]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Sums are reproducible, and small matrices fastest, on one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def train(
+    recipe: Recipe,
+    *,
+    seed: int | None = None,
+    at: Collection[int] = (),
+    on_checkpoint: Callable[[int, PreTrainedModel], None] | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> PreTrainedModel:
+    """Trains from scratch and returns the model in eval mode.
+
+    Args:
+        seed: Of the initialisation and the data order; the recipe's own if None.
+        at: Steps after which `on_checkpoint(step, model)` is called; 0 is the untrained model.
+        on_step: Called with the step (1-based) and its training loss in nats.
+    """
+    seed = recipe.seed if seed is None else seed
+    model = build_model(recipe, seed)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / recipe.warmup))
+
+    def checkpoint(step: int) -> None:
+        if on_checkpoint is not None and step in at:
+            model.eval()
+            on_checkpoint(step, model)
+            model.train()
+
+    with _one_thread():
+        checkpoint(0)
+        model.train()
+        for step, ids in zip(range(1, recipe.steps + 1), _batches(recipe, seed), strict=False):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            optimizer.step()
+            schedule.step()
+            if on_step is not None:
+                on_step(step, float(loss.detach()))
+            checkpoint(step)
+    return model.eval()
+
+
+def held_out(recipe: Recipe, count: int, length: int | None = None) -> torch.Tensor:
+    """`count` sequences of the same language that training never drew: token ids `[count, length]`."""
+    rng = np.random.default_rng(recipe.evaluation_seed)
+    return torch.from_numpy(recipe.task.sample(count, length or recipe.length, rng))
+
+
+def save_checkpoint(
+    model: PreTrainedModel, recipe: Recipe, folder: Path, *, card: str | None = None, prompts: int = 64
+) -> Path:
+    """Writes config, safetensors (bfloat16), tokenizer, held-out prompts and the card.
+
+    The prompts' `text` has no `<s>`: the tokenizer adds it, as users' own text would get it.
+    """
+    import copy
+
+    folder.mkdir(parents=True, exist_ok=True)
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    half.config.architectures = [type(model).__name__]
+    half.save_pretrained(folder)
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o644)  # safetensors writes them for the owner only
+    build_tokenizer(recipe).save_pretrained(folder)
+    vocabulary = recipe.task.vocabulary
+    with (folder / "sinklens_prompts.jsonl").open("w", encoding="utf-8") as out:
+        for row in held_out(recipe, prompts)[:, 1:].tolist():
+            out.write(json.dumps({"text": " ".join(vocabulary[token] for token in row)}) + "\n")
+    if card is not None:
+        (folder / "card.md").write_text(card, encoding="utf-8")
+    return folder
