@@ -1,1 +1,71 @@
-"""TBD."""
+"""One file = one finding. Analyzers read a trace, never a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any, get_type_hints
+
+from sinklens.core.errors import UsageError
+from sinklens.core.suggest import did_you_mean
+
+from .base import Analyzer, Finding, Reference, Status, registry
+from .massive_activations import MassiveActivations
+from .primary_sinks import PrimarySinks
+from .super_experts import SuperExperts
+
+__all__ = [
+    "Analyzer",
+    "Finding",
+    "MassiveActivations",
+    "PrimarySinks",
+    "Reference",
+    "Status",
+    "SuperExperts",
+    "chosen_analyzers",
+    "make",
+    "registry",
+]
+
+
+def chosen_analyzers(asked: Iterable[Analyzer | str | type[Analyzer]]) -> tuple[Analyzer, ...]:
+    """Analyzers from instances, classes or `name` / `name:field=value:field=value` strings; all for an empty list."""
+    chosen = [_instance(item) for item in asked] or [cls() for _, cls in registry.items()]
+    names = [analyzer.name for analyzer in chosen]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise UsageError(f"Analyzer {sorted(twice)[0]!r} is asked for twice.")
+    return tuple(chosen)
+
+
+def make(text: str) -> Analyzer:
+    """An analyzer from its command-line form, for instance `primary-sinks:epsilon=0.2:recipe=code`."""
+    name, *settings = text.split(":")
+    cls = registry[name]
+    return cls(**dict(_setting(cls, setting) for setting in settings))
+
+
+def _instance(item: Analyzer | str | type[Analyzer]) -> Analyzer:
+    if isinstance(item, str):
+        return make(item)
+    return item() if isinstance(item, type) else item
+
+
+def _setting(cls: type[Analyzer], text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    key = key.replace("-", "_")
+    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    if not equals or key not in known:
+        raise UsageError(
+            f"{cls.name} has no parameter {key!r}.",
+            detail=did_you_mean(key, known) or f"It has: {', '.join(known)}.",
+            hint=f"Write {cls.name}:parameter=value.",
+        )
+    kind = get_type_hints(cls)[key]
+    try:
+        return key, _BOOLEANS[value.lower()] if kind is bool else kind(value) if kind in (int, float) else value
+    except (KeyError, ValueError):
+        raise UsageError(f"{cls.name}: {key} must be a {kind.__name__}, got {value!r}.") from None
+
+
+_BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}

@@ -1,0 +1,43 @@
+"""sinklens: attention sinks and massive activations in transformers, measured and explained.
+
+    import sinklens as sl
+    run = sl.profile("gpt2")
+    run.primary_sinks.to_frame()
+    run.report("gpt2.html")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from sinklens import analyzers as analyzers
+    from sinklens.pipeline.loading import load as load
+    from sinklens.pipeline.profile import profile as profile
+    from sinklens.pipeline.run import Run as Run
+    from sinklens.tracers.executor import trace as trace
+    from sinklens.tracers.trace import Trace as Trace
+
+_PUBLIC = {
+    "Run": "sinklens.pipeline.run",
+    "Trace": "sinklens.tracers.trace",
+    "load": "sinklens.pipeline.loading",
+    "profile": "sinklens.pipeline.profile",
+    "trace": "sinklens.tracers.executor",
+}
+__all__ = ["Run", "Trace", "analyzers", "load", "profile", "trace"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    if name == "analyzers":
+        return import_module("sinklens.analyzers")
+    raise AttributeError(f"module 'sinklens' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,276 @@
+"""Massive activations: a few entries of the residual stream that dwarf all others."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from sinklens.core.errors import UsageError
+from sinklens.core.figures import Figure, Lines, Series, Tile
+from sinklens.tracers import signals as sig
+from sinklens.tracers.trace import PromptRecord, Trace
+
+from .base import Analyzer, Finding, Reference, Status, registry
+
+Place = tuple[int, int, int]
+"""layer, position, dim"""
+
+
+@registry.register("massive-activations")
+@dataclass(frozen=True)
+class MassiveActivations(Analyzer):
+    """Entries of the residual stream that exceed both an absolute floor and a multiple of the layer's median.
+
+    How it is computed: after every block, |h[t, j]| is compared with `absolute` and with `relative` times the lower
+    median of |h| over all real tokens and dims of that layer and prompt. Both must hold. A place (layer, position,
+    dim) becomes a row if that happens in `min_prompts` of the prompts that have the position. The last block is
+    read before the final norm. In post-LayerNorm models (BERT) the input of the block's last LayerNorm is read,
+    because its output hides the size. The writer is the first layer whose residual holds the entry; the down
+    projection's own output at that place is given beside it.
+
+    Compared with the paper: Sun et al. state "larger than 100 and at least or around 1000 times the median".
+    `recipe="paper"` uses "greater than 100, at least 1000 times"; `recipe="code"` is strict in both, as the only
+    published code form of the rule. The official repository of the paper logs magnitudes and has no rule.
+
+    When not to trust it: the rule is boolean and misses clear spikes below it; read `max_ratio`. In narrow models
+    (a few hundred dims) a thousandfold median is out of reach. Whether entries are massive depends on BOS and on
+    the prompt. Zeroing them is harmless in some models: massive does not mean needed.
+
+    Args:
+        absolute: Floor of |h|. (100 is this floor, not a multiple of the median.)
+        relative: Multiple of the whole-layer median.
+    """
+
+    absolute: float = 100.0
+    relative: float = 1000.0
+    recipe: Literal["paper", "code"] = "paper"
+    min_prompts: float = 0.1
+
+    name = "massive-activations"
+    title = "Massive activations"
+    formula = "|h[l,t,j]| > 100 and |h[l,t,j]| ≥ 1000 · median over t, j of |h[l]|"
+    needs = frozenset({sig.RESIDUAL_NORM, sig.RESIDUAL_MEDIAN, sig.RESIDUAL_TOP, sig.DOWN_PROJ_TOP})
+    reference = Reference(
+        key="sun2024massive",
+        title="Massive Activations in Large Language Models",
+        authors="Mingjie Sun and Xinlei Chen and J. Zico Kolter and Zhuang Liu",
+        year=2024,
+        arxiv="2402.17762",
+        section="2, definition of massive activations",
+        code="https://github.com/locuslab/massive-activations",
+        venue="Conference on Language Modeling",
+    )
+
+    def __post_init__(self) -> None:
+        if self.recipe not in ("paper", "code"):
+            raise UsageError(f"Unknown recipe {self.recipe!r} of massive-activations.", detail="It has: paper, code.")
+
+    def analyze(self, trace: Trace) -> Finding:
+        if not trace.records:
+            return self.not_applicable("there are no prompts.")
+        per_prompt = [self._entries(record) for record in trace]
+        rows = self._rows(trace, per_prompt)
+        summary = _summary(trace, rows)
+        return self.finding(
+            Status.FOUND if rows else Status.NOT_FOUND,
+            self._verdict(rows, summary),
+            rows=rows,
+            summary=summary,
+            units=UNITS,
+            figures=_figures(trace, rows, summary),
+            tiles=[_tile(rows, summary)],
+            notes=self._notes(trace, per_prompt),
+        )
+
+    def is_massive(self, value: np.ndarray, median: np.ndarray) -> np.ndarray:
+        """The rule, elementwise."""
+        size = np.abs(value)
+        ratio_holds = size >= self.relative * median if self.recipe == "paper" else size > self.relative * median
+        return (size > self.absolute) & ratio_holds
+
+    def _entries(self, record: PromptRecord) -> dict[Place, tuple[float, float]]:
+        """Massive entries of one prompt: place to (signed value, ratio to the layer's median)."""
+        value, median = record[sig.RESIDUAL_TOP], record[sig.RESIDUAL_MEDIAN][:, None]
+        position, dim = record["residual_top_pos"], record["residual_top_dim"]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            hits = np.argwhere(self.is_massive(value, median))
+            ratio = np.abs(value) / median
+        return {
+            (int(i), int(position[i, r]), int(dim[i, r])): (float(value[i, r]), float(ratio[i, r])) for i, r in hits
+        }
+
+    def _rows(self, trace: Trace, per_prompt: list[dict[Place, tuple[float, float]]]) -> list[dict[str, Any]]:
+        found: dict[Place, list[tuple[PromptRecord, float, float]]] = defaultdict(list)
+        for record, entries in zip(trace, per_prompt, strict=True):
+            for place, (value, ratio) in entries.items():
+                found[place].append((record, value, ratio))
+        lengths = np.array([len(record) for record in trace])
+        rows = [
+            _row(place, hits)
+            for place, hits in found.items()
+            if len(hits) >= max(1.0, self.min_prompts * int((lengths > place[1]).sum()))
+        ]
+        _attribute(rows, trace)
+        return sorted(rows, key=lambda row: (-abs(row["value"]), row["layer"], row["position"], row["dim"]))
+
+    def _verdict(self, rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
+        if not rows:
+            where = f"{summary['max_abs']:.3g} at layer {summary['max_layer']}, position {summary['max_position']}"
+            return (
+                f"No massive activation by the published rule (above {self.absolute:g} and {self.relative:g} times "
+                f"the median). The largest entry is {where} ({summary['max_token']!r}), dim {summary['max_dim']}, "
+                f"{summary['max_ratio']:.0f} times its layer's median."
+            )
+        top = rows[0]
+        dims = ", ".join(map(str, summary["dims"][:6])) + (", ..." if len(summary["dims"]) > 6 else "")
+        return (
+            f"{len(summary['dims'])} massive dim{'s' * (len(summary['dims']) > 1)} ({dims}) in layers "
+            f"{summary['first_layer']} to {summary['last_layer']}; the largest is {top['value']:.4g} on position "
+            f"{top['position']} ({top['token']!r}), {top['ratio_to_median']:.0f} times the median, written at "
+            f"layer {top['written_at']}."
+        )
+
+    def _notes(self, trace: Trace, per_prompt: list[dict[Place, tuple[float, float]]]) -> list[str]:
+        notes = []
+        ranks = trace.records[0][sig.RESIDUAL_TOP].shape[1]
+        full = max((sum(place[0] == layer.index for place in e) for e in per_prompt for layer in trace.layers), default=0)
+        if full >= ranks:
+            notes.append(f"Some layers have {ranks} massive entries or more in one prompt; only {ranks} are kept.")
+        if any(layer.residual != "block output" for layer in trace.layers):
+            notes.append("Post-LayerNorm model: the input of each block's last LayerNorm is measured.")
+        return notes
+
+
+UNITS = {"value": "activation (signed, mean over prompts)", "ratio_to_median": "ratio to the whole-layer median of |h|"}
+
+
+def _row(place: Place, hits: list[tuple[PromptRecord, float, float]]) -> dict[str, Any]:
+    layer, position, dim = place
+    record = hits[0][0]
+    return {
+        "layer": layer,
+        "position": position,
+        "token": record.pieces[position],
+        "dim": dim,
+        "value": float(np.mean([value for _, value, _ in hits])),
+        "ratio_to_median": float(np.mean([ratio for *_, ratio in hits])),
+        "n_prompts": len(hits),
+    }
+
+
+def _attribute(rows: list[dict[str, Any]], trace: Trace) -> None:
+    """Add to each row the first layer with this (position, dim), and what the down projection wrote there."""
+    first: dict[tuple[int, int], int] = {}
+    for row in rows:
+        key = (row["position"], row["dim"])
+        first[key] = min(first.get(key, row["layer"]), row["layer"])
+    for row in rows:
+        row["written_at"] = first[row["position"], row["dim"]]
+        row["down_proj_output"] = _down_proj_value(trace, row["written_at"], row["position"], row["dim"])
+
+
+def _down_proj_value(trace: Trace, layer: int, position: int, dim: int) -> float | None:
+    """Mean down-projection output at a place, if it is among the strongest kept; None otherwise (or for experts)."""
+    values = []
+    for record in trace:
+        if sig.DOWN_PROJ_TOP.name not in record.arrays:
+            return None
+        at = (record["down_proj_top_pos"][layer] == position) & (record["down_proj_top_dim"][layer] == dim)
+        values += record[sig.DOWN_PROJ_TOP][layer][at].tolist()
+    return float(np.mean(values)) if values else None
+
+
+def _summary(trace: Trace, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    layers = sorted({row["layer"] for row in rows})
+    best = _largest(trace)
+    return {
+        "dims": sorted({row["dim"] for row in rows}),
+        "positions": sorted({row["position"] for row in rows}),
+        "first_layer": layers[0] if layers else None,
+        "last_layer": layers[-1] if layers else None,
+        "n_prompts": len(trace),
+        **best,
+    }
+
+
+def _largest(trace: Trace) -> dict[str, Any]:
+    """The largest entry of all prompts and layers relative to its layer's median, massive or not."""
+    best: dict[str, Any] = {"max_abs": 0.0, "max_ratio": 0.0}
+    for record in trace:
+        value, median = record[sig.RESIDUAL_TOP][:, 0], record[sig.RESIDUAL_MEDIAN]
+        ratio = np.abs(value) / np.maximum(median, np.finfo(np.float32).tiny)
+        layer = int(np.nanargmax(ratio))
+        if ratio[layer] > best["max_ratio"]:
+            position = int(record["residual_top_pos"][layer, 0])
+            best = {
+                "max_abs": float(abs(value[layer])),
+                "max_ratio": float(ratio[layer]),
+                "max_layer": layer,
+                "max_position": position,
+                "max_token": record.pieces[position],
+                "max_dim": int(record["residual_top_dim"][layer, 0]),
+            }
+    return best
+
+
+def _tile(rows: list[dict[str, Any]], summary: dict[str, Any]) -> Tile:
+    if rows:
+        return Tile("Massive dims", str(len(summary["dims"])), f"{rows[0]['ratio_to_median']:.0f}× median", link="massive-activations")
+    return Tile("Massive dims", "none", f"largest {summary['max_ratio']:.0f}× median", link="massive-activations")
+
+
+def _figures(trace: Trace, rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[Figure]:
+    layers = np.arange(len(trace.layers))
+    position = rows[0]["position"] if rows else summary["max_position"]
+    holders = [record for record in trace if len(record) > position]
+    norm_at = np.mean([record[sig.RESIDUAL_NORM][:, position] for record in holders], axis=0)
+    norm_median = np.mean([np.median(record[sig.RESIDUAL_NORM], axis=1) for record in holders], axis=0)
+    top = np.mean([np.abs(record[sig.RESIDUAL_TOP][:, :3]) for record in trace], axis=0)
+    median = np.mean([record[sig.RESIDUAL_MEDIAN] for record in trace], axis=0)
+    marks = tuple(sorted({(float(row["written_at"]), f"dim {row['dim']} written") for row in rows}))[:4]
+    figures: list[Figure] = [
+        Lines(
+            "norms",
+            f"Hidden-state norm: position {position} against the median token",
+            f"L2 norm of the {trace.layers[0].residual} per layer, mean over {len(holders)} prompts.",
+            (
+                Series(f"position {position}", layers, norm_at, emphasis=True),
+                Series("median token", layers, norm_median),
+            ),
+            "layer",
+            "L2 norm",
+            log_y=True,
+            marks=marks,
+        ),
+        Lines(
+            "magnitudes",
+            "Largest entries and the median of |h|",
+            "Per prompt and layer: the three largest |h| and the median of |h| over all tokens and dims; mean over "
+            "prompts (the layout of Sun et al.).",
+            (
+                *(Series(f"top {r + 1}", layers, top[:, r], emphasis=r == 0) for r in range(top.shape[1])),
+                Series("median", layers, median),
+            ),
+            "layer",
+            "|h|",
+            log_y=True,
+        ),
+    ]
+    if all(sig.DOWN_PROJ_TOP.name in record.arrays for record in trace):
+        written = np.max([np.abs(record[sig.DOWN_PROJ_TOP][:, 0]) for record in trace], axis=0)
+        figures.append(
+            Lines(
+                "down_proj",
+                "Largest down-projection output by layer",
+                "Maximum over prompts, tokens and dims of |output| of the dense (or shared-expert) down projection.",
+                (Series("down_proj", layers, written, emphasis=True),),
+                "layer",
+                "abs-max",
+                log_y=True,
+                bars=True,
+            )
+        )
+    return figures

@@ -1,0 +1,1 @@
+"""The one place that knows the order: open, read prompts, check, trace, analyze, judge, save."""

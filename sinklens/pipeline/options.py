@@ -1,0 +1,87 @@
+"""What a profile run is asked to do, as data that goes into the manifest and comes back on resume."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from sinklens.core.errors import UsageError
+from sinklens.core.suggest import did_you_mean
+
+
+@dataclass(frozen=True)
+class ProfileOptions:
+    """Everything but the model.
+
+    Attributes:
+        prompts: `corpus:NAME`, a `.txt` or `.jsonl` file (with `:field`), `hf:dataset`, or a list of strings; None
+            takes the prompts that came with the checkpoint, else the bundled corpus.
+        n: Number of prompts; None takes the default of the source.
+        seq_len: Prompts are cut to this many tokens.
+        bos: `auto` (as the tokenizer does), `on` or `off`.
+        mode: `faithful` or `fused`, see `sinklens.tracers.attention`.
+        keep_positions: Strongest positions kept per head and prompt, besides the first 16.
+    """
+
+    prompts: str | Sequence[Any] | None = None
+    n: int | None = None
+    seq_len: int | None = None
+    bos: str = "auto"
+    chat_template: bool = False
+    pack: bool = False
+    seed: int = 0
+    analyzers: tuple[Any, ...] = ()
+    mode: str = "faithful"
+    batch_size: int | None = None
+    keep_positions: int = 48
+    dtype: str = "auto"
+    device: str | None = None
+    device_map: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+    preset: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("faithful", "fused"):
+            raise UsageError(f"Unknown mode {self.mode!r}.", detail="It is faithful or fused.")
+        if self.bos not in ("auto", "on", "off"):
+            raise UsageError(f"Unknown BOS policy {self.bos!r}.", detail="It is auto, on or off.")
+        for name in ("n", "seq_len", "batch_size", "keep_positions"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+
+    def request(self) -> dict[str, Any]:
+        """As JSON for the manifest. Prompts given as a list are named, not repeated."""
+        request = asdict(self)
+        if self.prompts is not None and not isinstance(self.prompts, str):
+            request["prompts"] = None
+            request["prompts_given"] = f"{len(self.prompts)} prompts from memory"
+        request["analyzers"] = [item if isinstance(item, str) else repr(item) for item in self.analyzers]
+        return request
+
+
+# A protocol that a paper fixes, as overrides of the defaults. A flag that the user gives wins over its preset.
+PRESETS: dict[str, tuple[str, Mapping[str, Any]]] = {
+    "gu2024": (
+        "sink rates at 64 tokens over 100 prompts, epsilon 0.3 (2410.10781)",
+        {"n": 100, "seq_len": 64, "analyzers": ("primary-sinks",)},
+    ),
+    "sun2024": (
+        "massive activations over 10 prompts of 4096 tokens without BOS (2402.17762, official code)",
+        {"n": 10, "seq_len": 4096, "bos": "off", "pack": True, "analyzers": ("massive-activations",)},
+    ),
+    "su2025": (
+        "Super Experts over 100 prompts of 2048 tokens (2507.23279)",
+        {"n": 100, "seq_len": 2048, "pack": True, "analyzers": ("super-experts", "massive-activations")},
+    ),
+}
+
+
+def with_preset(options: ProfileOptions, name: str, given: set[str]) -> ProfileOptions:
+    """Options with a preset's values, except those the user gave."""
+    if name not in PRESETS:
+        raise UsageError(f"Unknown preset {name!r}.", detail=did_you_mean(name, PRESETS), hint="See: sinklens ls presets")
+    overrides = {key: value for key, value in PRESETS[name][1].items() if key not in given}
+    return replace(options, preset=name, **overrides)

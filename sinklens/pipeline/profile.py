@@ -1,0 +1,308 @@
+"""The main job: from a model and prompts to a run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Protocol
+
+from sinklens.analyzers import Analyzer, chosen_analyzers
+from sinklens.core.errors import DataError, InterruptedRun, SelfCheckError, UsageError
+from sinklens.core.manifest import build_manifest
+from sinklens.inputs.spec import PromptSet
+from sinklens.models.spec import OpenedModel
+from sinklens.tracers.attention import Mode
+from sinklens.tracers.executor import TracePlan, empty_trace, trace
+from sinklens.tracers.recorder import Limits
+from sinklens.tracers.selfcheck import Check, self_check
+from sinklens.tracers.store import RunStore
+from sinklens.tracers.trace import Trace
+
+from .options import ProfileOptions
+from .run import Run, load_run, stored_manifest, write_run
+
+DEFAULT_PROMPTS, DEFAULT_SEQ_LEN = 32, 512
+
+
+class Listener(Protocol):
+    """Who wants to hear how far a run is; the command line draws it."""
+
+    def opened(self, opened: OpenedModel) -> None: ...
+    def planned(self, prompts: PromptSet, analyzers: tuple[Analyzer, ...]) -> None: ...
+    def checked(self, checks: list[Check]) -> None: ...
+    def progress(self, done: int, total: int) -> None: ...
+
+
+class Silent:
+    """Nobody listens."""
+
+    def opened(self, opened: OpenedModel) -> None:
+        """The model is in memory."""
+
+    def planned(self, prompts: PromptSet, analyzers: tuple[Analyzer, ...]) -> None:
+        """It is known what will be run."""
+
+    def checked(self, checks: list[Check]) -> None:
+        """The self-check is done."""
+
+    def progress(self, done: int, total: int) -> None:
+        """Some prompts are finished."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a run needs before the first prompt."""
+
+    opened: OpenedModel
+    prompts: PromptSet
+    analyzers: tuple[Analyzer, ...]
+    plan: TracePlan
+
+
+def profile(
+    model: Any = None,
+    *,
+    tokenizer: Any = None,
+    out: str | Path | None = None,
+    force: bool = False,
+    resume: str | Path | None = None,
+    listener: Listener | None = None,
+    argv: list[str] | None = None,
+    options: ProfileOptions | None = None,
+    **settings: Any,
+) -> Run:
+    """Profile a model: does it have attention sinks, massive activations, Super Experts?
+
+    Args:
+        model: Alias, `org/name@revision`, local folder, `bundled:NAME`, or a transformers model in memory (then give
+            its `tokenizer`). None takes the bundled checkpoint.
+        out: Run folder to write; None keeps everything in memory.
+        force: Replace a run that is already in `out`.
+        resume: Run folder of an interrupted run; model and options come from its manifest.
+        options: All options at once; or give them as keywords (`prompts`, `n`, `seq_len`, `analyzers`, ...).
+
+    Returns:
+        The run: findings as attributes, `.document`, `.report(path)`, `.save(folder)`.
+
+    Raises:
+        SelfCheckError: A check on the measurement failed; the run folder says which, and there is no verdict.
+        SinklensError: The model, the prompts or the options cannot be used.
+    """
+    listener = listener or Silent()
+    if resume is not None:
+        return _resume(Path(resume), model, tokenizer, listener, argv)
+    options = options or ProfileOptions(**settings)
+    store = RunStore(out) if out is not None else None
+    chosen_analyzers(options.analyzers)  # a misspelt analyzer is told before a large model is loaded
+    if store is not None:
+        store.create(force=force)
+    prepared = prepare(model, tokenizer, options, listener)
+    request = model_request(model, prepared.opened)
+    return _Session(prepared, options, store, listener, argv, request).run()
+
+
+def prepare(model: Any, tokenizer: Any, options: ProfileOptions, listener: Listener) -> Prepared:
+    """Open the model and read the prompts."""
+    from sinklens.inputs import load_prompts
+    from sinklens.models.opening import open_model
+
+    analyzers = chosen_analyzers(options.analyzers)
+    opened = open_model(
+        model,
+        tokenizer=tokenizer,
+        revision=options.revision,
+        dtype=options.dtype,
+        device=options.device,
+        device_map=options.device_map,
+        trust_remote_code=options.trust_remote_code,
+    )
+    listener.opened(opened)
+    source = options.prompts if options.prompts is not None else opened.default_prompts
+    own = options.prompts is None and opened.default_prompts is not None
+    prompts = load_prompts(
+        source,
+        opened.tokenizer,
+        n=options.n if options.n is not None or own or options.prompts is not None else DEFAULT_PROMPTS,
+        seq_len=options.seq_len or default_length(opened),
+        bos=options.bos,
+        chat_template=options.chat_template,
+        pack=options.pack,
+        seed=options.seed,
+    )
+    if not prompts.prompts:
+        raise DataError("There are no prompts to run.", hint="Give a file with --prompts.")
+    if own:
+        prompts.description["source"] = "prompts that came with the checkpoint"
+    listener.planned(prompts, analyzers)
+    return Prepared(opened, prompts, analyzers, plan_for(options, analyzers))
+
+
+def default_length(opened: OpenedModel) -> int:
+    """The default sequence length, or the longest the model's learned positions allow."""
+    config = opened.module.config
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    # RoBERTa's positions start after the padding id, so two of them are never used.
+    return min(DEFAULT_SEQ_LEN, longest - 2) if isinstance(longest, int) and longest > 2 else DEFAULT_SEQ_LEN
+
+
+def plan_for(options: ProfileOptions, analyzers: tuple[Analyzer, ...]) -> TracePlan:
+    """Record the union of what the analyzers need, and nothing else."""
+    plan = TracePlan(
+        signals=frozenset(signal for analyzer in analyzers for signal in analyzer.needs),
+        mode=Mode(options.mode),
+        limits=Limits(strongest=options.keep_positions),
+    )
+    return plan if options.batch_size is None else replace(plan, batch_prompts=options.batch_size)
+
+
+def checked_plan(prepared: Prepared) -> tuple[TracePlan, list[Check]]:
+    """Run the self-check; where the expert loop rounds differently from the model's kernel, run both."""
+    plan = prepared.plan
+    checks = self_check(prepared.opened, prepared.prompts.prompts, plan)
+    changed = any(check.name.startswith("tracing leaves") and not check.passed for check in checks)
+    if changed and prepared.opened.anatomy.main.n_experts and not plan.own_experts:
+        plan = replace(plan, own_experts=True)
+        checks = self_check(prepared.opened, prepared.prompts.prompts, plan)
+    return plan, checks
+
+
+def model_request(model: Any, opened: OpenedModel) -> str | None:
+    """What to open again on resume; a model in memory must be given again by its owner."""
+    return model if isinstance(model, str) else opened.info.id if model is None else None
+
+
+class _Session:
+    """One run from the self-check to the saved result."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        options: ProfileOptions,
+        store: RunStore | None,
+        listener: Listener,
+        argv: list[str] | None,
+        request: str | None,
+    ) -> None:
+        self.prepared, self.store, self.listener, self.argv = prepared, store, listener, argv
+        self.started, self.clock = datetime.now(UTC), time.monotonic()
+        self.request = {"model": request, **options.request()}
+
+    def run(self, before: dict[str, Any] | None = None) -> Run:
+        """Check, trace, analyze, save.
+
+        Args:
+            before: The manifest of the interrupted run that this one continues.
+        """
+        plan, checks = checked_plan(self.prepared)
+        self.listener.checked(checks)
+        empty = empty_trace(self.prepared.opened, plan)
+        if before is not None:
+            _same_run(before, self.prepared, empty)
+        failed = [check for check in checks if not check.passed]
+        if failed:
+            self._save_untrusted(empty, checks)
+            raise _untrusted(failed, self.store)
+        self._describe(empty, checks, "running")
+        result = self._trace(plan)
+        run = Run(result, self.prepared.analyzers, checks)
+        self._describe(result, checks, "complete")
+        if self.store is not None:
+            write_run(run, self.store)
+        return run
+
+    def _trace(self, plan: TracePlan) -> Trace:
+        try:
+            return trace(
+                self.prepared.opened,
+                self.prepared.prompts,
+                plan,
+                store=self.store,
+                progress=self.listener.progress,
+            )
+        except KeyboardInterrupt:
+            if self.store is None:
+                raise InterruptedRun("Stopped. Nothing was saved, because the run has no folder.") from None
+            done, total = len(self.store.load_records()), len(self.prepared.prompts)
+            raise InterruptedRun(
+                f"Stopped. {done}/{total} prompts saved.",
+                hint=f"Continue: sinklens profile --resume {self.store.folder}",
+            ) from None
+
+    def _describe(self, described: Trace, checks: list[Check], status: str) -> None:
+        """Put the manifest on a trace and, while the run is going, on disk."""
+        described.manifest = build_manifest(
+            {
+                "status": status,
+                "request": self.request,
+                "inputs": self.prepared.prompts.description,
+                "tracing": described.tracing,
+            },
+            seeds={"prompts": self.request["seed"]},
+            argv=self.argv,
+            started=self.started,
+            wall_time_s=time.monotonic() - self.clock,
+        )
+        if self.store is not None and status == "running":
+            self.store.write_manifest(stored_manifest(described, self.prepared.analyzers, checks))
+
+    def _save_untrusted(self, empty: Trace, checks: list[Check]) -> None:
+        self._describe(empty, checks, "untrusted")
+        if self.store is not None:
+            write_run(Run(empty, self.prepared.analyzers, checks, findings={}), self.store)
+
+
+def _untrusted(failed: list[Check], store: RunStore | None) -> SelfCheckError:
+    check = failed[0]
+    limit = "" if check.limit is None else f" (limit {check.limit:g})"
+    value = "" if check.value is None else f" {check.value:g}{limit}"
+    others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+    return SelfCheckError(
+        f"Self-check failed: {check.name}{others}:{value}. No verdict is given.",
+        detail=check.detail,
+        hint=f"All checks: {store.folder / 'summary.json'}" if store else "See all checks: sinklens doctor -m MODEL",
+    )
+
+
+def _resume(
+    folder: Path, model: Any, tokenizer: Any, listener: Listener, argv: list[str] | None
+) -> Run:
+    """Continue an interrupted run with the model and options of its manifest."""
+    store = RunStore(folder)
+    before = store.read_manifest()
+    if before.get("status") == "complete":
+        return load_run(folder)
+    request = dict(before["request"])
+    asked = request.pop("model")
+    given = request.pop("prompts_given", None)
+    if given is not None or (model is None and asked is None):
+        raise UsageError(
+            f"The run in {folder} was started from objects in memory ({given or 'the model'}).",
+            hint="Start it again from Python.",
+        )
+    request["analyzers"] = tuple(request["analyzers"])
+    options = ProfileOptions(**request)
+    prepared = prepare(model if model is not None else asked, tokenizer, options, listener)
+    return _Session(prepared, options, store, listener, argv, asked).run(before)
+
+
+def _same_run(before: dict[str, Any], prepared: Prepared, now: Trace) -> None:
+    """Refuse to mix two runs: the model's files, the prompts and the tracing must be those of the manifest."""
+    from dataclasses import asdict
+
+    from sinklens.core.canonical import to_plain
+
+    pairs = {
+        "the model": (before["model"], to_plain(asdict(prepared.opened.info))),
+        "the prompts": (before["inputs"].get("sha256"), prepared.prompts.description.get("sha256")),
+        "the tracing": (before["tracing"], to_plain(now.tracing)),
+    }
+    changed = [what for what, (then, today) in pairs.items() if then != today]
+    if changed:
+        raise DataError(
+            f"The run cannot be resumed: {' and '.join(changed)} changed since it was started.",
+            hint="Start it again into another folder with --out.",
+        )

@@ -1,0 +1,170 @@
+"""A finished run: trace, findings, checks and verdict, with its JSON document and report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sinklens.analyzers import chosen_analyzers
+from sinklens.analyzers.base import Analyzer, Finding
+from sinklens.core.errors import UsageError
+from sinklens.core.figures import Figure, Tile
+from sinklens.core.suggest import did_you_mean
+from sinklens.tracers.selfcheck import Check
+from sinklens.tracers.store import SCHEMA, RunStore, describe_trace
+from sinklens.tracers.trace import Trace
+
+from .verdict import Verdict, judge
+
+MODEL_FIELDS = ("id", "revision", "family", "layers", "heads", "kv_heads", "hidden_size", "experts", "dtype")
+
+
+@dataclass
+class Run:
+    """What `sinklens.profile` returns. Findings are attributes: `run.primary_sinks.to_frame()`."""
+
+    trace: Trace
+    analyzers: tuple[Analyzer, ...]
+    checks: list[Check]
+    folder: Path | None = None
+    findings: dict[str, Finding] = None  # type: ignore[assignment]  # computed below unless given
+    """By analyzer name; an untrusted run has none."""
+
+    def __post_init__(self) -> None:
+        if self.findings is None:
+            self.findings = {analyzer.name: analyzer.analyze(self.trace) for analyzer in self.analyzers}
+
+    @property
+    def verdict(self) -> Verdict:
+        return judge(self.findings, self.checks)
+
+    def __getattr__(self, name: str) -> Finding:
+        findings = self.__dict__.get("findings", {})
+        key = name.replace("_", "-")
+        if key in findings:
+            return findings[key]
+        raise AttributeError(f"A run has no {name!r}. {did_you_mean(key, findings) or ''}".strip())
+
+    def __dir__(self) -> Iterable[str]:
+        return [*super().__dir__(), *(name.replace("-", "_") for name in self.findings)]
+
+    def __repr__(self) -> str:
+        info, verdict = self.trace.info, self.verdict
+        passed = sum(check.passed for check in self.checks)
+        head = f"{info.id}: {info.layers} layers x {info.heads} heads, {len(self.trace)} prompts"
+        lines = [head, verdict.text, *(repr(finding) for finding in self.findings.values())]
+        return "\n".join([*lines, f"{passed}/{len(self.checks)} checks passed"])
+
+    def analyze(self, *analyzers: Analyzer | str) -> Run:
+        """The same trace under other definitions, without the model."""
+        return Run(self.trace, chosen_analyzers(analyzers), self.checks, self.folder)
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The `sinklens/run/1` JSON document."""
+        from sinklens.core.canonical import to_plain
+
+        info = asdict(self.trace.info)
+        return to_plain(
+            {
+                "schema": SCHEMA,
+                "model": {key: info[key] for key in MODEL_FIELDS},
+                "verdict": self.verdict.to_json(),
+                "checks": [check.to_json() for check in self.checks],
+                "findings": {name: finding.to_json() for name, finding in self.findings.items()},
+                "manifest": self.trace.manifest,
+            }
+        )
+
+    @property
+    def figures(self) -> dict[str, list[Figure]]:
+        return {name: finding.figures for name, finding in self.findings.items()}
+
+    @property
+    def tiles(self) -> list[Tile]:
+        return [tile for finding in self.findings.values() for tile in finding.tiles]
+
+    def report(self, path: str | Path | None = None, *, include_text: bool = True) -> Path:
+        """Write the HTML report, by default into the run folder.
+
+        Args:
+            include_text: With False, tokens are left out: hashes and counts only.
+        """
+        from sinklens.report import write_report
+
+        from .methods import describe_methods
+
+        if path is None and self.folder is None:
+            raise UsageError("This run has no folder.", hint='Give the report a path: run.report("report.html")')
+        target = Path(path) if path is not None else Path(str(self.folder)) / "report.html"
+        write_report(
+            target,
+            self.document,
+            self.figures,
+            self.tiles,
+            [record.describe() for record in self.trace],
+            describe_methods(self.analyzers, self.document),
+            include_text=include_text,
+        )
+        return target
+
+    def save(self, folder: str | Path, *, force: bool = False) -> Path:
+        """Save the run as a run folder that `sinklens.load` reads."""
+        store = RunStore(folder)
+        store.create(force=force)
+        write_run(self, store)
+        return store.folder
+
+    def _repr_html_(self) -> str:
+        from sinklens.report.notebook import run_repr_html
+
+        return run_repr_html(self.document, self.figures, self.tiles)
+
+
+def write_run(run: Run, store: RunStore) -> None:
+    """Everything of a finished run into its folder: arrays, tables, document, report."""
+    import json
+
+    store.finish(run.trace)
+    for name, finding in run.findings.items():
+        if finding.rows:
+            (store.folder / "tables").mkdir(exist_ok=True)
+            finding.to_frame().to_parquet(store.folder / "tables" / f"{name}.parquet")
+    run.folder = store.folder
+    store.write_text("summary.json", json.dumps(run.document, indent=1, ensure_ascii=False) + "\n")
+    run.report()
+    store.write_manifest(stored_manifest(run.trace, run.analyzers, run.checks))
+
+
+def stored_manifest(trace: Trace, analyzers: Iterable[Analyzer], checks: Iterable[Check]) -> dict[str, Any]:
+    """The manifest of a run with what is needed to read its arrays again."""
+    from sinklens.core.canonical import to_plain
+
+    return to_plain(
+        {
+            "schema": SCHEMA,
+            **trace.manifest,
+            **describe_trace(trace),
+            "checks": [check.to_json() for check in checks],
+            "analyzers": [[analyzer.name, analyzer.parameters] for analyzer in analyzers],
+        }
+    )
+
+
+def load_run(path: str | Path) -> Run:
+    """Read a run folder.
+
+    Raises:
+        DataError: It is not a run folder, a part is damaged, or it was written by a newer version.
+    """
+    from sinklens.analyzers.base import registry
+
+    store = RunStore(path)
+    manifest = store.read_manifest()
+    trace = store.load()
+    analyzers = tuple(registry[name](**parameters) for name, parameters in manifest.get("analyzers", []))
+    checks = [Check(**check) for check in manifest.get("checks", [])]
+    untrusted = {} if manifest.get("status") == "untrusted" else None
+    return Run(trace, analyzers or chosen_analyzers(()), checks, store.folder, untrusted)  # type: ignore[arg-type]

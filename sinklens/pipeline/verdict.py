@@ -1,0 +1,73 @@
+"""From findings and checks to one sentence. Every rule has an id, which the report shows on hover."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sinklens.analyzers.base import Finding, Status
+from sinklens.tracers.selfcheck import Check
+
+STRONG, MODERATE = 50.0, 25.0
+"""Sink rate in percent from which a sink is called strong or moderate. Words only; the number stands beside them."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`status` is `sink`, `no-sink`, `untrusted` (a check failed) or `unknown` (primary sinks were not measured)."""
+
+    status: str
+    text: str
+    rule: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"status": self.status, "text": self.text, "rule": self.rule}
+
+
+def judge(findings: Mapping[str, Finding], checks: Sequence[Check]) -> Verdict:
+    """The verdict on a run."""
+    failed = [check.name for check in checks if not check.passed]
+    if failed:
+        return Verdict("untrusted", f"Not trustworthy: {_join(failed)} failed. No verdict is given.", "V0 failed check")
+    sinks = findings.get("primary-sinks")
+    others = _others(findings)
+    if sinks is None or sinks.status is Status.NOT_APPLICABLE:
+        reason = sinks.reason if sinks else "primary-sinks was not asked for."
+        return Verdict("unknown", " ".join(["Attention sinks were not measured:", str(reason), *others]), "V1 not measured")
+    if sinks.status is Status.FOUND:
+        return Verdict("sink", " ".join([_sink_sentence(sinks), *others]), "V2 sink rule met")
+    learned = sinks.summary.get("learned_sink_mass")
+    if learned is not None and learned >= 0.1:
+        text = f"No token is an attention sink; the learned sink logits take {learned:.0%} of the attention."
+        return Verdict("no-sink", " ".join([text, *others]), "V3 learned sinks only")
+    return Verdict("no-sink", " ".join([sinks.verdict, *others]), "V4 sink rule not met")
+
+
+def strength(rate: float) -> str:
+    """A word for a sink rate in percent."""
+    return "Strong" if rate >= STRONG else "Moderate" if rate >= MODERATE else "Weak"
+
+
+def _sink_sentence(finding: Finding) -> str:
+    top, summary = finding.rows[0], finding.summary
+    span = f"layers {top['first_layer']} to {top['last_layer']}" if top["n_heads"] else "no head consistently"
+    return (
+        f"{strength(top['rate'])} attention sink on position {top['position']} ({top['token']!r}): it receives "
+        f"{top['share']:.1%} of all attention, {top['lift']:.1f} times the uniform share, and more than "
+        f"{summary['epsilon']:g} in {top['rate']:.1f} % of heads ({span})."
+    )
+
+
+def _others(findings: Mapping[str, Finding]) -> list[str]:
+    """One sentence from each other finding that applies."""
+    return [
+        finding.verdict
+        for name, finding in findings.items()
+        if name != "primary-sinks" and finding.status is not Status.NOT_APPLICABLE
+    ]
+
+
+def _join(names: list[str]) -> str:
+    quoted = [f"'{name}'" for name in names]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} and {quoted[-1]}"

@@ -1,0 +1,84 @@
+"""One forward pass worth of prompts, and which of its tokens are real."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
+
+from sinklens.inputs.spec import Prompt
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Model inputs and the mask of real tokens.
+
+    Attributes:
+        inputs: Keyword arguments of the model's forward.
+        valid: True at real tokens. None means every token of every tower is real (images).
+        prompts: The prompts in batch order; empty when the caller made the inputs.
+    """
+
+    inputs: dict[str, Any]
+    valid: Bool[Tensor, "batch pos"] | None
+    prompts: tuple[Prompt, ...] = ()
+
+    @property
+    def size(self) -> int:
+        return int(next(v for v in self.inputs.values() if isinstance(v, Tensor)).shape[0])
+
+
+def collate(
+    prompts: Sequence[Prompt],
+    *,
+    pad_id: int = 0,
+    side: Literal["left", "right"] = "right",
+    device: torch.device | str = "cpu",
+) -> Batch:
+    """Pad prompts to one length. Right padding keeps the positions of causal models as they are without padding."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
+    valid = torch.zeros_like(ids, dtype=torch.bool)
+    for row, prompt in enumerate(prompts):
+        start = width - len(prompt) if side == "left" else 0
+        ids[row, start : start + len(prompt)] = torch.tensor(prompt.token_ids)
+        valid[row, start : start + len(prompt)] = True
+    inputs: dict[str, Any] = {"input_ids": ids.to(device)}
+    if not bool(valid.all()):
+        inputs["attention_mask"] = valid.long().to(device)
+        if side == "left":
+            inputs["position_ids"] = (valid.long().cumsum(-1) - 1).clamp(min=0).to(device)
+    return Batch(inputs, valid.to(device), tuple(prompts))
+
+
+def forward(model: nn.Module, batch: Batch, *, logits: bool = True) -> Any:
+    """Run the model on a batch without gradients or cache.
+
+    Args:
+        logits: With False, heads that can are asked for the last position only; no signal needs logits, and a
+            large vocabulary makes them the largest tensor of the pass.
+    """
+    accepted = inspect.signature(model.forward).parameters
+    inputs = {k: v for k, v in batch.inputs.items() if k in accepted or k not in ("position_ids",)}
+    if "use_cache" in accepted:
+        inputs["use_cache"] = False
+    if not logits and "logits_to_keep" in accepted:
+        inputs["logits_to_keep"] = 1
+    with torch.no_grad():
+        return model(**inputs)
+
+
+def first_tensor(output: Any) -> Tensor:
+    """The main result of a forward pass: logits if there are any, else the last hidden state."""
+    for name in ("logits", "last_hidden_state", "logits_per_image", "image_embeds", "pooler_output"):
+        value = getattr(output, name, None)
+        if isinstance(value, Tensor):
+            return value
+    if isinstance(output, Tensor):
+        return output
+    return next(value for value in output.values() if isinstance(value, Tensor))

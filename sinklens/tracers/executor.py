@@ -1,0 +1,201 @@
+"""Running prompts through a model with the taps attached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from sinklens.core.errors import ResourceError
+from sinklens.inputs.spec import Prompt, PromptSet
+from sinklens.kernels.spec import BlockPlan
+from sinklens.models.spec import OpenedModel, Tower
+
+from .attention import AttentionTap, Edit, Mode, Site
+from .batch import Batch, collate, forward
+from .eager import eager_tap
+from .experts import ExpertsTap
+from .recorder import Limits, Recorder
+from .signals import ALL_SIGNALS, Signal, Source
+from .states import down_proj_tap, residual_tap
+from .store import RunStore
+from .trace import PromptRecord, Trace, layer_table
+
+
+@dataclass(frozen=True)
+class TracePlan:
+    """What to record and how.
+
+    Attributes:
+        signals: Nothing else is recorded.
+        own_experts: Let the model's own experts function compute the output beside the loop that measures.
+        batch_prompts, batch_tokens: Largest batch, in prompts and in tokens with padding. A batch is one shard:
+            what an interruption can lose at most.
+    """
+
+    signals: frozenset[Signal] = frozenset(ALL_SIGNALS)
+    mode: Mode = Mode.FAITHFUL
+    own_experts: bool = False
+    limits: Limits = field(default_factory=Limits)
+    blocks: BlockPlan = field(default_factory=BlockPlan)
+    batch_prompts: int = 16
+    batch_tokens: int = 4096
+
+    def sources(self) -> frozenset[Source]:
+        return frozenset(signal.source for signal in self.signals)
+
+    def describe(self) -> dict[str, Any]:
+        """For the manifest, and compared when a run is resumed."""
+        return {
+            "mode": str(self.mode),
+            "signals": sorted(signal.name for signal in self.signals),
+            "own_experts": self.own_experts,
+            "limits": asdict(self.limits),
+            "batch_prompts": self.batch_prompts,
+            "batch_tokens": self.batch_tokens,
+            "statistics_dtype": "float32",
+        }
+
+
+@dataclass
+class Pass:
+    """One traced forward pass: the records, the model's output, and what the taps counted."""
+
+    records: list[PromptRecord]
+    output: Any
+    attention_calls: int
+    routed_rows: int
+
+
+def sites(model: nn.Module, tower: Tower, role: str) -> dict[nn.Module, Site]:
+    """The modules of a role (`attention`, `experts`) and the blocks they belong to."""
+    paths = ((block.index, getattr(block, role)) for block in tower.blocks)
+    return {model.get_submodule(path): Site(tower.name, index) for index, path in paths if path is not None}
+
+
+def trace_batch(opened: OpenedModel, batch: Batch, plan: TracePlan, *, logits: bool = True) -> Pass:
+    """Trace one batch through the main tower. Nothing stays on the model, also after an error."""
+    model, tower = opened.module, opened.anatomy.main
+    recorder = Recorder(batch, len(tower.blocks), plan.signals, plan.limits)
+    with ExitStack() as stack:
+        attention = None
+        if Source.ATTENTION in plan.sources():
+            if opened.anatomy.routed:
+                attention = AttentionTap(
+                    sites(model, tower, "attention"),
+                    recorder.asks,
+                    recorder.on_attention,
+                    mode=plan.mode,
+                    plan=plan.blocks,
+                )
+                attention.counted = batch.valid
+                stack.enter_context(attention.attached(model))
+            else:
+                attention = stack.enter_context(eager_tap(model, tower, batch, recorder))
+        if Source.RESIDUAL in plan.sources():
+            stack.enter_context(residual_tap(model, tower, recorder.on_residual))
+        if Source.DOWN_PROJ in plan.sources():
+            stack.enter_context(down_proj_tap(model, tower, recorder.on_down_proj))
+        if Source.EXPERTS in plan.sources() and tower.n_experts:
+            experts = ExpertsTap(
+                sites(model, tower, "experts"), recorder.on_experts, own_output=plan.own_experts
+            )
+            stack.enter_context(experts.attached())
+        output = forward(model, batch, logits=logits)
+    calls = attention.calls if attention is not None else 0
+    return Pass(recorder.records(), output, calls, recorder.routed_rows)
+
+
+def edited_output(opened: OpenedModel, batch: Batch, edit: Edit) -> Any:
+    """The model's output with an edit at the attention seam, for checks."""
+    from .attention import ignore, no_statistics
+
+    model = opened.module
+    tap = AttentionTap(sites(model, opened.anatomy.main, "attention"), no_statistics, ignore, edit=edit)
+    with tap.attached(model):
+        return forward(model, batch)
+
+
+def partition(prompts: Sequence[Prompt], *, most: int, tokens: int) -> list[list[Prompt]]:
+    """Batches of prompts of similar length. Depends on the prompts only, so a resumed run has the same batches."""
+    batches: list[list[Prompt]] = []
+    for prompt in sorted(prompts, key=lambda p: (-len(p), p.index)):
+        # Sorted by length, so the first prompt of a batch is its width.
+        full = not batches or len(batches[-1]) >= most
+        if full or len(batches[-1][0]) * (len(batches[-1]) + 1) > tokens:
+            batches.append([])
+        batches[-1].append(prompt)
+    return batches
+
+
+def trace(
+    opened: OpenedModel,
+    prompts: PromptSet | Iterable[Prompt],
+    plan: TracePlan | None = None,
+    *,
+    store: RunStore | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Trace:
+    """Trace prompts through the main tower of a model.
+
+    Args:
+        store: Where finished batches are kept; batches it already has are not run again.
+        progress: Called with (prompts done, prompts in all) after each batch.
+
+    Raises:
+        ResourceError: Memory ran out; finished batches are in the store.
+    """
+    plan = plan or TracePlan()
+    everything = tuple(prompts.prompts if isinstance(prompts, PromptSet) else prompts)
+    result = empty_trace(opened, plan)
+    result.records = store.load_records() if store else []
+    done = {record.index for record in result.records}
+    device = next(opened.module.parameters()).device
+    for group in partition(everything, most=plan.batch_prompts, tokens=plan.batch_tokens):
+        if all(prompt.index in done for prompt in group):
+            continue
+        records = _run(opened, group, plan, device, len(done))
+        result.records += records
+        done |= {record.index for record in records}
+        if store:
+            store.append(records)
+        if progress:
+            progress(len(done), len(everything))
+    result.records.sort(key=lambda record: record.index)
+    return result
+
+
+def empty_trace(opened: OpenedModel, plan: TracePlan) -> Trace:
+    """A trace of the main tower without prompts yet."""
+    tracing = {**plan.describe(), "attention_path": attention_path(opened, plan)}
+    return Trace(opened.info, layer_table(opened.anatomy.main), [], tracing)
+
+
+def _run(
+    opened: OpenedModel, group: Collection[Prompt], plan: TracePlan, device: torch.device, done: int
+) -> list[PromptRecord]:
+    pad = getattr(opened.tokenizer, "pad_token_id", None) or 0
+    try:
+        batch = collate(list(group), pad_id=pad, device=device)
+        return trace_batch(opened, batch, plan, logits=False).records
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        longest = max(len(prompt) for prompt in group)
+        raise ResourceError(
+            f"Out of memory after {done} prompts, in a batch of {len(group)} x {longest} tokens.",
+            detail="The finished prompts are saved.",
+            hint=f"Try: --batch-size 1, or --seq-len {max(32, longest // 2)}, or --resume with --device-map auto",
+        ) from error
+
+
+def attention_path(opened: OpenedModel, plan: TracePlan) -> str:
+    """In words, which kernel gives the output and which the statistics."""
+    if not opened.anatomy.routed:
+        return "the model's eager attention; statistics from its weights, one layer at a time"
+    own = getattr(opened.module.config, "_attn_implementation", None) or "own"
+    if plan.mode is Mode.FUSED:
+        return f"fused: one blocked pass gives output and statistics (in place of {own})"
+    return f"faithful: the model's own {own} kernel gives the output, a blocked sweep the statistics"
