@@ -1,4 +1,4 @@
-"""Dense attention statistics in double precision: the definition of every `Stat`, and the oracle of the blocked kernels.
+"""Dense attention statistics in double precision: the definition of every `Stat`, the kernels' oracle.
 
 Written to be read. It builds the whole `[batch head query key]` map and is meant for short sequences.
 """
@@ -78,7 +78,7 @@ def _logits(call: AttentionCall, sizes: Sizes, visible: Tensor) -> Float[Tensor,
 def _statistic(
     stat: Stat, want: Want, call: AttentionCall, weights: Tensor, norm: Tensor, value: Tensor, live: Tensor
 ) -> Tensor:
-    """One statistic. `weights` is A `[batch head query key]`, `live` `[batch head query]` says which rows count."""
+    """One statistic; `weights` is A `[batch head query key]`, `live` the counted rows `[batch head query]`."""
     A = torch.where(live[..., None], weights, 0.0)
     queries, keys = A.shape[2:]
     place = torch.arange(queries, device=A.device)[:, None] + (keys - queries)

@@ -13,7 +13,7 @@ from .spec import AttentionCall, Stat, Want
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes of an `AttentionCall`; `group` query heads share a key head, row `q` stands at key `q + offset`."""
+    """Sizes of an `AttentionCall`; `group` query heads share a key head, row `q` is at key `q + offset`."""
 
     batch: int
     heads: int
@@ -52,7 +52,9 @@ def sizes_of(call: AttentionCall, want: Want) -> Sizes:
     wrong += _group_misfits(want, batch, heads, keys)
     if wrong:
         query = f"query is (batch head query dim) = {tuple(call.query.shape)}"
-        raise UsageError("The tensors of this attention call do not fit together.", detail=f"{query}; {'; '.join(wrong)}.")
+        raise UsageError(
+            "The tensors of this attention call do not fit together.", detail=f"{query}; {'; '.join(wrong)}."
+        )
     return Sizes(batch, heads, kv_heads, heads // kv_heads, queries, keys, dim, value_dim, keys - queries)
 
 
@@ -82,7 +84,7 @@ def four_axes(mask: Tensor, queries: int, keys: int) -> Tensor:
 
 
 def visible_of(mask: Tensor) -> Tensor:
-    """Where a mask lets a key through: True of a boolean mask, above half the lowest number of an additive one.
+    """Where a mask lets a key through: True if boolean, above half the lowest number if additive.
 
     "Half the lowest" because masks are summed and cast on their way: the value for "hidden" is `finfo.min`,
     `-inf`, or near them, while a bias that is meant as a bias (ALiBi) is nowhere near.

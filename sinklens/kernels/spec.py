@@ -104,7 +104,7 @@ class AttentionStatistics:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """How a blocked kernel walks the rows. `scores` is the number of logits in flight (all heads together)."""
+    """How a blocked kernel walks the rows. `scores` is the number of logits in flight, all heads together."""
 
     scores: int = 1_600_000
     score_dtype: torch.dtype = torch.float32

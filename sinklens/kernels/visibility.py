@@ -1,0 +1,88 @@
+"""Who sees whom, without a `[query key]` map: rows that count, rows that see each key, keys a block needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from .shapes import Sizes, four_axes, visible_of
+from .spec import AttentionCall
+
+RowRange = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """What the kernels need to know of a mask before they start.
+
+    Attributes:
+        rows: Rows that count: `counted`, and some head sees a key.
+        counts: Counted rows that see each key; the head axis is 1 unless the mask differs by head.
+        seen: Rows that see a key, per head of the mask; None when every row does.
+        spans: Per block of rows, the range of keys `[first, last)` outside of which no row sees anything.
+    """
+
+    rows: Bool[Tensor, "batch query"]
+    counts: Int[Tensor, "batch visible_head key"]
+    seen: Bool[Tensor, "mask_batch visible_head query"] | None
+    spans: tuple[RowRange, ...]
+
+
+def visibility(call: AttentionCall, sizes: Sizes, blocks: Sequence[RowRange]) -> Visibility:
+    """Counts, rows and spans of a call whose query rows are walked in `blocks`."""
+    device = call.query.device
+    counted = call.counted
+    if counted is None:
+        counted = torch.ones(sizes.batch, sizes.queries, dtype=torch.bool, device=device)
+    if call.mask is not None:
+        return _of_mask(four_axes(call.mask, sizes.queries, sizes.keys), counted, blocks)
+    if not call.causal:
+        counts = counted.sum(1)[:, None, None].expand(-1, 1, sizes.keys)
+        return Visibility(counted, counts, None, tuple((0, sizes.keys) for _ in blocks))
+    return _of_causal(sizes, counted, blocks, unpadded=call.counted is None)
+
+
+def _of_causal(sizes: Sizes, counted: Tensor, blocks: Sequence[RowRange], *, unpadded: bool) -> Visibility:
+    """Closed form: rows `k - offset` and later see key `k`, so counts are sums from a row to the end."""
+    device, offset = counted.device, sizes.offset
+    seen = None
+    if offset < 0:  # more rows than keys: the first rows stand before every key
+        seen = (torch.arange(sizes.queries, device=device) + offset >= 0)[None, None]
+        counted = counted & seen[0]
+    if unpadded:
+        counts = torch.arange(sizes.keys, 0, -1, device=device).clamp(max=sizes.queries)
+        counts = counts.expand(sizes.batch, 1, -1)
+    else:
+        first_row = (torch.arange(sizes.keys, device=device) - offset).clamp(min=0)
+        counts = counted.flip(1).cumsum(1).flip(1)[:, None, first_row]
+    spans = tuple((0, max(0, min(sizes.keys, end + offset))) for _, end in blocks)
+    return Visibility(counted, counts, seen, spans)
+
+
+def _of_mask(mask: Tensor, counted: Tensor, blocks: Sequence[RowRange]) -> Visibility:
+    """One reading of the mask, a block of rows at a time."""
+    seen = torch.cat([visible_of(mask[:, :, s:e]).any(-1) for s, e in blocks], -1)
+    rows = counted & seen.any(1)
+    counts, touched = 0, []
+    for s, e in blocks:
+        # Sums of ones by matrix product: exact below 2^24 rows, and far faster than an integer reduction.
+        visible = visible_of(mask[:, :, s:e]).to(torch.float32)
+        counts = counts + (rows[:, None, None, s:e].to(torch.float32) @ visible)[:, :, 0]
+        touched.append(visible.amax((0, 1, 2)))
+    assert isinstance(counts, Tensor)  # there is at least one block
+    spans = _spans(torch.stack(touched) > 0)
+    all_seen = bool(seen.all())
+    return Visibility(rows, counts.to(torch.int64), None if all_seen else seen, spans)
+
+
+def _spans(touched: Tensor) -> tuple[RowRange, ...]:
+    """First and one past the last True of each row of `[block, key]`; `(0, 0)` where there is none."""
+    some = touched.any(1)
+    first = touched.to(torch.uint8).argmax(1)
+    last = touched.shape[1] - touched.flip(1).to(torch.uint8).argmax(1)
+    ranges = torch.stack([first * some, last * some], 1)
+    return tuple((int(a), int(b)) for a, b in ranges.tolist())
