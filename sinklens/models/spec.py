@@ -47,8 +47,10 @@ class Tower:
         name: `text` or `vision`.
         embedding: Path of the token embedding (text), or None.
         final_norm: Path of the norm after the last block, or None.
-        n_experts: Routed experts per MoE block, 0 for a dense tower.
+        n_experts: Routed experts per MoE block, 0 for a dense tower. Blocks of the few families that do not
+            fuse their expert weights have `experts=None` although this is not 0.
         top_k: Experts per token, 0 for a dense tower.
+        routed: Whether this tower's attention goes through transformers' attention registry.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Tower:
     final_norm: str | None = None
     n_experts: int = 0
     top_k: int = 0
+    routed: bool = True
 
 
 @dataclass(frozen=True)
@@ -70,7 +73,9 @@ class Anatomy:
     family: str
     towers: tuple[Tower, ...]
     routed: bool = True
-    """Whether its attention goes through transformers' attention registry; BLOOM and Falcon do not."""
+    """Whether the attention of all towers goes through transformers' attention registry; not so BLOOM, Falcon."""
+    skipped: tuple[str, ...] = ()
+    """Stacks of blocks beside the towers that were found and could not be read, with the reason."""
 
     @property
     def main(self) -> Tower:
