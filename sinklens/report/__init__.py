@@ -1,1 +1,26 @@
-"""TBD."""
+"""The report: one offline HTML file, the notebook's short form, and figures for papers. Plain data in, files out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_PLACES = {
+    "render_report": "html",
+    "write_report": "html",
+    "read_report": "embed",
+    "run_repr_html": "notebook",
+    "draw": "paper",
+    "interactive": "paper",
+    "save_figure": "paper",
+}
+
+__all__ = list(_PLACES)  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a part when it is first used: templates and drawing libraries are not needed to import sinklens."""
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_PLACES[name]}"), name)

@@ -1,0 +1,157 @@
+"""What travels inside the page: the run's document, the values behind the figures, and the tokens, as one JSON.
+
+It stands in `<script type="application/json" id="sinklens-run">`, so that a saved report can be read again, and so
+that the page's own script needs no request. Arrays are base64 of little-endian numbers.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sinklens.core.errors import DataError
+from sinklens.core.figures import Heatmap, Lines
+from sinklens.core.figures import Samples as SamplesFigure
+
+from . import colour, text
+from .samples import Counts
+
+SCHEMA = "sinklens/report/1"
+RUN_SCHEMA = "sinklens/run/1"
+BLOCK = "sinklens-run"
+_BLOCK = re.compile(rf'<script type="application/json" id="{BLOCK}">([^<]*)</script>')
+MOST_VALUES = 1_000_000
+"""A figure with more values is drawn but its values are not embedded (4 MB each as text)."""
+
+
+def packed(values: Any, kind: str = "<f4") -> str:
+    """An array as base64 of its little-endian bytes, row by row."""
+    return base64.b64encode(np.ascontiguousarray(np.asarray(values), dtype=kind).tobytes()).decode("ascii")
+
+
+def heatmap(figure: Heatmap) -> dict[str, Any] | None:
+    """The values of a map, or None when there are too many (or none)."""
+    values = np.asarray(figure.values, dtype=float)
+    if values.ndim != 2 or not 0 < values.size <= MOST_VALUES:
+        return None
+    scale = colour.scale(values, log=figure.log, limits=figure.limits)
+    return {
+        "kind": "heatmap",
+        "shape": list(values.shape),
+        "values": packed(values),
+        "unit": figure.unit,
+        "labels": [figure.y_label, figure.x_label],
+        "limits": [scale.low, scale.high],
+        "log": figure.log,
+    }
+
+
+def lines(figure: Lines) -> dict[str, Any] | None:
+    """The points of the curves, or None when there are too many."""
+    if sum(len(s.x) for s in figure.series) > MOST_VALUES:
+        return None
+    return {
+        "kind": "lines",
+        "labels": [figure.x_label, figure.y_label],
+        "series": [{"name": s.name, "x": packed(s.x, "<f8"), "y": packed(s.y, "<f8")} for s in figure.series],
+    }
+
+
+def samples(figure: SamplesFigure, counts: Counts) -> dict[str, Any]:
+    """Counts per threshold; see `Counts`."""
+    return {
+        "kind": "samples",
+        "shape": list(counts.valid.shape),
+        "thresholds": packed(counts.thresholds, "<f8"),
+        "above": packed(counts.above, "<u4" if counts.valid.max(initial=0) > 65_535 else "<u2"),
+        "wide": bool(counts.valid.max(initial=0) > 65_535),
+        "valid": packed(counts.valid, "<u4"),
+        "own": figure.threshold,
+        "unit": "% of prompts",
+        "labels": ["layer", "head"],
+        "limits": [0.0, 100.0],
+        "log": False,
+    }
+
+
+def tokens(prompts: Sequence[Mapping[str, Any]], budget: int = 400_000) -> dict[str, Any]:
+    """The prompts' tokens with each (id, text) pair once; prompts beyond `budget` tokens in all are left out."""
+    words: dict[tuple[int, str], int] = {}
+    items: dict[str, str] = {}
+    for place, prompt in enumerate(prompts):
+        pieces = list(prompt.get("pieces") or ())
+        budget -= len(pieces)
+        if budget < 0 or not pieces:
+            continue
+        ids = list(prompt.get("token_ids") or [-1] * len(pieces))
+        found = [words.setdefault((int(i), text.token(p)), len(words)) for i, p in zip(ids, pieces, strict=True)]
+        items[str(place)] = packed(found, "<u4")
+    return {"words": [list(word) for word in words], "items": items}
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: NumPy scalars and arrays as Python's, NaN and infinity as null."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, list | tuple | set | frozenset):
+        return [plain(item) for item in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    return str(value)
+
+
+def script_json(data: Any) -> str:
+    """JSON that may stand inside a script element: `<`, `>`, `&` and everything beyond ASCII as escapes."""
+    written = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    return written.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def script_hash(source: str) -> str:
+    """The content security policy's name for an inline script."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(source.encode("utf-8")).digest()).decode("ascii")
+
+
+def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The run's document from a report file.
+
+    Raises:
+        DataError: The file cannot be read, is not a sinklens report, or its data are damaged.
+    """
+    place = Path(path)
+    try:
+        source = place.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise DataError(f"Cannot read the report {str(place)!r}: {reason}.") from error
+    block = _BLOCK.search(source)
+    hint = "Write it again from the run folder: sinklens report RUN"
+    if block is None:
+        raise DataError(f"{str(place)!r} is not a sinklens report: it has no {BLOCK!r} data.", hint=hint)
+    try:
+        data = json.loads(block.group(1))
+        document = data["document"]
+        known = data["schema"] == SCHEMA and document["schema"] == RUN_SCHEMA
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"The data inside {str(place)!r} are damaged.", hint=hint) from error
+    if not known:
+        raise DataError(
+            f"{str(place)!r} was written by another version of sinklens.",
+            detail=f"Expected {SCHEMA} with {RUN_SCHEMA}, found {data['schema']} with {document['schema']}.",
+            hint="Open it in a browser, or read it with the version that wrote it.",
+        )
+    return document

@@ -1,0 +1,280 @@
+"""The report: one HTML file that is complete without scripts, needs no network, and can be read back."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+
+from sinklens.core.errors import DataError
+from sinklens.core.figures import Figure, Heatmap, Lines, Samples, Tile
+
+from . import colour, embed, heatmap, lines, page, redact, samples, tables, text
+from .mathml import formula
+
+_HERE = Path(__file__).parent
+_SCRIPTS = ("data", "maps", "samples", "tables", "tokens", "page")
+
+STATIC_TOKENS, STATIC_PER_PROMPT = 20_000, 512
+"""Tokens written into the page in all and per prompt; the script shows the others from the embedded data."""
+
+
+@dataclass(frozen=True)
+class FigureView:
+    """A figure as the template prints it.
+
+    Attributes:
+        svg: Drawings, one or (for `Samples`) two; empty if there is nothing to draw.
+        notes: Sentences about the drawing.
+        slider: For `Samples`: number of thresholds, index of the finding's own, the sentence at it.
+    """
+
+    id: str
+    title: str
+    caption: str
+    unit: str
+    svg: tuple[Markup, ...]
+    notes: tuple[str, ...]
+    slider: dict[str, Any] | None = None
+
+
+def render_report(
+    document: Mapping[str, Any],
+    figures: Mapping[str, Sequence[Figure]],
+    tiles: Sequence[Tile],
+    prompts: Sequence[Mapping[str, Any]] | None,
+    methods: Sequence[Mapping[str, Any]],
+    *,
+    title: str | None = None,
+    include_text: bool = True,
+    methods_paragraph: str | None = None,
+) -> str:
+    """The report as one self-contained HTML string.
+
+    Args:
+        document: The `sinklens/run/1` document.
+        figures: Analyzer name to its figures.
+        tiles: Boxes of the first screen, most important first; six stand on the first screen.
+        prompts: `index, source, domain, n_tokens, sha256, pieces, token_ids` each, or None.
+        methods: One mapping per analyzer: `name, title, first_line, formula_mathml, how, compared, not_trust,
+            parameters, reference, source_file`; `methods_paragraph` in any of them is printed once.
+        title: Of the page; the model's name by default.
+        include_text: False leaves out every token and prompt; hashes and counts stay.
+        methods_paragraph: A paragraph ready to copy into a paper; overrides the ones in `methods`.
+
+    Raises:
+        DataError: `document` is not a `sinklens/run/1` document.
+    """
+    if document.get("schema") != embed.RUN_SCHEMA:
+        raise DataError(
+            "This is not the document of a sinklens run.",
+            detail=f"Expected schema {embed.RUN_SCHEMA!r}, found {document.get('schema')!r}.",
+            hint="Pass summary.json of a run folder: sinklens report RUN",
+        )
+    document, given = embed.plain(document), list(prompts or ())
+    drawn = {name: list(found) for name, found in figures.items()}
+    if not include_text:
+        redactor = redact.Redactor(document, given)
+        document = redactor.document(document)
+        drawn = {name: [redactor.figure(figure) for figure in found] for name, found in drawn.items()}
+        tiles = [redactor.tile(tile) for tile in tiles]
+        given = [redact.bare_prompt(prompt) for prompt in given]
+    paragraph = methods_paragraph or _paragraph(methods)
+    return _render(document, drawn, tiles, given, methods, paragraph, title, include_text)
+
+
+def write_report(path: str | os.PathLike[str], *args: Any, **options: Any) -> Path:
+    """`render_report` into a file; an older report stays until the new one is complete. Returns the path."""
+    target = Path(path)
+    html = render_report(*args, **options)
+    unfinished = target.with_name(target.name + ".part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.write_text(html, encoding="utf-8", newline="\n")
+        os.replace(unfinished, target)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        raise DataError(
+            f"Cannot write the report {str(target)!r}: {error.strerror}.", hint="Choose another place with --out."
+        ) from error
+    return target
+
+
+def _render(
+    document: dict[str, Any],
+    figures: Mapping[str, Sequence[Figure]],
+    tiles: Sequence[Tile],
+    prompts: Sequence[Mapping[str, Any]],
+    methods: Sequence[Mapping[str, Any]],
+    paragraph: str,
+    title: str | None,
+    include_text: bool,
+) -> str:
+    found = page.sections(document, methods)
+    ids = {section.analyzer: section.id for section in found}
+    data: dict[str, Any] = {}
+    views = {s.analyzer: _figures(s.id, figures.get(s.analyzer, ()), data) for s in found}
+    manifest = document.get("manifest") or {}
+    boxes = page.tile_views(tiles, ids, methods)
+    payload = {
+        "schema": embed.SCHEMA,
+        "document": document,
+        "figures": data,
+        "tokens": embed.tokens(prompts) if include_text else None,
+        "text": include_text,
+    }
+    described = [_method(method) for method in methods if method.get("name")]
+    script = _script()
+    model = document.get("model") or {}
+    return _template().render(
+        title=title or f"{model.get('id') or 'Model'} · sinklens",
+        model={"id": None, "revision": None, **model},
+        chips=page.chips(document),
+        verdict=page.verdict(document),
+        checks=page.checks(document),
+        warnings=page.warnings(document),
+        tiles=boxes[: page.FIRST_TILES],
+        more_tiles=boxes[page.FIRST_TILES :],
+        first=_first_screen(figures, ids),
+        sections=[(s, views[s.analyzer], tables.table(s.rows, s.units)) for s in found],
+        ids=ids,
+        prompts=[redact.bare_prompt(prompt) for prompt in prompts],
+        viewer=_viewer(prompts) if include_text else [],
+        sinks=_sink_positions(document),
+        include_text=include_text,
+        methods=described,
+        method_ids={method["name"]: method["id"] for method in described},
+        paragraph=paragraph,
+        groups=page.manifest_groups(manifest),
+        command=page.command(manifest),
+        style=Markup(_stylesheet()),
+        script=Markup(script),
+        script_hash=embed.script_hash(script),
+        payload=Markup(embed.script_json(embed.plain(payload))),
+        levels=colour.LEVELS,
+    )
+
+
+def _figures(section: str, figures: Sequence[Figure], data: dict[str, Any]) -> list[FigureView]:
+    """Draws a section's figures and adds their values to `data` under the figure's id."""
+    views, taken = [], set()
+    for figure in figures:
+        identifier = f"{section}--{text.slug(figure.key)}"
+        while identifier in taken:
+            identifier += "-2"
+        taken.add(identifier)
+        values, view = _figure(figure, identifier)
+        views.append(view)
+        if values is not None:
+            data[identifier] = values
+    return views
+
+
+def _figure(figure: Figure, identifier: str) -> tuple[dict[str, Any] | None, FigureView]:
+    parts = {"id": identifier, "title": figure.title, "caption": figure.caption}
+    if isinstance(figure, Lines):
+        drawing = lines.draw(figure, figure_id=identifier)
+        return embed.lines(figure), FigureView(**parts, unit="", svg=_svgs(drawing), notes=drawing.notes)
+    if isinstance(figure, Heatmap):
+        drawing = heatmap.draw(figure, figure_id=identifier)
+        return embed.heatmap(figure), FigureView(**parts, unit=figure.unit, svg=_svgs(drawing), notes=drawing.notes)
+    if np.ndim(figure.values) != 3 or not np.size(figure.values) or not np.isfinite(figure.values).any():
+        return None, FigureView(**parts, unit="", svg=(), notes=("There are no values to draw.",))
+    counts = samples.count(figure)
+    drawings = samples.draw(figure, counts, figure_id=identifier)
+    own = int(np.argmin(np.abs(counts.thresholds - figure.threshold)))
+    slider = {"last": len(counts.thresholds) - 1, "own": own, "sentence": samples.sentence(figure, counts)}
+    notes = tuple(note for drawing in drawings for note in drawing.notes)
+    view = FigureView(**parts, unit="% of prompts", svg=_svgs(*drawings), notes=notes, slider=slider)
+    return embed.samples(figure, counts), view
+
+
+def _svgs(*drawings: heatmap.Drawing) -> tuple[Markup, ...]:
+    return tuple(drawing.svg for drawing in drawings if drawing.svg is not None)
+
+
+def _first_screen(figures: Mapping[str, Sequence[Figure]], ids: Mapping[str, str]) -> dict[str, FigureView | None]:
+    """The main map and the curve, drawn to fit; they share the embedded values of their sections."""
+    shown: dict[str, FigureView | None] = {"map": None, "norms": None}
+    known = {name: found for name, found in figures.items() if name in ids}
+    if (main := page.main_map(known)) is not None:
+        name, figure = main
+        identifier = f"{ids[name]}--{text.slug(figure.key)}"
+        flat = samples.rate_map(figure) if isinstance(figure, Samples) else figure
+        drawing = heatmap.draw(flat, figure_id=identifier, width=660, height=372, cap=(72, 44))
+        shown["map"] = FigureView(identifier, flat.title, flat.caption, flat.unit, _svgs(drawing), drawing.notes)
+    if (curve := page.norm_curve(known)) is not None:
+        name, line = curve
+        identifier = f"{ids[name]}--{text.slug(line.key)}"
+        drawing = lines.draw(line, figure_id=identifier, width=536, height=354)
+        shown["norms"] = FigureView(identifier, line.title, line.caption, "", _svgs(drawing), drawing.notes)
+    return shown
+
+
+def _viewer(prompts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The tokens that stand in the page itself, within the budget."""
+    left, views = STATIC_TOKENS, []
+    for place, prompt in enumerate(prompts):
+        pieces = list(prompt.get("pieces") or ())
+        shown = pieces[: max(0, min(left, STATIC_PER_PROMPT))]
+        left -= len(shown)
+        views.append({"place": place, "shown": [text.token(p) for p in shown], "missing": len(pieces) - len(shown)})
+    return views
+
+
+def _sink_positions(document: Mapping[str, Any]) -> frozenset[int]:
+    """Positions the primary-sinks table names; marked in the token viewer."""
+    rows = ((document.get("findings") or {}).get("primary-sinks") or {}).get("rows") or ()
+    return frozenset(row["position"] for row in rows if isinstance(row.get("position"), int))
+
+
+def _method(method: Mapping[str, Any]) -> dict[str, Any]:
+    blank = dict.fromkeys(("title", "authors", "year", "url", "section", "code", "bibtex"))
+    reference = {**blank, **(method.get("reference") or {})}
+    return {
+        **{key: method.get(key) or "" for key in ("title", "first_line", "how", "compared", "not_trust", "source_file")},
+        "name": str(method["name"]),
+        "id": "method-" + text.slug(str(method["name"])),
+        "formula": formula(str(method.get("formula_mathml") or "")),
+        "parameters": page.pairs(method.get("parameters") or {}),
+        "reference": reference,
+        "url": text.web_link(reference.get("url")),
+        "code": text.repository_link(reference.get("code")),
+    }
+
+
+def _paragraph(methods: Sequence[Mapping[str, Any]]) -> str:
+    return "\n\n".join(dict.fromkeys(str(m["methods_paragraph"]) for m in methods if m.get("methods_paragraph")))
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(_HERE / "templates"),
+        autoescape=True,
+        finalize=text.finalize,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html")
+
+
+@cache
+def _script() -> str:
+    """The page's script: the files of `static/` in one function, so that nothing is global."""
+    parts = [(_HERE / "static" / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS]
+    return '"use strict";(() => {\n' + "\n".join(parts) + "\n})();"
+
+
+@cache
+def _stylesheet() -> str:
+    own = (_HERE / "static" / "report.css").read_text(encoding="utf-8")
+    return own + colour.stylesheet()

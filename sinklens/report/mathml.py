@@ -1,0 +1,43 @@
+"""Formulas come as MathML text; only mathematics passes into the page."""
+
+from __future__ import annotations
+
+import xml.etree.ElementTree as ET
+
+from markupsafe import Markup, escape
+
+_ELEMENTS = frozenset(
+    "math mrow mi mn mo ms mtext mspace mfrac msqrt mroot msub msup msubsup munder mover munderover mmultiscripts "
+    "mprescripts none mtable mtr mtd mfenced mpadded mphantom menclose mstyle semantics".split()
+)
+_ATTRIBUTES = frozenset(
+    "display mathvariant stretchy fence separator form lspace rspace accent accentunder movablelimits largeop "
+    "symmetric width height depth columnalign rowspacing columnspacing linethickness displaystyle scriptlevel "
+    "open close separators dir".split()
+)
+
+
+def formula(source: str) -> Markup:
+    """The formula as markup if it is well-formed MathML of known elements; anything else is shown as plain text."""
+    if not source.strip():
+        return Markup("")
+    if "<!" in source or "<?" in source:  # no document types, entities or processing instructions
+        return Markup("<code>{}</code>").format(source)
+    try:
+        root = ET.fromstring(source)
+        return _element(root, outermost=True)
+    except (ET.ParseError, ValueError):
+        return Markup("<code>{}</code>").format(source)
+
+
+def _element(node: ET.Element, *, outermost: bool = False) -> Markup:
+    name = node.tag.removeprefix("{http://www.w3.org/1998/Math/MathML}")
+    if name not in _ELEMENTS or (outermost and name != "math"):
+        raise ValueError(f"<{name}> is not MathML")
+    attributes = Markup("").join(
+        Markup(' {}="{}"').format(key, value) for key, value in node.attrib.items() if key in _ATTRIBUTES
+    )
+    body = [escape(node.text or "")]
+    for child in node:
+        body += [_element(child), escape(child.tail or "")]
+    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), attributes, Markup("").join(body))

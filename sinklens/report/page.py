@@ -1,0 +1,301 @@
+"""From the run's document to what the page shows: verdict, tiles, sections. Decides words and order, draws nothing."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sinklens.core.figures import Figure, Heatmap, Lines, Samples, Tile
+
+from . import text
+from .numbers import duration, number, size
+
+FIRST_TILES = 6
+
+_TITLES = {
+    "primary-sinks": ("Primary sinks", "Sinks"),
+    "heads": ("Heads", "Heads"),
+    "massive-activations": ("Hidden-state norms and massive activations", "Norms"),
+    "super-experts": ("Who writes it", "Writers"),
+    "secondary-sinks": ("Secondary sinks", "Secondary"),
+    "visual-sinks": ("Visual sinks", "Visual sinks"),
+    "visual-tokens": ("Visual tokens", "Visual tokens"),
+    "sensitivity": ("Sensitivity", "Sensitivity"),
+    "mitigations": ("Mitigations", "Mitigations"),
+}
+"""Known sections in order: title, name in the navigation. Others follow under their own names."""
+
+RESERVED = {"top", "map", "norms", "trust", "prompts", "methods", "manifest", "sinklens-run", "ramp", "hatch", "help"}
+
+_HEADLINES = {"sink": "Attention sink", "no-sink": "No attention sink", "untrusted": "Not trustworthy"}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the self-check; `passed` is None when it was not run."""
+
+    name: str
+    passed: bool | None
+    value: str
+    limit: str
+    detail: str
+
+    @property
+    def state(self) -> str:
+        return "unknown" if self.passed is None else "passed" if self.passed else "failed"
+
+    @property
+    def sign(self) -> str:
+        return {"passed": "✓", "failed": "✗", "unknown": "○"}[self.state]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the first screen says.
+
+    Attributes:
+        status: `sink`, `no-sink`, `untrusted`, or what the document says.
+        trusted: False greys everything out.
+        trust: The trust line.
+    """
+
+    status: str
+    headline: str
+    sentence: str
+    rule: str
+    trusted: bool
+    trust: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """One finding. `rows` and `units` become a table; `parameters` and `summary` are (name, value) pairs."""
+
+    id: str
+    analyzer: str
+    title: str
+    nav: str
+    status: str
+    verdict: str
+    reason: str
+    notes: tuple[str, ...]
+    parameters: tuple[tuple[str, str], ...]
+    summary: tuple[tuple[str, str], ...]
+    rows: tuple[dict[str, Any], ...]
+    units: dict[str, str]
+    thresholds: tuple[str, str] | None
+
+    @property
+    def applicable(self) -> bool:
+        return self.status != "not-applicable"
+
+
+def checks(document: Mapping[str, Any]) -> tuple[Check, ...]:
+    return tuple(
+        Check(
+            str(item.get("name", "")).replace("-", " ").replace("_", " "),
+            None if item.get("passed") is None else bool(item["passed"]),
+            _short(item.get("value")),
+            _short(item.get("limit")),
+            str(item.get("detail") or ""),
+        )
+        for item in document.get("checks") or ()
+    )
+
+
+def verdict(document: Mapping[str, Any]) -> Verdict:
+    """The verdict, or, when a check failed, that there is none: a sentence in the document never overrides a check."""
+    given = document.get("verdict") or {}
+    found = checks(document)
+    failed = [check.name for check in found if check.passed is False]
+    status = "untrusted" if failed else str(given.get("status") or "untrusted")
+    sentence = str(given.get("text") or "")
+    if failed:
+        names = ", ".join(failed)
+        count = f"{len(failed)} of {len(found)} checks failed: {names}."
+        written = sentence if given.get("status") == "untrusted" else ""
+        sentence = written or f"{count} The measurement cannot be relied on, so there is no verdict."
+        trust = count
+    elif not found:
+        trust = "No self-check was run, so nothing vouches for these numbers."
+    else:
+        skipped = sum(check.passed is None for check in found)
+        passed = len(found) - skipped
+        trust = f"All {passed} checks passed." if not skipped else f"{passed} checks passed, {skipped} not run."
+    headline = _HEADLINES.get(status, status.replace("-", " ").capitalize())
+    sentence = sentence or "The run gave no verdict."
+    return Verdict(status, headline, sentence, str(given.get("rule") or ""), status != "untrusted", trust)
+
+
+def warnings(document: Mapping[str, Any]) -> tuple[str, ...]:
+    """Sentences that change how numbers are read: from the manifest and its parts; each once."""
+    manifest = document.get("manifest") or {}
+    parts = [manifest, *(value for value in manifest.values() if isinstance(value, Mapping))]
+    listed = [part.get("warnings") for part in parts]
+    sentences = [str(w) for warning in listed if isinstance(warning, list | tuple) for w in warning]
+    return tuple(dict.fromkeys(sentences))
+
+
+def chips(document: Mapping[str, Any]) -> tuple[str, ...]:
+    """The model in a few words: `48 layers × 32 heads (4 KV)`, `128 experts, top 8`, ..."""
+    model, manifest = document.get("model") or {}, document.get("manifest") or {}
+    found = []
+    if model.get("layers") and model.get("heads"):
+        kv = model.get("kv_heads")
+        grouped = f" ({kv} KV)" if kv and kv != model["heads"] else ""
+        found.append(f"{model['layers']} layers × {model['heads']} heads{grouped}")
+    if model.get("experts"):
+        chosen = f", top {model['top_k']}" if model.get("top_k") else ""
+        found.append(f"{model['experts']} experts{chosen}")
+    if model.get("hidden_size"):
+        found.append(f"width {number(model['hidden_size'])}")
+    path = manifest.get("attention_path") or manifest.get("attention")
+    found += [str(model[key]) for key in ("dtype", "family") if model.get(key)]
+    if isinstance(path, str):
+        found.append(path)
+    return tuple(found)
+
+
+def sections(document: Mapping[str, Any], methods: Sequence[Mapping[str, Any]]) -> tuple[Section, ...]:
+    """One section per finding: the known ones in their order, then the others as they come."""
+    findings = document.get("findings") or {}
+    titles = {str(m.get("name")): str(m.get("title") or "") for m in methods}
+    order = [name for name in _TITLES if name in findings] + [name for name in findings if name not in _TITLES]
+    taken = set(RESERVED)
+    built = []
+    for name in order:
+        identifier = text.slug(name)
+        while identifier in taken:
+            identifier += "-finding"
+        taken.add(identifier)
+        own = titles.get(name) or name.replace("-", " ").replace("_", " ").capitalize()
+        built.append(_section(name, identifier, _TITLES.get(name, (own, own)), findings[name]))
+    return tuple(built)
+
+
+def _section(name: str, identifier: str, titles: tuple[str, str], finding: Mapping[str, Any]) -> Section:
+    rows = tuple(finding.get("rows") or ())
+    parameters = finding.get("parameters") or {}
+    reason = str(finding.get("reason") or "")
+    return Section(
+        id=identifier,
+        analyzer=name,
+        title=titles[0],
+        nav=titles[1],
+        status=str(finding.get("status") or "not-applicable"),
+        verdict=str(finding.get("verdict") or ""),
+        reason=reason or "the run gave no reason.",
+        notes=tuple(str(note) for note in finding.get("notes") or ()),
+        parameters=pairs(parameters),
+        summary=pairs(finding.get("summary") or {}),
+        rows=rows,
+        units=dict(finding.get("units") or {}),
+        thresholds=_thresholds(rows, parameters),
+    )
+
+
+def _thresholds(rows: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Starting values for the two threshold fields of tables with `value` and `ratio_to_median`."""
+    if not any({"value", "ratio_to_median"} <= set(row) for row in rows):
+        return None
+    numbers = {k: v for k, v in parameters.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    ratio = next((v for k, v in numbers.items() if "ratio" in k or "median" in k), 0)
+    words = ("abs", "floor", "magnitude", "value", "minimum")
+    floor = next((v for k, v in numbers.items() if any(w in k for w in words) and v is not ratio), 0)
+    return f"{floor:g}", f"{ratio:g}"
+
+
+def main_map(figures: Mapping[str, Sequence[Figure]]) -> tuple[str, Heatmap | Samples] | None:
+    """The first screen's map: a layer-by-head map of the primary sinks, else of anything; with its analyzer."""
+    from_sinks = [("primary-sinks", f) for f in figures.get("primary-sinks", ())]
+    others = [(name, f) for name, found in figures.items() for f in found if name != "primary-sinks"]
+    candidates = [*from_sinks, *others]
+    for name, figure in candidates:
+        if isinstance(figure, Heatmap) and (figure.y_label, figure.x_label) == ("layer", "head"):
+            return name, figure
+    return next(((name, f) for name, f in candidates if isinstance(f, Samples)), None)
+
+
+def norm_curve(figures: Mapping[str, Sequence[Figure]]) -> tuple[str, Lines] | None:
+    """The first screen's curve: by layer, of the massive activations or residual norms, else of anything."""
+    preferred = sorted(figures, key=lambda name: (name != "massive-activations", "norm" not in name))
+    for name in preferred:
+        for figure in figures[name]:
+            if isinstance(figure, Lines) and figure.x_label.startswith(("layer", "block")):
+                return name, figure
+    return None
+
+
+def tile_views(tiles: Iterable[Tile], ids: Mapping[str, str], methods: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Tiles with their links resolved: to a section, to the method's definition and to its paper."""
+    papers = {str(m.get("name")): text.web_link((m.get("reference") or {}).get("url")) for m in methods}
+    views = []
+    for tile in tiles:
+        name = tile.link.removeprefix("#")
+        target = f"#{ids.get(name, text.slug(name))}" if name and "://" not in name and ":" not in name else None
+        views.append(
+            {
+                "tile": replace(tile, value=text.shorten(tile.value, 40)),
+                "link": target,
+                "method": f"#method-{text.slug(name)}" if name in papers else None,
+                "paper": papers.get(name),
+            }
+        )
+    return views
+
+
+def manifest_groups(manifest: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """The manifest as groups of (name, value): its own scalars first, then each part."""
+    own = [(key, value) for key, value in manifest.items() if not isinstance(value, Mapping)]
+    groups = [("Run", [(_words(key), _reading(key, value)) for key, value in own])] if own else []
+    for key, value in manifest.items():
+        if isinstance(value, Mapping) and value:
+            groups.append((_words(key).capitalize(), [(_words(k), _reading(k, v)) for k, v in _flat(value)]))
+    return groups
+
+
+def _flat(part: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in part.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _reading(key: str, value: Any) -> str:
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if key.endswith("bytes"):
+            return size(value)
+        if key.endswith(("seconds", "_s")):
+            return duration(float(value))
+        if key.endswith("seed"):
+            return str(value)
+    if isinstance(value, list | tuple) and key in ("command", "argv", "command_line"):
+        return shlex.join(str(v) for v in value)
+    return _short(value, limit=2000)
+
+
+def command(manifest: Mapping[str, Any]) -> str:
+    """The command line that made the run, or ""."""
+    value = next((manifest[key] for key in ("command", "command_line", "argv") if manifest.get(key)), "")
+    return shlex.join(str(v) for v in value) if isinstance(value, list | tuple) else str(value)
+
+
+def pairs(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Names and values as they are printed."""
+    return tuple((_words(key), _short(value)) for key, value in values.items())
+
+
+def _words(key: Any) -> str:
+    return str(key).replace("_", " ")
+
+
+def _short(value: Any, limit: int = 300) -> str:
+    if isinstance(value, list | tuple) and all(not isinstance(v, list | tuple | Mapping) for v in value):
+        return text.shorten(", ".join(_short(v) for v in value), limit) or "none"
+    if isinstance(value, list | tuple | Mapping):
+        return text.shorten(json.dumps(value, ensure_ascii=False, default=str), limit)
+    return text.shorten(value, limit) if isinstance(value, str) else number(value)

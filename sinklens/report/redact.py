@@ -1,0 +1,104 @@
+"""The report without the prompts' text: for prompts that must not leave the machine.
+
+Hashes, counts and positions stay. Token strings and ids go from rows, manifest and prompts; where a sentence quotes
+a token, the quotation is replaced.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from sinklens.core.figures import Figure, Lines, Tile
+
+HIDDEN = "[text left out]"
+_SECRET = {"token", "tokens", "token_id", "token_ids", "pieces", "first_tokens", "prompt", "prompt_text"}
+_QUOTED = re.compile(r"'((?:[^'\\]|\\.){1,200})'|\"((?:[^\"\\]|\\.){1,200})\"|[“‘]([^”’]{1,200})[”’]|`([^`]{1,200})`")
+
+
+def _hide(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: HIDDEN if _secret(key, item) else _hide(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_hide(item) for item in value]
+    return value
+
+
+def _secret(key: Any, item: Any) -> bool:
+    """Token fields; `prompt` only when it is text, for it may also be an index."""
+    return key in _SECRET and item is not None and (key not in ("prompt", "tokens") or not isinstance(item, int))
+
+
+def _spellings(token: str) -> Iterable[str]:
+    return {token, token.strip(), repr(token)[1:-1], repr(token.strip())[1:-1]}
+
+
+class Redactor:
+    """Removes quotations of the tokens that occur in the rows and prompts."""
+
+    def __init__(self, document: Mapping[str, Any], prompts: Sequence[Mapping[str, Any]]) -> None:
+        found = {piece for prompt in prompts for piece in prompt.get("pieces") or ()}
+        for finding in document.get("findings", {}).values():
+            found |= {str(v) for row in finding.get("rows") or () for k, v in row.items() if k in _SECRET}
+        self.tokens = {spelling for token in found for spelling in _spellings(token)} - {""}
+
+    def sentence(self, text: str) -> str:
+        """The text with every quoted token replaced."""
+
+        def swap(match: re.Match[str]) -> str:
+            inner = next(group for group in match.groups() if group is not None)
+            return HIDDEN if inner in self.tokens or inner.strip() in self.tokens else match.group()
+
+        return _QUOTED.sub(swap, text)
+
+    def sentences(self, value: Any) -> Any:
+        """All strings inside a value."""
+        if isinstance(value, str):
+            return self.sentence(value)
+        if isinstance(value, Mapping):
+            return {key: self.sentences(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self.sentences(item) for item in value]
+        return value
+
+    def document(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        return self.sentences(_hide(_without_prompt_option(document)))
+
+    def figure(self, figure: Figure) -> Figure:
+        changed = replace(figure, title=self.sentence(figure.title), caption=self.sentence(figure.caption))
+        if isinstance(changed, Lines):
+            series = tuple(replace(s, name=self.sentence(s.name)) for s in changed.series)
+            marks = tuple((x, self.sentence(label)) for x, label in changed.marks)
+            changed = replace(changed, series=series, marks=marks)
+        return changed
+
+    def tile(self, tile: Tile) -> Tile:
+        return replace(tile, value=self.sentence(tile.value), note=self.sentence(tile.note))
+
+
+def bare_prompt(prompt: Mapping[str, Any]) -> dict[str, Any]:
+    """What stays of a prompt: its place, source, domain, length and hash."""
+    return {key: prompt.get(key) for key in ("index", "source", "domain", "n_tokens", "sha256")}
+
+
+def _without_prompt_option(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The command line may carry a prompt: `--prompt TEXT`."""
+    manifest = dict(document.get("manifest") or {})
+    for key, value in manifest.items():
+        if isinstance(value, str):
+            pattern = r"(--(?:prompt|text)[= ])('[^']*'|\"[^\"]*\"|\S+)"
+            manifest[key] = re.sub(pattern, lambda m: f"{m.group(1)}'{HIDDEN}'", value)
+        elif isinstance(value, list) and all(isinstance(item, str) for item in value):
+            manifest[key] = _hide_argument(value)
+    return {**document, "manifest": manifest}
+
+
+def _hide_argument(words: list[str]) -> list[str]:
+    shown: list[str] = []
+    for word in words:
+        if shown and shown[-1] in ("--prompt", "--text"):
+            word = HIDDEN
+        shown.append(re.sub(r"^(--(?:prompt|text)=).*", lambda m: m.group(1) + HIDDEN, word, flags=re.DOTALL))
+    return shown

@@ -1,0 +1,62 @@
+// Theme, keys, help and addresses such as #L17H3.
+const root = document.documentElement;
+root.classList.add("scripted");
+
+const dark = () => (root.dataset.theme ? root.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches);
+
+function remembered(value) {
+  try {
+    if (value) localStorage.setItem("sinklens-theme", value);
+    return localStorage.getItem("sinklens-theme");
+  } catch {
+    return null; // pages opened from a file may have no storage
+  }
+}
+
+function turn() {
+  root.dataset.theme = dark() ? "light" : "dark";
+  remembered(root.dataset.theme);
+}
+
+if (["light", "dark"].includes(remembered())) root.dataset.theme = remembered();
+$("#theme").addEventListener("click", turn);
+
+const help = $("#help");
+$("#open-help").addEventListener("click", () => help.showModal());
+$("#close-help").addEventListener("click", () => help.close());
+
+const keys = {
+  j: () => moveTo(cursor.layer + 1, Math.max(cursor.head, 0)),
+  k: () => moveTo(cursor.layer - 1, Math.max(cursor.head, 0)),
+  l: () => moveTo(Math.max(cursor.layer, 0), cursor.head + 1),
+  h: () => moveTo(Math.max(cursor.layer, 0), cursor.head - 1),
+  t: turn,
+  "?": () => help.showModal(),
+  "/": () => { if (find) { $("#prompts").scrollIntoView(); find.focus(); } },
+};
+
+document.addEventListener("keydown", (event) => {
+  const typing = event.target.closest("input, textarea, select, [contenteditable]");
+  if (typing || event.ctrlKey || event.metaKey || event.altKey || help.open || !keys[event.key]) return;
+  event.preventDefault();
+  keys[event.key]();
+});
+
+function follow() {
+  const cell = /^#L(\d+)H(\d+)$/.exec(location.hash);
+  if (cell) {
+    moveTo(Number(cell[1]), Number(cell[2]), false);
+    $("#map").scrollIntoView({ block: "nearest" });
+    return;
+  }
+  let target = null;
+  try {
+    target = location.hash && document.getElementById(decodeURIComponent(location.hash.slice(1)));
+  } catch {
+    return; // not an address of ours
+  }
+  for (let node = target; node; node = node.parentElement) if (node.tagName === "DETAILS") node.open = true;
+}
+
+addEventListener("hashchange", follow);
+follow();
