@@ -88,7 +88,10 @@ def _lines(path: Path) -> list[tuple[int, str]]:
             hint="Without --prompts, the bundled corpus is used.",
         ) from err
     except OSError as err:
-        raise DataError(f"The prompt file {str(path)!r} cannot be read: {err.strerror}.") from err
+        raise DataError(
+            f"The prompt file {str(path)!r} cannot be read: {err.strerror}.",
+            hint="Name a regular file that you may read.",
+        ) from err
     if not data:
         raise DataError(f"The prompt file {str(path)!r} is empty.", hint="Write one prompt per line.")
     try:

@@ -113,5 +113,8 @@ def _rows(rows: Any, spec: str) -> Any:
         except StopIteration:
             return
         except Exception as err:
-            raise DataError(f"Reading 'hf:{spec}' stopped: {' '.join(str(err).split())[:200]}") from err
+            raise DataError(
+                f"Reading 'hf:{spec}' stopped: {' '.join(str(err).split())[:200]}",
+                hint="Try again, or save the texts to a .jsonl file and use that.",
+            ) from err
         yield row

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from typing import Any
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
 
 from sinklens.core.errors import DataError, UsageError
 
@@ -14,6 +15,7 @@ from .pieces import piece_reader
 from .sources import Document, Source, read_source
 from .spec import Prompt, PromptSet
 
+T = TypeVar("T")
 Encoded = tuple[tuple[int, ...], str, str]  # token ids, source, domain
 
 
@@ -101,7 +103,14 @@ def _separate(
     source: Source, encoder: Encoder, options: Options, tally: Tally
 ) -> Iterator[tuple[int, Encoded]]:
     """One prompt per document, as `(place in the source, prompt)`, in the order in which they are sampled."""
-    for place in _order(source, options):
+    queues = [_usable(queue, source, encoder, options, tally) for queue in _queues(source, options)]
+    return interleave(queues)
+
+
+def _usable(
+    places: list[int], source: Source, encoder: Encoder, options: Options, tally: Tally
+) -> Iterator[tuple[int, Encoded]]:
+    for place in places:
         document = source.documents[place]
         body = encoder.body(document)
         tally.documents += 1
@@ -125,7 +134,7 @@ def _packed(
     between = separator(encoder)
     buffer: list[tuple[int, Document]] = []
     made = 0
-    for place in _order(source, options):
+    for place in interleave(map(iter, _queues(source, options))):
         document = source.documents[place]
         ids = encoder.body(document)
         tally.documents += 1
@@ -154,27 +163,29 @@ def separator(encoder: Encoder) -> tuple[int, ...]:
     return next(((token_id,) for token_id in found if token_id is not None), ())
 
 
-def _order(source: Source, options: Options) -> list[int]:
-    """The order in which documents are tried: that of the source, or of the sample if `n` is given."""
+def _queues(source: Source, options: Options) -> list[list[int]]:
+    """Places in the order in which they are tried. Queues are served in turn, so a sample is even over domains."""
     places = list(range(len(source.documents)))
     if options.n is None:
-        return places
-    rng = random.Random(options.seed)
-    if not source.groups:
-        rng.shuffle(places)
-        return places
+        return [places]
     groups: dict[str, list[int]] = {}
     for place in places:
-        groups.setdefault(source.documents[place].domain, []).append(place)
+        groups.setdefault(source.documents[place].domain if source.groups else "", []).append(place)
+    rng = random.Random(options.seed)
     for group in groups.values():
         rng.shuffle(group)
-    # By rank within the domain first: any first n of them are even over the domains.
-    ranked = [
-        (rank, number, place)
-        for number, group in enumerate(groups.values())
-        for rank, place in enumerate(group)
-    ]
-    return [place for *_, place in sorted(ranked)]
+    return list(groups.values())
+
+
+def interleave(queues: Iterable[Iterator[T]]) -> Iterator[T]:
+    """One item of each queue in turn, until all are empty."""
+    waiting = deque(queues)
+    while waiting:
+        queue = waiting.popleft()
+        for item in queue:
+            yield item
+            waiting.append(queue)
+            break
 
 
 def _take(stream: Iterator[tuple[int, Encoded]], options: Options) -> list[Encoded]:
