@@ -130,17 +130,10 @@ class AttentionTap:
         else:
             with captured_lse() as captured:
                 output, weights = own(*args, **kwargs)
-            self.observer(site, call, attention_sweep(call, want, _trusted(captured.lse, call), self.plan))
+            self.observer(site, call, attention_sweep(call, want, captured.lse_for(call), self.plan))
         if self.edit is not None:
             output = self.edit(site, call, output)
         return output, weights
-
-
-def _trusted(lse: Tensor | None, call: AttentionCall) -> Tensor | None:
-    """The kernel's log-sum-exp if it is that of this call; learned sinks are never part of it."""
-    if lse is None or call.learned_sinks is not None or lse.shape != call.query.shape[:3]:
-        return None
-    return lse.float()
 
 
 def attention_call(

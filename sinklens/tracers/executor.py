@@ -17,8 +17,8 @@ from sinklens.models.spec import OpenedModel, Tower
 
 from .attention import AttentionTap, Edit, Mode, Site
 from .batch import Batch, collate, forward
-from .eager import eager_tap
 from .experts import ExpertsTap
+from .fallback import calls_kernel_directly, fallback_tap
 from .recorder import Limits, Recorder
 from .signals import ALL_SIGNALS, Signal, Source
 from .states import down_proj_tap, residual_tap
@@ -95,7 +95,7 @@ def trace_batch(opened: OpenedModel, batch: Batch, plan: TracePlan, *, logits: b
                 attention.counted = batch.valid
                 stack.enter_context(attention.attached(model))
             else:
-                attention = stack.enter_context(eager_tap(model, tower, batch, recorder))
+                attention = stack.enter_context(fallback_tap(model, tower, batch, recorder))
         if Source.RESIDUAL in plan.sources():
             stack.enter_context(residual_tap(model, tower, recorder.on_residual))
         if Source.DOWN_PROJ in plan.sources():
@@ -193,6 +193,8 @@ def _run(
 
 def attention_path(opened: OpenedModel, plan: TracePlan) -> str:
     """In words, which kernel gives the output and which the statistics."""
+    if not opened.anatomy.routed and calls_kernel_directly(opened.module):
+        return "faithful: the model's own call of torch's kernel gives the output, a blocked sweep the statistics"
     if not opened.anatomy.routed:
         return "the model's eager attention; statistics from its weights, one layer at a time"
     own = getattr(opened.module.config, "_attn_implementation", None) or "own"

@@ -21,6 +21,7 @@ from sinklens.models.spec import OpenedModel
 from .attention import AttentionTap, Mode, Site
 from .batch import Batch, collate, first_tensor, forward
 from .executor import Pass, TracePlan, edited_output, sites, trace_batch
+from .fallback import calls_kernel_directly
 from .recorder import Recorder
 from .signals import Source
 
@@ -59,7 +60,7 @@ class Agreement:
         small = _only_heads(call, heads)
         _, dense = attention_reference(small, want)
         for stat in want.stats - {Stat.TOP1}:  # ties may fall either way; TOP1 is compared by its sum below
-            error = _relative_error(statistics[stat][:, heads], dense[stat])
+            error = _relative_error(statistics[stat][:, heads], dense[stat], call.key.shape[2] if stat is Stat.DISTANCE else 1)
             if error > self.worst or math.isnan(error):
                 self.worst, self.where = error, f"{stat} in layer {site.layer}"
         self._count_mass(statistics)
@@ -144,10 +145,10 @@ def _tracing_checks(opened: OpenedModel, batch: Batch, plan: TracePlan) -> list[
 def _same_output(plain: Tensor, traced: Tensor, batch: Batch, plan: TracePlan, opened: OpenedModel) -> Check:
     """Bit-identical in faithful mode; to the rounding of the dtype in fused mode."""
     difference = float((_real(plain, batch).float() - _real(traced, batch).float()).abs().max())
-    if not opened.anatomy.routed:
+    if not opened.anatomy.routed and not calls_kernel_directly(opened.module):
         # The eager attention stands in for the family's own kernel, so only rounding may differ.
         limit = 1e-4
-    elif plan.mode is Mode.FAITHFUL:
+    elif plan.mode is Mode.FAITHFUL or not opened.anatomy.routed:
         limit = 0.0
     else:
         epsilon = torch.finfo(plain.dtype).eps
@@ -274,8 +275,9 @@ def _only_heads(call: AttentionCall, heads: Tensor) -> AttentionCall:
     )
 
 
-def _relative_error(found: Tensor, expected: Tensor) -> float:
-    scale = expected.abs().max().clamp(min=1.0)
+def _relative_error(found: Tensor, expected: Tensor, extent: int) -> float:
+    # A distance is a difference of positions, so its rounding is that of positions.
+    scale = expected.abs().max().clamp(min=float(extent))
     return float((found.float() - expected.float()).abs().max() / scale)
 
 

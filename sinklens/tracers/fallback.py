@@ -1,7 +1,9 @@
-"""The fallback for families whose attention does not go through the registry (BLOOM, Falcon, ...).
+"""The fallbacks for families whose attention does not go through the registry.
 
-Their attention modules return the weights when asked for them. A hook reduces one layer's weights and drops them
-before the next layer runs, so one T x T map per head is alive at a time: exact, but quadratic in length.
+Some call torch's `scaled_dot_product_attention` themselves (Falcon): `DirectTap` stands in that call, and everything
+is as good as at the registry. The others multiply and normalise by hand (BLOOM, GPT-J, ...) but return the weights
+when asked: `WeightsTap` reduces one layer's weights and drops them before the next layer runs. That is exact, but one
+T x T map per head is alive at a time.
 """
 
 from __future__ import annotations
@@ -12,9 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from sinklens.core.errors import ModelError
 from sinklens.kernels.blocked import attention_sweep
+from sinklens.kernels.capture import captured_lse
 from sinklens.kernels.spec import AttentionCall, BlockPlan
 from sinklens.models.spec import Tower
 
@@ -25,7 +30,95 @@ from .recorder import Recorder
 _NEGLIGIBLE = -1e4
 
 
-class EagerTap:
+@contextmanager
+def fallback_tap(model: nn.Module, tower: Tower, batch: Batch, recorder: Recorder) -> Iterator[DirectTap | WeightsTap]:
+    """The tap that fits how this family computes attention; everything is put back on exit."""
+    attach = direct_tap if calls_kernel_directly(model) else weights_tap
+    with attach(model, tower, batch, recorder) as tap:
+        yield tap
+
+
+def calls_kernel_directly(model: nn.Module) -> bool:
+    """Whether a family outside the registry runs torch's fused attention (its config says so)."""
+    return getattr(model.config, "_attn_implementation", None) == "sdpa"
+
+
+class DirectTap(TorchFunctionMode):
+    """Sees calls of `scaled_dot_product_attention` made while an attention module of the tower runs."""
+
+    def __init__(self, tower: Tower, batch: Batch, recorder: Recorder) -> None:
+        super().__init__()
+        self.tower, self.batch, self.recorder = tower, batch, recorder
+        self.layer: int | None = None
+        self.calls = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not scaled_dot_product_attention or self.layer is None:
+            return func(*args, **kwargs)
+        call = direct_call(*args, **kwargs, counted=self.batch.valid)
+        site = Site(self.tower.name, self.layer)
+        with captured_lse() as captured:
+            output = func(*args, **kwargs)
+        want = self.recorder.asks(site, call)
+        statistics = attention_sweep(call, want, captured.lse_for(call), BlockPlan())
+        self.recorder.on_attention(site, call, statistics)
+        self.calls += 1
+        return output
+
+    def enter(self, layer: int) -> Any:
+        def hook(module: nn.Module, args: Any) -> None:
+            self.layer = layer
+
+        return hook
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.layer = None
+
+
+@contextmanager
+def direct_tap(model: nn.Module, tower: Tower, batch: Batch, recorder: Recorder) -> Iterator[DirectTap]:
+    """Stand in the model's calls of torch's attention kernel; the output stays bit-identical."""
+    tap = DirectTap(tower, batch, recorder)
+    handles = []
+    try:
+        for block in tower.blocks:
+            if block.attention is not None:
+                module = model.get_submodule(block.attention)
+                handles.append(module.register_forward_pre_hook(tap.enter(block.index)))
+                handles.append(module.register_forward_hook(tap.leave))
+        with tap:
+            yield tap
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def direct_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    *,
+    counted: Tensor | None = None,
+) -> AttentionCall:
+    """The arguments of torch's `scaled_dot_product_attention` as the kernels see them."""
+    return AttentionCall(
+        query,
+        key,
+        value,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        causal=is_causal,
+        mask=attn_mask,
+        counted=counted,
+    )
+
+
+class WeightsTap:
     """Reduces attention weights as modules return them; counts the calls it saw."""
 
     def __init__(self, tower: Tower, batch: Batch, recorder: Recorder) -> None:
@@ -48,9 +141,9 @@ class EagerTap:
 
 
 @contextmanager
-def eager_tap(model: nn.Module, tower: Tower, batch: Batch, recorder: Recorder) -> Iterator[EagerTap]:
+def weights_tap(model: nn.Module, tower: Tower, batch: Batch, recorder: Recorder) -> Iterator[WeightsTap]:
     """Ask the model for its attention weights and reduce them layer by layer; everything is put back on exit."""
-    tap = EagerTap(tower, batch, recorder)
+    tap = WeightsTap(tower, batch, recorder)
     configs = [(config, config._attn_implementation) for config in attention_configs(model)]
     handles = []
     asked = "output_attentions" in batch.inputs
@@ -93,7 +186,7 @@ def weights_as_call(weights: Tensor, valid: Tensor | None, *, causal: bool) -> A
     return AttentionCall(query, key, key, scale=1.0, causal=False, mask=mask, counted=valid)
 
 
-def _hook(tap: EagerTap, layer: int) -> Any:
+def _hook(tap: WeightsTap, layer: int) -> Any:
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         return tap.see(layer, output)
 
