@@ -1,1 +1,4 @@
-"""What every room of the house may use: errors, the registry, axis names, the manifest. Imports nothing of sinklens."""
+"""What every room of the house may use: errors, the registry, figures as data, the manifest.
+
+Imports nothing of sinklens outside itself.
+"""

@@ -48,7 +48,10 @@ class Series:
 
 @dataclass(frozen=True)
 class Lines:
-    """Curves over a common axis, for instance norm by layer. `marks` are labelled vertical lines `(x, label)`."""
+    """Curves over a common axis, for instance norm by layer.
+
+    `marks` are labelled vertical lines `(x, label)`.
+    """
 
     key: str
     title: str

@@ -1,4 +1,4 @@
-"""A table of named things (analyzers, mitigations) that is filled by decorators and answers misses helpfully."""
+"""A table of named things (analyzers, mitigations) filled by decorators, with helpful answers to misses."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def separator(encoder: Encoder) -> tuple[int, ...]:
 
 
 def _queues(source: Source, options: Options) -> list[list[int]]:
-    """Places in the order in which they are tried. Queues are served in turn, so a sample is even over domains."""
+    """Places in the order they are tried. Queues are served in turn, so a sample is even over domains."""
     places = list(range(len(source.documents)))
     if options.n is None:
         return [places]
