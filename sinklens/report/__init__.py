@@ -1,4 +1,4 @@
-"""The report: one offline HTML file, the notebook's short form, and figures for papers. Plain data in, files out."""
+"""The report: one offline HTML file, the notebook's short form, and figures for papers. Plain data in."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = list(_PLACES)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
-    """Loads a part when it is first used: templates and drawing libraries are not needed to import sinklens."""
+    """Loads a part when it is first used: importing sinklens needs no templates or drawing libraries."""
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from importlib import import_module

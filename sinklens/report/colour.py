@@ -1,7 +1,8 @@
-"""One sequential colour ramp for everything, safe for colour-blind readers, and the scale from values to its levels.
+"""One sequential colour ramp, safe for colour-blind readers, and the scale from values to its levels.
 
-The ramp runs from deep blue over teal to pale yellow with evenly growing lightness, so that it also reads in grey.
-On a dark page low values are dark; on a light page the ramp is turned round: low is always near the page.
+The ramp runs from deep blue over teal to pale yellow with evenly growing lightness, so that it also reads
+in grey. On a dark page low values are dark; on a light page the ramp is turned round: low is always near
+the page.
 """
 
 from __future__ import annotations
@@ -18,11 +19,17 @@ from .png import RGB
 LEVELS = 64
 
 # OKLCH: lightness, chroma, hue in degrees, evenly spaced from dark to bright.
-_CONTROL = ((0.25, 0.075, 272), (0.425, 0.095, 250), (0.60, 0.095, 210), (0.785, 0.105, 152), (0.965, 0.055, 105))
+_CONTROL = (
+    (0.25, 0.075, 272),
+    (0.425, 0.095, 250),
+    (0.60, 0.095, 210),
+    (0.785, 0.105, 152),
+    (0.965, 0.055, 105),
+)
 
 
 def _srgb(lightness: float, a: float, b: float) -> RGB:
-    """OKLab to 8-bit sRGB; matrices from B. Ottosson, "A perceptual color space for image processing" (2020)."""
+    """OKLab to 8-bit sRGB; matrices from B. Ottosson, "A perceptual color space" (2020)."""
     cone = (
         (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3,
         (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3,
@@ -33,7 +40,9 @@ def _srgb(lightness: float, a: float, b: float) -> RGB:
         -1.2684380046 * cone[0] + 2.6097574011 * cone[1] - 0.3413193965 * cone[2],
         -0.0041960863 * cone[0] - 0.7034186147 * cone[1] + 1.7076147010 * cone[2],
     )
-    channels = (12.92 * c if c <= 0.0031308 else 1.055 * c ** (1 / 2.4) - 0.055 for c in (max(c, 0.0) for c in linear))
+    channels = (
+        12.92 * c if c <= 0.0031308 else 1.055 * c ** (1 / 2.4) - 0.055 for c in (max(c, 0.0) for c in linear)
+    )
     red, green, blue = (round(255 * min(c, 1.0)) for c in channels)
     return red, green, blue
 
@@ -41,7 +50,9 @@ def _srgb(lightness: float, a: float, b: float) -> RGB:
 @cache
 def ramp(n: int = LEVELS, *, light: bool = False) -> tuple[RGB, ...]:
     """`n` colours from low to high, for a dark page, or reversed for a light one."""
-    control = np.array([(li, c * math.cos(math.radians(h)), c * math.sin(math.radians(h))) for li, c, h in _CONTROL])
+    control = np.array(
+        [(li, c * math.cos(math.radians(h)), c * math.sin(math.radians(h))) for li, c, h in _CONTROL]
+    )
     at = np.linspace(0, len(control) - 1, n)
     lab = [np.interp(at, np.arange(len(control)), control[:, i]) for i in range(3)]
     colours = tuple(_srgb(float(li), float(a), float(b)) for li, a, b in zip(*lab, strict=True))
@@ -99,8 +110,9 @@ class Scale:
 def scale(values: np.ndarray, *, log: bool = False, limits: tuple[float, float] | None = None) -> Scale:
     """The given limits, or robust ones: a few extreme values must not wash out the rest.
 
-    Without limits a linear scale starts at zero when all values are non-negative and ends at the largest value or at
-    three times the root mean square, whichever is smaller; a logarithmic one spans the positive values.
+    Without limits a linear scale starts at zero when all values are non-negative and ends at the largest
+    value or at three times the root mean square, whichever is smaller; a logarithmic one spans the positive
+    values.
     """
     known = values[np.isfinite(values)].astype(float)
     if log:
@@ -113,6 +125,10 @@ def scale(values: np.ndarray, *, log: bool = False, limits: tuple[float, float] 
         low, high = float(known.min()), float(known.max())
     else:
         low = 0.0 if known.min() >= 0 else float(np.percentile(known, 1))
-        robust = 3 * float(np.sqrt(np.mean(np.square(known, dtype=float)))) if low == 0.0 else np.percentile(known, 99)
+        robust = (
+            3 * float(np.sqrt(np.mean(np.square(known, dtype=float))))
+            if low == 0.0
+            else np.percentile(known, 99)
+        )
         high = min(float(known.max()), float(robust))
     return Scale(low, high, log, bool(known.size and known.max() > high * (1 + 1e-9)))

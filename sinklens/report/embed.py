@@ -1,7 +1,7 @@
-"""What travels inside the page: the run's document, the values behind the figures, and the tokens, as one JSON.
+"""What travels inside the page as one JSON: the document, the values behind the figures, the tokens.
 
-It stands in `<script type="application/json" id="sinklens-run">`, so that a saved report can be read again, and so
-that the page's own script needs no request. Arrays are base64 of little-endian numbers.
+It stands in `<script type="application/json" id="sinklens-run">`, so that a saved report can be read again,
+and so that the page's own script needs no request. Arrays are base64 of little-endian numbers.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def samples(figure: SamplesFigure, counts: Counts) -> dict[str, Any]:
 
 
 def tokens(prompts: Sequence[Mapping[str, Any]], budget: int = 400_000) -> dict[str, Any]:
-    """The prompts' tokens with each (id, text) pair once; prompts beyond `budget` tokens in all are left out."""
+    """The prompts' tokens, each (id, text) pair once; prompts beyond `budget` tokens in all are left out."""
     words: dict[tuple[int, str], int] = {}
     items: dict[str, str] = {}
     for place, prompt in enumerate(prompts):
@@ -93,7 +93,9 @@ def tokens(prompts: Sequence[Mapping[str, Any]], budget: int = 400_000) -> dict[
         if budget < 0 or not pieces:
             continue
         ids = list(prompt.get("token_ids") or [-1] * len(pieces))
-        found = [words.setdefault((int(i), text.token(p)), len(words)) for i, p in zip(ids, pieces, strict=True)]
+        found = [
+            words.setdefault((int(i), text.token(p)), len(words)) for i, p in zip(ids, pieces, strict=True)
+        ]
         items[str(place)] = packed(found, "<u4")
     return {"words": [list(word) for word in words], "items": items}
 

@@ -1,4 +1,4 @@
-"""Heat maps as SVG: one path per colour level, or an inline image beyond a few thousand cells; axes always SVG."""
+"""Heat maps as SVG: one path per colour level, or an inline image beyond a few thousand cells."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from markupsafe import Markup
 from sinklens.core.figures import Heatmap
 
 from . import colour, png
-from .numbers import number, with_unit
+from .numbers import brief, number, with_unit
 from .svg import canvas, index_ticks, label, tag, text_width
 
 PATH_CELLS = 4000
@@ -24,7 +24,7 @@ _MARGINAL, _BAR = 74, 66
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure as SVG, or None and why; `notes` are sentences about the drawing itself, to stand by the caption."""
+    """A figure as SVG, or None and why; `notes` are sentences about the drawing, to stand by the caption."""
 
     svg: Markup | None
     notes: tuple[str, ...] = ()
@@ -51,7 +51,7 @@ class _Plot:
 
 
 def draw(
-    figure: Heatmap, *, figure_id: str, width: int = 640, height: int = 380, cap: tuple[int, int] = (64, 32)
+    figure: Heatmap, *, figure_id: str, width: int = 578, height: int = 380, cap: tuple[int, int] = (64, 32)
 ) -> Drawing:
     """The map with axes, colour bar, marks and, for maps by layer, the mean of each row.
 
@@ -64,14 +64,15 @@ def draw(
         return Drawing(None, ("There are no values to draw.",))
     scale = colour.scale(values, log=figure.log, limits=figure.limits)
     with_rows = _has_marginal(figure, values)
-    plot = _place(values.shape, width - _LEFT - _BAR - (_MARGINAL if with_rows else 0), height, cap)
+    bar = 14 + max(_BAR - 14, text_width(figure.unit))
+    plot = _place(values.shape, width - _LEFT - bar - (_MARGINAL if with_rows else 0), height, cap)
     right = plot.x + plot.width + (_MARGINAL if with_rows else 0)
     parts = [_cells(scale, values, plot), _frame(plot), _marks(figure, plot), *_axes(figure, plot)]
     if with_rows:
-        parts.append(_row_means(values, plot, figure.unit))
+        parts.append(_row_means(values, plot))
     parts.append(_colour_bar(scale, right + 14, plot, figure.unit))
     svg = canvas(
-        max(right + _BAR, _LEFT + text_width(figure.x_label) + 40),
+        max(right + bar, _LEFT + text_width(figure.x_label) + 40),
         plot.y + max(plot.height, 70) + _BOTTOM,
         *parts,
         description=describe(figure),
@@ -86,7 +87,9 @@ def draw(
 def describe(figure: Heatmap) -> str:
     """The map in one sentence, for readers who do not see it."""
     values = np.asarray(figure.values, dtype=float)
-    row, column = np.unravel_index(int(np.nanargmax(np.where(np.isfinite(values), values, -np.inf))), values.shape)
+    row, column = np.unravel_index(
+        int(np.nanargmax(np.where(np.isfinite(values), values, -np.inf))), values.shape
+    )
     return (
         f"{figure.title}: {values.shape[0]} by {values.shape[1]} ({figure.y_label} by {figure.x_label}), "
         f"largest {with_unit(float(values[row, column]), figure.unit)} {figure.unit} "
@@ -95,7 +98,7 @@ def describe(figure: Heatmap) -> str:
 
 
 def pooled(values: Float[np.ndarray, "y x"], rows: int, columns: int) -> Float[np.ndarray, "v u"]:
-    """The map at no more than `rows` by `columns`; each new cell is the largest of its block, so no peak is lost."""
+    """The map at no more than `rows` by `columns`; a new cell is the largest of its block."""
     steps = [math.ceil(n / most) for n, most in zip(values.shape, (rows, columns), strict=True)]
     pad = [(0, -n % step) for n, step in zip(values.shape, steps, strict=True)]
     filled = np.pad(np.where(np.isfinite(values), values, -np.inf), pad, constant_values=-np.inf)
@@ -114,22 +117,37 @@ def level_paths(levels: Int[np.ndarray, "y x"]) -> Markup:
                 if row[start] >= 0:
                     commands.setdefault(row[start], []).append(f"M{start} {y}h{x - start}v1h{start - x}z")
                 start = x
-    return Markup("").join(tag("path", class_=f"q{level}", d="".join(commands[level])) for level in sorted(commands))
+    return Markup("").join(
+        tag("path", class_=f"q{level}", d="".join(commands[level])) for level in sorted(commands)
+    )
 
 
 def _place(shape: tuple[int, ...], width: float, height: float, cap: tuple[int, int]) -> _Plot:
     rows, columns = shape
-    sizes = [min(room / n, most) for room, n, most in ((width, columns, cap[0]), (height - _TOP - _BOTTOM, rows, cap[1]))]
+    sizes = [
+        min(room / n, most)
+        for room, n, most in ((width, columns, cap[0]), (height - _TOP - _BOTTOM, rows, cap[1]))
+    ]
     sizes = [math.floor(size) if size >= 4 else size for size in sizes]
     return _Plot(_LEFT, _TOP, sizes[0], sizes[1], columns, rows)
 
 
 def _cells(scale: colour.Scale, values: np.ndarray, plot: _Plot) -> Markup:
     hatch = tag("rect", x=plot.x, y=plot.y, width=plot.width, height=plot.height, class_="hatch")
-    small = values if values.size <= PATH_CELLS else pooled(values, max(1, int(plot.height)), max(1, int(plot.width)))
+    small = (
+        values
+        if values.size <= PATH_CELLS
+        else pooled(values, max(1, int(plot.height)), max(1, int(plot.width)))
+    )
     levels = scale.levels(small)
     if values.size > PATH_CELLS:
-        box = {"x": plot.x, "y": plot.y, "width": plot.width, "height": plot.height, "preserveAspectRatio": "none"}
+        box = {
+            "x": plot.x,
+            "y": plot.y,
+            "width": plot.width,
+            "height": plot.height,
+            "preserveAspectRatio": "none",
+        }
         images = [
             tag("image", href=png.data_uri(png.encode(levels, colour.ramp(light=light))), class_=theme, **box)
             for light, theme in ((True, "on-light"), (False, "on-dark"))
@@ -140,7 +158,9 @@ def _cells(scale: colour.Scale, values: np.ndarray, plot: _Plot) -> Markup:
 
 
 def _frame(plot: _Plot) -> Markup:
-    return tag("rect", x=plot.x - 0.5, y=plot.y - 0.5, width=plot.width + 1, height=plot.height + 1, class_="frame")
+    return tag(
+        "rect", x=plot.x - 0.5, y=plot.y - 0.5, width=plot.width + 1, height=plot.height + 1, class_="frame"
+    )
 
 
 def _marks(figure: Heatmap, plot: _Plot) -> Markup:
@@ -171,7 +191,7 @@ def _has_marginal(figure: Heatmap, values: np.ndarray) -> bool:
     return figure.y_label == "layer" and not figure.log and bool(known.min() >= 0) and values.shape[1] > 1
 
 
-def _row_means(values: np.ndarray, plot: _Plot, unit: str) -> Markup:
+def _row_means(values: np.ndarray, plot: _Plot) -> Markup:
     means = [float(np.mean(row[np.isfinite(row)])) if np.isfinite(row).any() else math.nan for row in values]
     top = max((mean for mean in means if math.isfinite(mean)), default=0.0)
     x, room = plot.x + plot.width + 8, _MARGINAL - 16
@@ -186,7 +206,7 @@ def _row_means(values: np.ndarray, plot: _Plot, unit: str) -> Markup:
         label("row mean", x, plot.y - 8, "t axis"),
         tag("path", d=f"M{x:g} {plot.y:g}v{plot.height:g}", class_="rule"),
         *bars,
-        label(f"to {with_unit(top, unit)}", x, plot.y + plot.height + 14, "t tick"),
+        label(f"to {brief(top)}", x, plot.y + plot.height + 14, "t tick"),
         class_="means",
     )
 
@@ -194,17 +214,21 @@ def _row_means(values: np.ndarray, plot: _Plot, unit: str) -> Markup:
 def _colour_bar(scale: colour.Scale, x: float, plot: _Plot, unit: str) -> Markup:
     height = min(max(plot.height, 70), 180)
     parts = [
-        tag("use", href="#ramp", transform=f"translate({x:g} {plot.y:g}) scale(10 {height / colour.LEVELS:.4g})"),
+        tag(
+            "use",
+            href="#ramp",
+            transform=f"translate({x:g} {plot.y:g}) scale(10 {height / colour.LEVELS:.4g})",
+        ),
         tag("rect", x=x - 0.5, y=plot.y - 0.5, width=11, height=height + 1, class_="frame"),
         label(unit, x, plot.y - 8, "t axis"),
     ]
     if scale.high > scale.low:
         for part in (0.0, 0.5, 1.0):
             y = plot.y + (1 - part) * height
-            text = ("≥ " if part == 1 and scale.clipped else "") + with_unit(scale.at(part), unit)
+            text = ("≥ " if part == 1 and scale.clipped else "") + brief(float(scale.at(part)))
             parts.append(label(text, x + 15, y + (10 if part == 1 else 0 if part == 0 else 4), "t tick"))
     else:
-        parts.append(label(with_unit(scale.low, unit), x + 15, plot.y + height / 2 + 4, "t tick"))
+        parts.append(label(brief(scale.low), x + 15, plot.y + height / 2 + 4, "t tick"))
     return tag("g", *parts, class_="bar")
 
 
@@ -212,7 +236,9 @@ def _notes(figure: Heatmap, values: np.ndarray, plot: _Plot, scale: colour.Scale
     notes = []
     known = values[np.isfinite(values)]
     if scale.clipped:
-        notes.append(f"Colours end at {number(scale.high)}; the largest value is {number(float(known.max()))}.")
+        notes.append(
+            f"Colours end at {number(scale.high)}; the largest value is {number(float(known.max()))}."
+        )
     if values.size > PATH_CELLS and (plot.cell_width < 1 or plot.cell_height < 1):
         notes.append("Where cells are narrower than a pixel, the largest of them is drawn.")
     if known.size < values.size:

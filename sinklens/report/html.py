@@ -22,6 +22,7 @@ from .mathml import formula
 _HERE = Path(__file__).parent
 _SCRIPTS = ("data", "maps", "samples", "tables", "tokens", "page")
 
+_HALF_WIDTH, _FULL_WIDTH, _WIDE_COLUMNS = 578, 1180, 64
 STATIC_TOKENS, STATIC_PER_PROMPT = 20_000, 512
 """Tokens written into the page in all and per prompt; the script shows the others from the embedded data."""
 
@@ -33,6 +34,7 @@ class FigureView:
     Attributes:
         svg: Drawings, one or (for `Samples`) two; empty if there is nothing to draw.
         notes: Sentences about the drawing.
+        wide: Whether it takes the whole width of the page.
         slider: For `Samples`: number of thresholds, index of the finding's own, the sentence at it.
     """
 
@@ -43,6 +45,7 @@ class FigureView:
     svg: tuple[Markup, ...]
     notes: tuple[str, ...]
     slider: dict[str, Any] | None = None
+    wide: bool = False
 
 
 def render_report(
@@ -78,16 +81,17 @@ def render_report(
             detail=f"Expected schema {embed.RUN_SCHEMA!r}, found {document.get('schema')!r}.",
             hint="Pass summary.json of a run folder: sinklens report RUN",
         )
-    document, given = embed.plain(document), list(prompts or ())
+    record: dict[str, Any] = embed.plain(document)
+    given = list(prompts or ())
     drawn = {name: list(found) for name, found in figures.items()}
     if not include_text:
-        redactor = redact.Redactor(document, given)
-        document = redactor.document(document)
+        redactor = redact.Redactor(record, given)
+        record = redactor.document(record)
         drawn = {name: [redactor.figure(figure) for figure in found] for name, found in drawn.items()}
         tiles = [redactor.tile(tile) for tile in tiles]
         given = [redact.bare_prompt(prompt) for prompt in given]
     paragraph = methods_paragraph or _paragraph(methods)
-    return _render(document, drawn, tiles, given, methods, paragraph, title, include_text)
+    return _render(record, drawn, tiles, given, methods, paragraph, title, include_text)
 
 
 def write_report(path: str | os.PathLike[str], *args: Any, **options: Any) -> Path:
@@ -102,7 +106,8 @@ def write_report(path: str | os.PathLike[str], *args: Any, **options: Any) -> Pa
     except OSError as error:
         unfinished.unlink(missing_ok=True)
         raise DataError(
-            f"Cannot write the report {str(target)!r}: {error.strerror}.", hint="Choose another place with --out."
+            f"Cannot write the report {str(target)!r}: {error.strerror}.",
+            hint="Choose another place with --out.",
         ) from error
     return target
 
@@ -178,13 +183,15 @@ def _figures(section: str, figures: Sequence[Figure], data: dict[str, Any]) -> l
 
 
 def _figure(figure: Figure, identifier: str) -> tuple[dict[str, Any] | None, FigureView]:
-    parts = {"id": identifier, "title": figure.title, "caption": figure.caption}
+    parts: dict[str, Any] = {"id": identifier, "title": figure.title, "caption": figure.caption}
     if isinstance(figure, Lines):
         drawing = lines.draw(figure, figure_id=identifier)
         return embed.lines(figure), FigureView(**parts, unit="", svg=_svgs(drawing), notes=drawing.notes)
     if isinstance(figure, Heatmap):
-        drawing = heatmap.draw(figure, figure_id=identifier)
-        return embed.heatmap(figure), FigureView(**parts, unit=figure.unit, svg=_svgs(drawing), notes=drawing.notes)
+        wide = np.ndim(figure.values) == 2 and np.shape(figure.values)[1] > _WIDE_COLUMNS
+        drawing = heatmap.draw(figure, figure_id=identifier, width=_FULL_WIDTH if wide else _HALF_WIDTH)
+        view = FigureView(**parts, unit=figure.unit, svg=_svgs(drawing), notes=drawing.notes, wide=wide)
+        return embed.heatmap(figure), view
     if np.ndim(figure.values) != 3 or not np.size(figure.values) or not np.isfinite(figure.values).any():
         return None, FigureView(**parts, unit="", svg=(), notes=("There are no values to draw.",))
     counts = samples.count(figure)
@@ -200,7 +207,9 @@ def _svgs(*drawings: heatmap.Drawing) -> tuple[Markup, ...]:
     return tuple(drawing.svg for drawing in drawings if drawing.svg is not None)
 
 
-def _first_screen(figures: Mapping[str, Sequence[Figure]], ids: Mapping[str, str]) -> dict[str, FigureView | None]:
+def _first_screen(
+    figures: Mapping[str, Sequence[Figure]], ids: Mapping[str, str]
+) -> dict[str, FigureView | None]:
     """The main map and the curve, drawn to fit; they share the embedded values of their sections."""
     shown: dict[str, FigureView | None] = {"map": None, "norms": None}
     known = {name: found for name, found in figures.items() if name in ids}
@@ -209,7 +218,9 @@ def _first_screen(figures: Mapping[str, Sequence[Figure]], ids: Mapping[str, str
         identifier = f"{ids[name]}--{text.slug(figure.key)}"
         flat = samples.rate_map(figure) if isinstance(figure, Samples) else figure
         drawing = heatmap.draw(flat, figure_id=identifier, width=660, height=372, cap=(72, 44))
-        shown["map"] = FigureView(identifier, flat.title, flat.caption, flat.unit, _svgs(drawing), drawing.notes)
+        shown["map"] = FigureView(
+            identifier, flat.title, flat.caption, flat.unit, _svgs(drawing), drawing.notes
+        )
     if (curve := page.norm_curve(known)) is not None:
         name, line = curve
         identifier = f"{ids[name]}--{text.slug(line.key)}"
@@ -225,7 +236,9 @@ def _viewer(prompts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         pieces = list(prompt.get("pieces") or ())
         shown = pieces[: max(0, min(left, STATIC_PER_PROMPT))]
         left -= len(shown)
-        views.append({"place": place, "shown": [text.token(p) for p in shown], "missing": len(pieces) - len(shown)})
+        views.append(
+            {"place": place, "shown": [text.token(p) for p in shown], "missing": len(pieces) - len(shown)}
+        )
     return views
 
 
@@ -239,7 +252,10 @@ def _method(method: Mapping[str, Any]) -> dict[str, Any]:
     blank = dict.fromkeys(("title", "authors", "year", "url", "section", "code", "bibtex"))
     reference = {**blank, **(method.get("reference") or {})}
     return {
-        **{key: method.get(key) or "" for key in ("title", "first_line", "how", "compared", "not_trust", "source_file")},
+        **{
+            key: method.get(key) or ""
+            for key in ("title", "first_line", "how", "compared", "not_trust", "source_file")
+        },
         "name": str(method["name"]),
         "id": "method-" + text.slug(str(method["name"])),
         "formula": formula(str(method.get("formula_mathml") or "")),
@@ -251,7 +267,9 @@ def _method(method: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _paragraph(methods: Sequence[Mapping[str, Any]]) -> str:
-    return "\n\n".join(dict.fromkeys(str(m["methods_paragraph"]) for m in methods if m.get("methods_paragraph")))
+    return "\n\n".join(
+        dict.fromkeys(str(m["methods_paragraph"]) for m in methods if m.get("methods_paragraph"))
+    )
 
 
 @cache

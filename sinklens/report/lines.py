@@ -11,8 +11,8 @@ from markupsafe import Markup
 from sinklens.core.figures import Lines, Series
 
 from .heatmap import Drawing
-from .numbers import number
-from .svg import canvas, label, log_ticks, tag, text_width, tick_text, ticks
+from .numbers import brief, number
+from .svg import canvas, label, log_ticks, tag, text_width, ticks
 from .text import shorten
 
 STYLES = 6
@@ -40,7 +40,7 @@ class _Axes:
         return self.box[1] + self.box[3] * (1 - part)
 
 
-def draw(figure: Lines, *, figure_id: str, width: int = 640, height: int = 300) -> Drawing:
+def draw(figure: Lines, *, figure_id: str, width: int = 578, height: int = 300) -> Drawing:
     """The curves with axes, a legend above and labelled vertical marks; NaN breaks a line.
 
     Args:
@@ -95,7 +95,11 @@ def _axes(figure: Lines, series: list[Series], box: tuple[float, float, float, f
     xs = np.concatenate([s.x[k] for s, k in zip(series, known, strict=True)])
     ys = np.concatenate([s.y[k] for s, k in zip(series, known, strict=True)])
     marked = [x for x, _ in figure.marks if math.isfinite(x)]
-    x = (min(float(xs.min()), *marked), max(float(xs.max()), *marked)) if marked else (float(xs.min()), float(xs.max()))
+    x = (
+        (min(float(xs.min()), *marked), max(float(xs.max()), *marked))
+        if marked
+        else (float(xs.min()), float(xs.max()))
+    )
     if figure.bars:
         half = _spacing(series) / 2
         x = (x[0] - half, x[1] + half)
@@ -114,16 +118,22 @@ def _grid(figure: Lines, axes: _Axes) -> list[Markup]:
     for value in log_ticks(*axes.y) if axes.log else ticks(*axes.y, most=max(2, int(height / 34))):
         y = axes.py(value)
         parts.append(tag("path", d=f"M{left:g} {y:.1f}h{width:g}", class_="grid"))
-        parts.append(label(tick_text(value), left - 7, y + 4, "t tick", text_anchor="end"))
-    whole = all(float(v).is_integer() for s in figure.series for v in np.asarray(s.x, dtype=float) if math.isfinite(v))
+        parts.append(label(brief(float(value)), left - 7, y + 4, "t tick", text_anchor="end"))
+    whole = all(
+        float(v).is_integer() for s in figure.series for v in np.asarray(s.x, dtype=float) if math.isfinite(v)
+    )
     for value in ticks(*axes.x, most=max(2, int(width / 62))):
         if float(value).is_integer() or not whole:
-            parts.append(label(tick_text(value), axes.px(value), top + height + 15, "t tick", text_anchor="middle"))
+            parts.append(
+                label(brief(float(value)), axes.px(value), top + height + 15, "t tick", text_anchor="middle")
+            )
     parts.append(tag("path", d=f"M{left:g} {top + height:g}h{width:g}", class_="rule"))
     parts.append(label(f"{figure.x_label} →", left, top + height + 31, "t axis"))
     middle = top + height / 2
     turned = f"rotate(-90 13 {middle:.1f})"
-    parts.append(label(shorten(figure.y_label, 44), 13, middle, "t axis", text_anchor="middle", transform=turned))
+    parts.append(
+        label(shorten(figure.y_label, 44), 13, middle, "t axis", text_anchor="middle", transform=turned)
+    )
     return parts
 
 
@@ -151,11 +161,12 @@ def _curve(series: Series, index: int, axes: _Axes) -> Markup:
 
 
 def _marker(index: int, x: float, y: float, r: float = 2.6) -> Markup:
+    d = r + 1
     shapes = (
         f"M{x - r:.1f} {y:.1f}a{r} {r} 0 1 0 {2 * r:.1f} 0a{r} {r} 0 1 0 {-2 * r:.1f} 0z",
         f"M{x - r:.1f} {y - r:.1f}h{2 * r:.1f}v{2 * r:.1f}h{-2 * r:.1f}z",
         f"M{x:.1f} {y - r - 1:.1f}l{r + 1:.1f} {2 * r + 1:.1f}h{-2 * r - 2:.1f}z",
-        f"M{x:.1f} {y - r - 1:.1f}l{r + 1:.1f} {r + 1:.1f}l{-r - 1:.1f} {r + 1:.1f}l{-r - 1:.1f} {-r - 1:.1f}z",
+        f"M{x:.1f} {y - d:.1f}l{d:.1f} {d:.1f}l{-d:.1f} {d:.1f}l{-d:.1f} {-d:.1f}z",
         f"M{x - r:.1f} {y - r:.1f}l{2 * r:.1f} {2 * r:.1f}m0 {-2 * r:.1f}l{-2 * r:.1f} {2 * r:.1f}",
         f"M{x - r:.1f} {y:.1f}h{2 * r:.1f}m{-r:.1f} {-r:.1f}v{2 * r:.1f}",
     )
@@ -191,7 +202,13 @@ def _bars(series: list[Series], axes: _Axes) -> list[Markup]:
     for index, s in enumerate(series):
         offset = (index - len(series) / 2) * thick
         rects = [
-            tag("rect", x=axes.px(x) + offset, width=max(thick, 0.5), y=min(axes.py(y), foot), height=abs(axes.py(y) - foot))
+            tag(
+                "rect",
+                x=axes.px(x) + offset,
+                width=max(thick, 0.5),
+                y=min(axes.py(y), foot),
+                height=abs(axes.py(y) - foot),
+            )
             for x, y in zip(s.x.tolist(), s.y.tolist(), strict=True)
             if math.isfinite(y)
         ]
@@ -215,7 +232,9 @@ def _legend(series: list[Series], room: float, *, bars: bool) -> tuple[Markup, i
         if bars:
             sample, marker = tag("rect", x=left + 8, y=y - 9, width=10, height=10), Markup("")
         strong = " strong" if s.emphasis else ""
-        parts.append(tag("g", sample, marker, class_=f"s{index % STYLES}{strong}" + (" bars" if bars else "")))
+        parts.append(
+            tag("g", sample, marker, class_=f"s{index % STYLES}{strong}" + (" bars" if bars else ""))
+        )
         parts.append(label(name, left + 27, y, "t"))
         x += width
     return tag("g", *parts, class_="legend"), row + 1
@@ -229,7 +248,9 @@ def _marks(figure: Lines, axes: _Axes, rows: int) -> list[Markup]:
     """Vertical lines; their labels climb like stairs so that neighbours do not overlap."""
     left, top, width, height = axes.box
     parts = []
-    for index, (x, text) in enumerate(sorted((m for m in figure.marks if math.isfinite(m[0])), key=lambda m: m[0])):
+    for index, (x, text) in enumerate(
+        sorted((m for m in figure.marks if math.isfinite(m[0])), key=lambda m: m[0])
+    ):
         at, name = axes.px(x), shorten(text, 30)
         y = top - 4 - 13 * (rows - 1 - index % rows)
         turned = at + text_width(name) > left + width

@@ -7,18 +7,22 @@ import xml.etree.ElementTree as ET
 from markupsafe import Markup, escape
 
 _ELEMENTS = frozenset(
-    "math mrow mi mn mo ms mtext mspace mfrac msqrt mroot msub msup msubsup munder mover munderover mmultiscripts "
-    "mprescripts none mtable mtr mtd mfenced mpadded mphantom menclose mstyle semantics".split()
+    """
+    math mrow mi mn mo ms mtext mspace mfrac msqrt mroot msub msup msubsup munder mover munderover
+    mmultiscripts mprescripts none mtable mtr mtd mfenced mpadded mphantom menclose mstyle semantics
+    """.split()  # noqa: SIM905
 )
 _ATTRIBUTES = frozenset(
-    "display mathvariant stretchy fence separator form lspace rspace accent accentunder movablelimits largeop "
-    "symmetric width height depth columnalign rowspacing columnspacing linethickness displaystyle scriptlevel "
-    "open close separators dir".split()
+    """
+    display mathvariant stretchy fence separator form lspace rspace accent accentunder movablelimits largeop
+    symmetric width height depth columnalign rowspacing columnspacing linethickness displaystyle scriptlevel
+    open close separators dir
+    """.split()  # noqa: SIM905
 )
 
 
 def formula(source: str) -> Markup:
-    """The formula as markup if it is well-formed MathML of known elements; anything else is shown as plain text."""
+    """The formula as markup if it is well-formed MathML of known elements, else as plain text."""
     if not source.strip():
         return Markup("")
     if "<!" in source or "<?" in source:  # no document types, entities or processing instructions

@@ -1,7 +1,7 @@
 """Numbers as people read them: few digits, a real minus sign, powers of ten, never a rounded lie.
 
-The report's script repeats `number` (static/data.js), so that a value reads the same in a table and under the
-pointer; tests hold the two against each other.
+The report's script repeats these rules (static/data.js), so that a value reads the same in a table and
+under the pointer; tests hold the two against each other.
 """
 
 from __future__ import annotations
@@ -36,6 +36,15 @@ def number(value: Any, digits: int = 3) -> str:
     return _fraction(value, digits)
 
 
+def brief(value: Any, digits: int = 3) -> str:
+    """`number` without zeros at its end: for thresholds and ticks, which people chose round."""
+    text = number(value, digits)
+    mantissa, times, power = text.partition(" × ")
+    if "." in mantissa and isinstance(value, float):
+        mantissa = mantissa.rstrip("0").rstrip(".")
+    return mantissa + times + power
+
+
 def integer(value: int) -> str:
     """Digits in groups of three from five digits on: 12 345."""
     text = f"{abs(value):,}".replace(",", _THIN) if abs(value) >= 10_000 else str(abs(value))
@@ -68,7 +77,7 @@ def percent(value: float | None) -> str:
         return f"{value:.0f}"
     for decimals in (1, 2, 3):
         text = f"{value:.{decimals}f}"
-        if 0.0 < abs(float(text)) and float(text) != 100.0:
+        if float(text) not in (0.0, 100.0):
             return text.replace("-", _MINUS)
     return "> 99.999" if value > 50 else "< 0.001"
 

@@ -1,4 +1,4 @@
-"""From the run's document to what the page shows: verdict, tiles, sections. Decides words and order, draws nothing."""
+"""From the run's document to what the page shows. Decides words and order, draws nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from sinklens.core.figures import Figure, Heatmap, Lines, Samples, Tile
 
 from . import text
-from .numbers import duration, number, size
+from .numbers import brief, duration, number, size
 
 FIRST_TILES = 6
 
@@ -28,7 +28,19 @@ _TITLES = {
 }
 """Known sections in order: title, name in the navigation. Others follow under their own names."""
 
-RESERVED = {"top", "map", "norms", "trust", "prompts", "methods", "manifest", "sinklens-run", "ramp", "hatch", "help"}
+RESERVED = {
+    "top",
+    "map",
+    "norms",
+    "trust",
+    "prompts",
+    "methods",
+    "manifest",
+    "sinklens-run",
+    "ramp",
+    "hatch",
+    "help",
+}
 
 _HEADLINES = {"sink": "Attention sink", "no-sink": "No attention sink", "untrusted": "Not trustworthy"}
 
@@ -107,7 +119,7 @@ def checks(document: Mapping[str, Any]) -> tuple[Check, ...]:
 
 
 def verdict(document: Mapping[str, Any]) -> Verdict:
-    """The verdict, or, when a check failed, that there is none: a sentence in the document never overrides a check."""
+    """The verdict, or, when a check failed, that there is none: no sentence overrides a check."""
     given = document.get("verdict") or {}
     found = checks(document)
     failed = [check.name for check in found if check.passed is False]
@@ -124,7 +136,9 @@ def verdict(document: Mapping[str, Any]) -> Verdict:
     else:
         skipped = sum(check.passed is None for check in found)
         passed = len(found) - skipped
-        trust = f"All {passed} checks passed." if not skipped else f"{passed} checks passed, {skipped} not run."
+        trust = (
+            f"All {passed} checks passed." if not skipped else f"{passed} checks passed, {skipped} not run."
+        )
     headline = _HEADLINES.get(status, status.replace("-", " ").capitalize())
     sentence = sentence or "The run gave no verdict."
     return Verdict(status, headline, sentence, str(given.get("rule") or ""), status != "untrusted", trust)
@@ -163,7 +177,9 @@ def sections(document: Mapping[str, Any], methods: Sequence[Mapping[str, Any]]) 
     """One section per finding: the known ones in their order, then the others as they come."""
     findings = document.get("findings") or {}
     titles = {str(m.get("name")): str(m.get("title") or "") for m in methods}
-    order = [name for name in _TITLES if name in findings] + [name for name in findings if name not in _TITLES]
+    order = [name for name in _TITLES if name in findings] + [
+        name for name in findings if name not in _TITLES
+    ]
     taken = set(RESERVED)
     built = []
     for name in order:
@@ -190,7 +206,7 @@ def _section(name: str, identifier: str, titles: tuple[str, str], finding: Mappi
         reason=reason or "the run gave no reason.",
         notes=tuple(str(note) for note in finding.get("notes") or ()),
         parameters=pairs(parameters),
-        summary=pairs(finding.get("summary") or {}),
+        summary=pairs(finding.get("summary") or {}, finding.get("units") or {}),
         rows=rows,
         units=dict(finding.get("units") or {}),
         thresholds=_thresholds(rows, parameters),
@@ -209,7 +225,7 @@ def _thresholds(rows: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any]
 
 
 def main_map(figures: Mapping[str, Sequence[Figure]]) -> tuple[str, Heatmap | Samples] | None:
-    """The first screen's map: a layer-by-head map of the primary sinks, else of anything; with its analyzer."""
+    """The first screen's map, with its analyzer: layers by heads, of the primary sinks if possible."""
     from_sinks = [("primary-sinks", f) for f in figures.get("primary-sinks", ())]
     others = [(name, f) for name, found in figures.items() for f in found if name != "primary-sinks"]
     candidates = [*from_sinks, *others]
@@ -229,13 +245,17 @@ def norm_curve(figures: Mapping[str, Sequence[Figure]]) -> tuple[str, Lines] | N
     return None
 
 
-def tile_views(tiles: Iterable[Tile], ids: Mapping[str, str], methods: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def tile_views(
+    tiles: Iterable[Tile], ids: Mapping[str, str], methods: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """Tiles with their links resolved: to a section, to the method's definition and to its paper."""
     papers = {str(m.get("name")): text.web_link((m.get("reference") or {}).get("url")) for m in methods}
     views = []
     for tile in tiles:
         name = tile.link.removeprefix("#")
-        target = f"#{ids.get(name, text.slug(name))}" if name and "://" not in name and ":" not in name else None
+        target = (
+            f"#{ids.get(name, text.slug(name))}" if name and "://" not in name and ":" not in name else None
+        )
         views.append(
             {
                 "tile": replace(tile, value=text.shorten(tile.value, 40)),
@@ -284,9 +304,12 @@ def command(manifest: Mapping[str, Any]) -> str:
     return shlex.join(str(v) for v in value) if isinstance(value, list | tuple) else str(value)
 
 
-def pairs(values: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Names and values as they are printed."""
-    return tuple((_words(key), _short(value)) for key, value in values.items())
+def pairs(values: Mapping[str, Any], units: Mapping[str, str] | None = None) -> tuple[tuple[str, str], ...]:
+    """Names and values as they are printed, with the unit where one is known."""
+    known = units or {}
+    return tuple(
+        (_words(key), f"{_short(value)} {known.get(key, '')}".rstrip()) for key, value in values.items()
+    )
 
 
 def _words(key: Any) -> str:
@@ -298,4 +321,4 @@ def _short(value: Any, limit: int = 300) -> str:
         return text.shorten(", ".join(_short(v) for v in value), limit) or "none"
     if isinstance(value, list | tuple | Mapping):
         return text.shorten(json.dumps(value, ensure_ascii=False, default=str), limit)
-    return text.shorten(value, limit) if isinstance(value, str) else number(value)
+    return text.shorten(value, limit) if isinstance(value, str) else brief(value)

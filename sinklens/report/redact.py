@@ -1,7 +1,7 @@
 """The report without the prompts' text: for prompts that must not leave the machine.
 
-Hashes, counts and positions stay. Token strings and ids go from rows, manifest and prompts; where a sentence quotes
-a token, the quotation is replaced.
+Hashes, counts and positions stay. Token strings and ids go from rows, manifest and prompts; where a
+sentence quotes a token, the quotation is replaced.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from sinklens.core.figures import Figure, Lines, Tile
 
 HIDDEN = "[text left out]"
 _SECRET = {"token", "tokens", "token_id", "token_ids", "pieces", "first_tokens", "prompt", "prompt_text"}
-_QUOTED = re.compile(r"'((?:[^'\\]|\\.){1,200})'|\"((?:[^\"\\]|\\.){1,200})\"|[“‘]([^”’]{1,200})[”’]|`([^`]{1,200})`")
+_QUOTED = re.compile(
+    r"'((?:[^'\\]|\\.){1,200})'|\"((?:[^\"\\]|\\.){1,200})\"|[“‘]([^”’]{1,200})[”’]|`([^`]{1,200})`"
+)
 
 
 def _hide(value: Any) -> Any:
@@ -28,7 +30,9 @@ def _hide(value: Any) -> Any:
 
 def _secret(key: Any, item: Any) -> bool:
     """Token fields; `prompt` only when it is text, for it may also be an index."""
-    return key in _SECRET and item is not None and (key not in ("prompt", "tokens") or not isinstance(item, int))
+    return (
+        key in _SECRET and item is not None and (key not in ("prompt", "tokens") or not isinstance(item, int))
+    )
 
 
 def _spellings(token: str) -> Iterable[str]:

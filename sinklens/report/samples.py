@@ -1,7 +1,8 @@
 """A thresholded rate that a reader can question: the map of the rate, and the rate against the threshold.
 
-Both are drawn for the finding's own threshold. What the page's slider needs is embedded as counts per threshold:
-how many prompts exceed it in each layer and head. That is exact and its size does not grow with the prompts.
+Both are drawn for the finding's own threshold. What the page's slider needs is embedded as counts per
+threshold: how many prompts exceed it in each layer and head. That is exact and its size does not grow with
+the prompts.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from sinklens.core.figures import Heatmap, Lines, Samples, Series
 
 from . import heatmap, lines
 from .heatmap import Drawing
-from .numbers import number, percent
+from .numbers import brief, percent
 
 
 @dataclass(frozen=True)
@@ -65,17 +66,21 @@ def count(figure: Samples) -> Counts:
 def sentence(figure: Samples, counts: Counts) -> str:
     """What the rate is at the finding's threshold; the slider rewrites it."""
     own = int(np.argmin(np.abs(counts.thresholds - figure.threshold)))
-    return f"At threshold {number(float(figure.threshold))} the rate is {percent(counts.rate(own))} %."
+    return f"At threshold {brief(float(figure.threshold))} the rate is {percent(counts.rate(own))} %."
 
 
 def rate_map(figure: Samples, counts: Counts | None = None) -> Heatmap:
     """The rate by layer and head at the finding's threshold, always on the scale 0 to 100 %."""
     found = counts or count(figure)
     own = int(np.argmin(np.abs(found.thresholds - figure.threshold)))
-    return Heatmap(figure.key, figure.title, figure.caption, found.rate_map(own), "% of prompts", limits=(0.0, 100.0))
+    return Heatmap(
+        figure.key, figure.title, figure.caption, found.rate_map(own), "% of prompts", limits=(0.0, 100.0)
+    )
 
 
-def draw(figure: Samples, counts: Counts, *, figure_id: str, width: int = 640, height: int = 380) -> tuple[Drawing, Drawing]:
+def draw(
+    figure: Samples, counts: Counts, *, figure_id: str, width: int = 578, height: int = 380
+) -> tuple[Drawing, Drawing]:
     """The map and the curve."""
     curve = Lines(
         figure.key + "-curve",
@@ -84,9 +89,9 @@ def draw(figure: Samples, counts: Counts, *, figure_id: str, width: int = 640, h
         (Series("", counts.thresholds, np.array([counts.rate(i) for i in range(len(counts.thresholds))])),),
         f"threshold ({figure.unit})",
         "rate (%)",
-        marks=((figure.threshold, f"this run: {number(float(figure.threshold))}"),),
+        marks=((figure.threshold, f"this run: {brief(float(figure.threshold))}"),),
     )
     return (
         heatmap.draw(rate_map(figure, counts), figure_id=figure_id, width=width, height=height),
-        lines.draw(curve, figure_id=figure_id + "-curve", width=480, height=230),
+        lines.draw(curve, figure_id=figure_id + "-curve", width=width, height=220),
     )

@@ -7,7 +7,6 @@ from typing import Any
 
 from markupsafe import Markup
 
-from .numbers import number
 from .text import escaped
 
 FONT = 11
@@ -15,9 +14,9 @@ FONT = 11
 
 
 def tag(name: str, *children: Any, **attributes: Any) -> Markup:
-    """An element. Children and values are escaped unless they are Markup; `_` in a name is `-`, None drops it.
+    """An element. Children and values are escaped unless they are Markup; None drops an attribute.
 
-    `class_` is `class`; floats are written with two decimals at most.
+    `_` in a name is `-`, `class_` is `class`; floats are written with two decimals at most.
     """
     written = Markup("").join(
         Markup(' {}="{}"').format(Markup(key.rstrip("_").replace("_", "-")), _plain(value))
@@ -56,12 +55,6 @@ def canvas(width: float, height: float, *children: Any, description: str, **attr
         xmlns="http://www.w3.org/2000/svg",
         **attributes,
     )
-
-
-def tick_text(value: float) -> str:
-    """A round number at an axis: 10, not 10.0."""
-    text = number(float(value))
-    return text.rstrip("0").rstrip(".") if "." in text and "×" not in text else text
 
 
 def index_ticks(n: int, most: int) -> list[int]:

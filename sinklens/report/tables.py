@@ -71,18 +71,24 @@ class Table:
 
 
 def table(rows: Sequence[dict[str, Any]], units: dict[str, str]) -> Table | None:
-    """The rows as a table, or None if there are none. Columns are the union of keys in order of appearance."""
+    """The rows as a table, or None if there are none. Columns: all keys, in order of appearance."""
     if not rows:
         return None
     keys = list(dict.fromkeys(key for row in rows for key in row))
     columns = tuple(
-        Column(key, key.replace("_", " "), units.get(key, ""), _is_numeric([row.get(key) for row in rows]))
+        Column(key, key.replace("_", " "), _unit(key, units), _is_numeric([row.get(key) for row in rows]))
         for key in keys
     )
     kept = tuple(_row(row, columns) for row in rows[:KEPT])
     written = as_csv(rows)
     link = "data:text/csv;charset=utf-8," + quote(written) if len(written) < _DATA_LINK_BYTES else None
     return Table(columns, kept, len(rows), link)
+
+
+def _unit(key: str, units: dict[str, str]) -> str:
+    """The unit, unless the column's name says it already."""
+    unit = units.get(key, "")
+    return "" if unit == key.replace("_", " ") else unit
 
 
 def _is_numeric(values: list[Any]) -> bool:
@@ -119,8 +125,8 @@ def _filters(row: dict[str, Any]) -> tuple[float, float] | None:
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as CSV with full precision.
 
-    A text cell that a spreadsheet would run as a formula (`=HYPERLINK(...)`) gets a leading apostrophe; single
-    characters, such as the token `=`, cannot run and stay exact.
+    A text cell that a spreadsheet would run as a formula (`=HYPERLINK(...)`) gets a leading apostrophe;
+    single characters, such as the token `=`, cannot run and stay exact.
     """
     keys = list(dict.fromkeys(key for row in rows for key in row))
     out = io.StringIO()

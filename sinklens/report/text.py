@@ -1,7 +1,8 @@
-"""Strings from models and users, made safe to look at: nothing invisible, nothing that reorders its neighbours.
+"""Strings from models and users, made safe to look at: nothing invisible, nothing reordered.
 
-Escaping for HTML is the template engine's task; this module is about what stays dangerous after escaping: control
-characters, right-to-left overrides, zero-width characters, stacks of accents, and tokens as long as a page.
+Escaping for HTML is the template engine's task; this module is about what stays dangerous after escaping:
+control characters, right-to-left overrides, zero-width characters, stacks of accents, and tokens as long as
+a page.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _ACCENTS = 3
 def visible(text: str) -> str:
     """The text with every invisible or direction-changing character spelled out, line ends and tabs kept.
 
-    C0 controls become control pictures (␀), the others their escape (`\\u202e`). Text without any is returned as is.
+    C0 controls become control pictures (␀), the others their escape (`\\u202e`).
     """
     if text.isascii() and text.isprintable():
         return text
@@ -38,10 +39,10 @@ def _spelled(char: str) -> str:
 
 
 def token(text: str, limit: int = 80) -> str:
-    """One token as it is shown: spaces at its ends as `·`, line ends as `↵`, tabs as `⇥`, at most `limit` characters.
+    """One token as it is shown: edge spaces as `·`, line ends as `↵`, tabs as `⇥`, cut at `limit` characters.
 
-    The empty token is `∅`. A leading accent gets a carrier, and a stack of accents is cut after three, so that a
-    token cannot draw over its neighbours.
+    The empty token is `∅`. A leading accent gets a carrier, and a stack of accents is cut after three, so
+    that a token cannot draw over its neighbours.
     """
     if text == "":
         return "∅"
@@ -71,7 +72,7 @@ def shorten(text: str, limit: int) -> str:
 
 
 def finalize(value: Any) -> Any:
-    """What the templates print for a value: `visible` for strings, nothing for None. Markup passes unchanged."""
+    """What the templates print for a value: `visible` for strings, nothing for None, Markup unchanged."""
     if value is None:
         return ""
     if isinstance(value, Markup) or not isinstance(value, str):
@@ -85,7 +86,7 @@ def slug(name: str) -> str:
 
 
 def web_link(url: Any) -> str | None:
-    """The address if it is plain http(s) without white space or quotes, else None (`javascript:` and friends)."""
+    """The address if it is plain http(s) without spaces or quotes, else None (`javascript:` and friends)."""
     found = isinstance(url, str) and re.fullmatch(r"https?://[^\s\"'<>\\]+", url)
     return url if found else None
 

@@ -1,4 +1,4 @@
-"""A run that never happened, in the shape of a real one: `example/synthetic` at any size, reproducible by seed."""
+"""A run that never happened, in the shape of a real one: `example/synthetic`, any size, fixed by seed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,22 @@ import numpy as np
 
 from sinklens.core.figures import Figure, Heatmap, Lines, Samples, Series, Tile
 
-WORDS = ("The", " sink", " is", " where", " heads", " rest", ",", " and", " nothing", " else", ".", "\n", " 17", " λ")
+WORDS = (
+    "The",
+    " sink",
+    " is",
+    " where",
+    " heads",
+    " rest",
+    ",",
+    " and",
+    " nothing",
+    " else",
+    ".",
+    "\n",
+    " 17",
+    " λ",
+)
 
 
 @dataclass
@@ -58,7 +73,9 @@ def make(
 
 
 def _shares(rng: np.random.Generator, prompts: int, layers: int, heads: int) -> np.ndarray:
-    depth = np.clip((np.arange(layers) - 1) / max(2, layers / 8), 0, 1) * np.where(np.arange(layers) == layers - 1, 0.6, 1)
+    depth = np.clip((np.arange(layers) - 1) / max(2, layers / 8), 0, 1) * np.where(
+        np.arange(layers) == layers - 1, 0.6, 1
+    )
     per_head = rng.beta(2.2, 1.1, (layers, heads)) * depth[:, None]
     noise = rng.normal(0, 0.06, (prompts, layers, heads))
     return np.clip(0.05 + 0.9 * per_head + noise, 0, 1)
@@ -71,7 +88,9 @@ def _norms(rng: np.random.Generator, layers: int) -> dict[str, np.ndarray]:
     return {"strongest position": high, "largest other": 3.1 * usual, "median": usual}
 
 
-def _experts(rng: np.random.Generator, layers: int, experts: int) -> tuple[np.ndarray, tuple[tuple[int, int], ...]]:
+def _experts(
+    rng: np.random.Generator, layers: int, experts: int
+) -> tuple[np.ndarray, tuple[tuple[int, int], ...]]:
     values = rng.lognormal(0.2, 0.7, (layers, experts))
     values[:, experts // 3] = np.where(rng.random(layers) < 0.1, np.nan, values[:, experts // 3])
     marks = tuple((min(layers - 1, 1 + i), int(rng.integers(experts))) for i in range(3))
@@ -134,7 +153,7 @@ def _expert_figures(values: np.ndarray, marks: tuple[tuple[int, int], ...]) -> l
         Heatmap(
             "raster",
             "Largest expert output",
-            "Largest absolute value of each expert's down projection over all prompts, positions and dimensions.",
+            "Largest absolute value of each expert's down projection over prompts, positions and dimensions.",
             values,
             "abs-max",
             x_label="expert",
@@ -150,7 +169,7 @@ def _primary(shares: np.ndarray, rate: float, layers: int, seq_len: int) -> dict
     return {
         "status": "found",
         "reason": None,
-        "verdict": f"One primary sink, at position 0, receives {shares.mean():.0%} of the attention it could.",
+        "verdict": f"One primary sink, at position 0, with a mean share of {shares.mean():.2f}.",
         "parameters": {"epsilon": 0.3, "min_queries": 16},
         "summary": {"sink_rate": rate, "epsilon": 0.3, "seq_len": seq_len},
         "rows": [row],
@@ -185,8 +204,14 @@ def _massive(rng: np.random.Generator, layers: int) -> dict[str, Any]:
     }
 
 
-def _super(writers: tuple[np.ndarray, tuple[tuple[int, int], ...]] | None, experts: int, layers: int) -> dict[str, Any]:
-    base = {"parameters": {"percentile": 99.5, "fraction": 0.1}, "units": {"share_of_sink_token": "share"}, "notes": []}
+def _super(
+    writers: tuple[np.ndarray, tuple[tuple[int, int], ...]] | None, experts: int, layers: int
+) -> dict[str, Any]:
+    base = {
+        "parameters": {"percentile": 99.5, "fraction": 0.1},
+        "units": {"share_of_sink_token": "share"},
+        "notes": [],
+    }
     if writers is None:
         reason = "the model is dense, it has no experts."
         blank = {"status": "not-applicable", "reason": reason, "verdict": f"Not applicable: {reason}"}
@@ -209,7 +234,11 @@ def _super(writers: tuple[np.ndarray, tuple[tuple[int, int], ...]] | None, exper
         "status": "found",
         "reason": None,
         "verdict": f"{len(rows)} of {experts * layers} experts write the massive dimensions.",
-        "summary": {"threshold_percentile": 8.2, "threshold_fraction": 48.0, "experts_seen": experts * layers},
+        "summary": {
+            "threshold_percentile": 8.2,
+            "threshold_fraction": 48.0,
+            "experts_seen": experts * layers,
+        },
         "rows": rows,
     }
 
@@ -217,7 +246,13 @@ def _super(writers: tuple[np.ndarray, tuple[tuple[int, int], ...]] | None, exper
 def _document(
     findings: dict[str, Any], layers: int, heads: int, experts: int, n_prompts: int, seq_len: int, rate: float
 ) -> dict[str, Any]:
-    names = ("calls seen", "logits unchanged", "streamed equals dense", "row mass", "attention is causal for logits")
+    names = (
+        "calls seen",
+        "logits unchanged",
+        "streamed equals dense",
+        "row mass",
+        "attention is causal for logits",
+    )
     values = ((layers, layers), (0.0, 0.0), (3.1e-7, 1e-5), (2.2e-7, 1e-5), (0.84, 1e-3))
     return {
         "schema": "sinklens/run/1",
@@ -235,8 +270,8 @@ def _document(
         },
         "verdict": {
             "status": "sink",
-            "text": f"Strong primary sink on position 0 ('The'): at ε = 0.3, {rate:.1f} % of heads rest on it. "
-            f"It starts in layer 1 and lasts to layer {layers - 1}; two massive dimensions carry it.",
+            "text": f"Strong primary sink on position 0 ('The'): at ε = 0.3, {rate:.1f} % of heads rest "
+            f"on it. It starts in layer 1 and lasts to layer {layers - 1}; two massive dimensions carry it.",
             "rule": "sink-strong",
         },
         "checks": [
@@ -266,8 +301,15 @@ def _tiles(shares: np.ndarray, rate: float, writers: Any, layers: int, experts: 
     found = Tile("Super Experts", "3", f"of {experts * layers}", link="super-experts")
     none = Tile("Super Experts", "", "the model is dense.", applicable=False, link="super-experts")
     return [
-        Tile("Sink rate", f"{rate:.1f} %", "ε = 0.3, mean over prompts, layers and heads", link="primary-sinks"),
-        Tile("Attention to position 0", f"{shares.mean():.2f}", "mean share; uniform would give 0.07", link="#primary-sinks"),
+        Tile(
+            "Sink rate", f"{rate:.1f} %", "ε = 0.3, mean over prompts, layers and heads", link="primary-sinks"
+        ),
+        Tile(
+            "Attention to position 0",
+            f"{shares.mean():.2f}",
+            "mean share; uniform would give 0.07",
+            link="#primary-sinks",
+        ),
         Tile("First sink layer", "1", f"present to layer {layers - 1}", link="primary-sinks"),
         Tile("Massive dimensions", "2", "up to 897, 3989 × the median", link="massive-activations"),
         none if writers is None else found,
@@ -297,11 +339,11 @@ def _prompts(rng: np.random.Generator, n: int, length: int) -> list[dict[str, An
 
 
 _FORMULA = (
-    '<math xmlns="http://www.w3.org/1998/Math/MathML" display="block"><msub><mi>Sink</mi><mi>ε</mi></msub><mo>=</mo>'
-    "<mn>100</mn><mo>·</mo><munder><mi>mean</mi><mrow><mi>n</mi><mo>,</mo><mi>l</mi><mo>,</mo><mi>h</mi></mrow></munder>"
-    '<mo>[</mo><mfrac><mn>1</mn><mrow><mi>T</mi><mo>−</mo><mi>k</mi></mrow></mfrac><munder><mo largeop="true">∑</mo>'
-    "<mrow><mi>q</mi><mo>≥</mo><mi>k</mi></mrow></munder><msub><mi>A</mi><mrow><mi>q</mi><mi>k</mi></mrow></msub>"
-    "<mo>&gt;</mo><mi>ε</mi><mo>]</mo></math>"
+    '<math xmlns="http://www.w3.org/1998/Math/MathML" display="block"><msub><mi>Sink</mi><mi>ε</mi></msub>'
+    "<mo>=</mo><mn>100</mn><mo>·</mo><munder><mi>mean</mi><mrow><mi>n</mi><mo>,</mo><mi>l</mi><mo>,</mo><mi>h</mi>"
+    "</mrow></munder><mo>[</mo><mfrac><mn>1</mn><mrow><mi>T</mi><mo>−</mo><mi>k</mi></mrow></mfrac>"
+    '<munder><mo largeop="true">∑</mo><mrow><mi>q</mi><mo>≥</mo><mi>k</mi></mrow></munder>'
+    "<msub><mi>A</mi><mrow><mi>q</mi><mi>k</mi></mrow></msub><mo>&gt;</mo><mi>ε</mi><mo>]</mo></math>"
 )
 
 

@@ -72,6 +72,12 @@ function number(value, digits = 3) {
   return sign + size.toFixed(digits - 1 - exponent);
 }
 
+function brief(value) {
+  const [mantissa, power] = number(value).split(" × ");
+  const cut = mantissa.includes(".") ? mantissa.replace(/\.?0+$/, "") : mantissa;
+  return power === undefined ? cut : `${cut} × ${power}`;
+}
+
 function percent(value) {
   if (!Number.isFinite(value)) return number(value);
   if (value === 0 || value === 100) return String(value);

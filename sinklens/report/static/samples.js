@@ -8,8 +8,8 @@ for (const slider of $$(".slider")) {
   const show = (index) => {
     const own = index === Number(input.defaultValue);
     fig.values = rates(fig, index);
-    $(".at", slider).textContent = `At threshold ${number(fig.thresholds[index])} the rate is ${percent(overall(fig, index))} %.`;
-    $("output", slider).textContent = own ? "this run" : number(fig.thresholds[index]);
+    $(".at", slider).textContent = `At threshold ${brief(fig.thresholds[index])} the rate is ${percent(overall(fig, index))} %.`;
+    $("output", slider).textContent = own ? "this run" : brief(fig.thresholds[index]);
     const map = $("svg.heat", holder);
     paint(map, fig);
     const means = $(".means", map);
