@@ -31,6 +31,7 @@ __all__ = [
 def chosen_analyzers(asked: Iterable[Analyzer | str | type[Analyzer]]) -> tuple[Analyzer, ...]:
     """Analyzers from instances, classes or `name` / `name:field=value:field=value` strings; all for an empty list."""
     chosen = [_instance(item) for item in asked] or [cls() for _, cls in registry.items()]
+    chosen.sort(key=lambda analyzer: analyzer.place)
     names = [analyzer.name for analyzer in chosen]
     twice = {name for name in names if names.count(name) > 1}
     if twice:

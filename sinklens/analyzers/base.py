@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -116,12 +116,16 @@ class Finding:
 class Analyzer(ABC):
     """Base of all analyzers: a frozen dataclass whose fields are the method's parameters.
 
-    Class attributes: `name` (registry and JSON key), `title`, `needs` (signals the tracer must record),
-    `reference`. The docstring's first line says what is found.
+    Class attributes: `name` (registry and JSON key), `title`, `place` (its place in the chain from sink to cause,
+    which orders results and report), `formula`, `needs` (signals the tracer must record), `reference`. The
+    docstring's first line says what is found; it must have the paragraphs "How it is computed:", "Compared with
+    the paper:" and "When not to trust it:".
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
+    place: ClassVar[int]
+    formula: ClassVar[str]
     needs: ClassVar[frozenset[Signal]]
     reference: ClassVar[Reference]
 
@@ -144,7 +148,3 @@ class Analyzer(ABC):
 
 registry: Registry[type[Analyzer]] = Registry("analyzer", "sinklens ls analyzers")
 
-
-def plain(record: Any) -> dict[str, Any]:
-    """A dataclass as plain data for `rows`."""
-    return asdict(record)

@@ -51,6 +51,7 @@ class MassiveActivations(Analyzer):
 
     name = "massive-activations"
     title = "Massive activations"
+    place = 20
     formula = "|h[l,t,j]| > 100 and |h[l,t,j]| ≥ 1000 · median over t, j of |h[l]|"
     needs = frozenset({sig.RESIDUAL_NORM, sig.RESIDUAL_MEDIAN, sig.RESIDUAL_TOP, sig.DOWN_PROJ_TOP})
     reference = Reference(

@@ -58,6 +58,7 @@ class PrimarySinks(Analyzer):
 
     name = "primary-sinks"
     title = "Primary sinks"
+    place = 10
     formula = "Sink_k = 100 · mean over prompts, layers, heads of [ (Σ_q A[q,k]) / n_vis(k) > ε ]"
     needs = frozenset(
         {

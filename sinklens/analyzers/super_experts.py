@@ -78,6 +78,7 @@ class SuperExperts(Analyzer):
 
     name = "super-experts"
     title = "Super Experts"
+    place = 30
     formula = "a(l,e) > P99.5(a) and a(l,e) > 0.1 · max a, with a(l,e) = max over routed t, j of |down_proj(t)[j]|"
     needs = frozenset(
         {

@@ -12,10 +12,12 @@ def quiet_libraries(*, offline: bool = False) -> None:
     """Keep stdout clean and stderr readable: no third-party progress bars or advice."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1" if offline else "0")
     if offline:
         os.environ["HF_HUB_OFFLINE"] = "1"
         os.environ["HF_DATASETS_OFFLINE"] = "1"
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
     logging.getLogger("transformers").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     # A scheduler's polite stop is treated like Ctrl-C: finished batches are kept and the exit code says so.

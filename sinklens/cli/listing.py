@@ -43,7 +43,7 @@ def analyzers() -> Rows:
 
     return [
         {"name": name, "paper": f"arXiv:{cls.reference.arxiv}", "finds": first_line(cls)}
-        for name, cls in registry.items()
+        for name, cls in sorted(registry.items(), key=lambda item: item[1].place)
     ]
 
 

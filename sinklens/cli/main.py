@@ -8,12 +8,14 @@ import sys
 import traceback
 from pathlib import Path
 
-import click
 import typer
 
 from sinklens.core.errors import SinklensError
 
 from . import doctor, listing, profile, report
+
+# typer carries its own copy of click and does not name the base of its usage errors.
+UsageMistake = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="sinklens",
@@ -50,12 +52,12 @@ def main(arguments: list[str]) -> int:
     try:
         result = typer.main.get_command(app).main(arguments, prog_name="sinklens", standalone_mode=False)
         return int(result or 0)
-    except click.exceptions.Exit as done:
+    except typer.Exit as done:
         return done.exit_code
-    except click.ClickException as error:
+    except UsageMistake as error:
         error.show()
         return 2
-    except (KeyboardInterrupt, click.Abort):
+    except (KeyboardInterrupt, typer.Abort):
         say_error("Stopped.")
         return 130
     except SinklensError as error:

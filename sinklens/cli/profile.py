@@ -116,7 +116,7 @@ def command(
             force=force,
             resume=resume,
             listener=listener,
-            argv=sys.argv[1:],
+            argv=sys.argv,
             options=options,
         )
     finally:

@@ -46,12 +46,13 @@ class Diagnosis:
 
 def examine(model: Any, options: ProfileOptions, listener: Listener) -> Diagnosis:
     """Open a model and run the self-check."""
-    from sinklens.core.manifest import versions
+    from sinklens.core.manifest import PACKAGES, package_version
 
     prepared = prepare(model, None, options, listener)
     plan, checks = checked_plan(prepared)
     opened = prepared.opened
-    return Diagnosis(opened.info, opened.anatomy, attention_path(opened, plan), checks, versions())
+    versions = {name: version for name in PACKAGES if (version := package_version(name)) is not None}
+    return Diagnosis(opened.info, opened.anatomy, attention_path(opened, plan), checks, versions)
 
 
 def _tower(tower: Any) -> str:

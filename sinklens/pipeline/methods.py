@@ -29,7 +29,7 @@ def describe_method(analyzer: Analyzer) -> dict[str, Any]:
         "name": cls.name,
         "title": cls.title,
         "first_line": first_line(cls),
-        "formula": getattr(cls, "formula", ""),
+        "formula": cls.formula,
         **docstring_sections(cls),
         "parameters": analyzer.parameters,
         "reference": reference,

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Protocol
 
 from sinklens.analyzers import Analyzer, chosen_analyzers
 from sinklens.core.errors import DataError, InterruptedRun, SelfCheckError, UsageError
-from sinklens.core.manifest import build_manifest
+from sinklens.core.manifest import Clock, build_manifest
 from sinklens.inputs.spec import PromptSet
 from sinklens.models.spec import OpenedModel
 from sinklens.tracers.attention import Mode
@@ -188,7 +186,7 @@ class _Session:
         request: str | None,
     ) -> None:
         self.prepared, self.store, self.listener, self.argv = prepared, store, listener, argv
-        self.started, self.clock = datetime.now(UTC), time.monotonic()
+        self.clock = Clock()
         self.request = {"model": request, **options.request()}
 
     def run(self, before: dict[str, Any] | None = None) -> Run:
@@ -235,16 +233,14 @@ class _Session:
     def _describe(self, described: Trace, checks: list[Check], status: str) -> None:
         """Put the manifest on a trace and, while the run is going, on disk."""
         described.manifest = build_manifest(
-            {
-                "status": status,
-                "request": self.request,
-                "inputs": self.prepared.prompts.description,
-                "tracing": described.tracing,
-            },
-            seeds={"prompts": self.request["seed"]},
+            clock=self.clock,
             argv=self.argv,
-            started=self.started,
-            wall_time_s=time.monotonic() - self.clock,
+            seeds={"prompts": self.request["seed"]},
+            device=str(next(self.prepared.opened.module.parameters()).device),
+            status=status,
+            request=self.request,
+            inputs=self.prepared.prompts.description,
+            tracing=described.tracing,
         )
         if self.store is not None and status == "running":
             self.store.write_manifest(stored_manifest(described, self.prepared.analyzers, checks))
@@ -293,12 +289,12 @@ def _same_run(before: dict[str, Any], prepared: Prepared, now: Trace) -> None:
     """Refuse to mix two runs: the model's files, the prompts and the tracing must be those of the manifest."""
     from dataclasses import asdict
 
-    from sinklens.core.canonical import to_plain
+    from sinklens.core.canonical import plain
 
     pairs = {
-        "the model": (before["model"], to_plain(asdict(prepared.opened.info))),
+        "the model": (before["model"], plain(asdict(prepared.opened.info))),
         "the prompts": (before["inputs"].get("sha256"), prepared.prompts.description.get("sha256")),
-        "the tracing": (before["tracing"], to_plain(now.tracing)),
+        "the tracing": (before["tracing"], plain(now.tracing)),
     }
     changed = [what for what, (then, today) in pairs.items() if then != today]
     if changed:

@@ -18,6 +18,21 @@ from sinklens.tracers.trace import Trace
 
 from .verdict import Verdict, judge
 
+# What a document that is passed on says of its run; the folder's own manifest also has what resuming needs.
+SHARED_SECTIONS = (
+    "schema",
+    "sinklens",
+    "command",
+    "versions",
+    "platform",
+    "device",
+    "seeds",
+    "time",
+    "memory",
+    "status",
+    "inputs",
+    "tracing",
+)
 MODEL_FIELDS = ("id", "revision", "family", "layers", "heads", "kv_heads", "hidden_size", "experts", "dtype")
 
 
@@ -62,19 +77,19 @@ class Run:
         return Run(self.trace, chosen_analyzers(analyzers), self.checks, self.folder)
 
     @property
-    def document(self) -> dict[str, Any]:
-        """The `sinklens/run/1` JSON document."""
-        from sinklens.core.canonical import to_plain
+    def document(self) -> Any:
+        """The `sinklens/run/1` JSON document, a plain dict."""
+        from sinklens.core.canonical import plain
 
         info = asdict(self.trace.info)
-        return to_plain(
+        return plain(
             {
                 "schema": SCHEMA,
                 "model": {key: info[key] for key in MODEL_FIELDS},
                 "verdict": self.verdict.to_json(),
                 "checks": [check.to_json() for check in self.checks],
                 "findings": {name: finding.to_json() for name, finding in self.findings.items()},
-                "manifest": self.trace.manifest,
+                "manifest": {key: part for key, part in self.trace.manifest.items() if key in SHARED_SECTIONS},
             }
         )
 
@@ -140,13 +155,13 @@ def write_run(run: Run, store: RunStore) -> None:
 
 def stored_manifest(trace: Trace, analyzers: Iterable[Analyzer], checks: Iterable[Check]) -> dict[str, Any]:
     """The manifest of a run with what is needed to read its arrays again."""
-    from sinklens.core.canonical import to_plain
+    from sinklens.core.canonical import plain
 
-    return to_plain(
+    return plain(
         {
-            "schema": SCHEMA,
             **trace.manifest,
             **describe_trace(trace),
+            "schema": SCHEMA,
             "checks": [check.to_json() for check in checks],
             "analyzers": [[analyzer.name, analyzer.parameters] for analyzer in analyzers],
         }
