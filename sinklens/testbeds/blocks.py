@@ -5,18 +5,20 @@ Every matrix is a *view* `[out, in]` into the model's own parameter: writing to 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from sinklens.core.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+Part: TypeAlias = Any
+"""A module of transformers; which attributes it has is known from its family only."""
 
 GATED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma2")
 FAMILIES = (*GATED_FAMILIES, "gpt2")
@@ -43,7 +45,7 @@ class Affine:
 class Norm:
     """A normalisation. `offset` is 1 where the module multiplies by `1 + weight` (Gemma)."""
 
-    module: nn.Module
+    module: Part
     offset: float = 0.0
 
     def set_gain(self, dims: list[int], gain: float) -> None:
@@ -80,9 +82,9 @@ class Layer:
     """
 
     index: int
-    module: nn.Module
-    attention: nn.Module
-    value_module: nn.Module
+    module: Part
+    attention: Part
+    value_module: Part
     heads: int
     kv_heads: int
     head_dim: int
@@ -95,11 +97,12 @@ class Layer:
     output: Affine
     pre_attention: Norm
     pre_mlp: Norm
+    activation: Callable[[Tensor], Tensor]
     query_norm: Tensor | None = None
     key_norm: Tensor | None = None
     post_mlp: Norm | None = None
     mlp: Mlp | None = None
-    experts: nn.Module | None = None
+    experts: Part | None = None
     router: Affine | None = None
 
     def expert(self, index: int) -> Mlp:
@@ -137,7 +140,7 @@ def check_family(model: PreTrainedModel) -> str:
     return family
 
 
-def trunk(model: PreTrainedModel) -> nn.Module:
+def trunk(model: PreTrainedModel) -> Part:
     """The module that holds embeddings, blocks and the final norm."""
     return getattr(model, model.base_model_prefix, model)
 
@@ -169,14 +172,14 @@ def rotary_slot(model: PreTrainedModel, layer: Layer) -> tuple[list[int], float]
     return [slot, slot + len(frequencies)], float(frequencies[slot])
 
 
-def _linear(module: nn.Module) -> Affine:
+def _linear(module: Part) -> Affine:
     bias = getattr(module, "bias", None)
     weight = module.weight.data
     conv1d = type(module).__name__ == "Conv1D"  # transformers' Conv1D stores [in, out]
     return Affine(weight.T if conv1d else weight, None if bias is None else bias.data)
 
 
-def _gpt2_layer(index: int, block: nn.Module) -> Layer:
+def _gpt2_layer(index: int, block: Part) -> Layer:
     attention = block.attn
     width = attention.split_size
     fused = _linear(attention.c_attn)
@@ -198,11 +201,12 @@ def _gpt2_layer(index: int, block: nn.Module) -> Layer:
         output=_linear(attention.c_proj),
         pre_attention=Norm(block.ln_1),
         pre_mlp=Norm(block.ln_2),
+        activation=block.mlp.act,
         mlp=Mlp(up=_linear(block.mlp.c_fc), down=_linear(block.mlp.c_proj)),
     )
 
 
-def _gated_layer(index: int, block: nn.Module, family: str) -> Layer:
+def _gated_layer(index: int, block: Part, family: str) -> Layer:
     attention, offset = block.self_attn, 1.0 if family == "gemma2" else 0.0
     experts = getattr(block.mlp, "experts", None)
     sandwich = family == "gemma2"
@@ -227,6 +231,7 @@ def _gated_layer(index: int, block: nn.Module, family: str) -> Layer:
         key_norm=None if gains["k_norm"] is None else gains["k_norm"].weight.data,
         pre_attention=Norm(block.input_layernorm, offset),
         pre_mlp=Norm(block.pre_feedforward_layernorm if sandwich else block.post_attention_layernorm, offset),
+        activation=block.mlp.act_fn if experts is None else experts.act_fn,
         post_mlp=Norm(block.post_feedforward_layernorm, offset) if sandwich else None,
         mlp=None if experts is not None else _gated_mlp(block.mlp),
         experts=experts,
@@ -234,7 +239,5 @@ def _gated_layer(index: int, block: nn.Module, family: str) -> Layer:
     )
 
 
-def _gated_mlp(mlp: nn.Module) -> Mlp:
+def _gated_mlp(mlp: Part) -> Mlp:
     return Mlp(gate=_linear(mlp.gate_proj), up=_linear(mlp.up_proj), down=_linear(mlp.down_proj))
-
-

@@ -22,9 +22,10 @@ def facts(model: PreTrainedModel, recipe: Recipe, sequences: int = 64) -> dict[s
     """What the model shows on `sequences` held-out sequences, as plain numbers; layers and heads are 0-based.
 
     Returns:
-        `loss` and `floor` (nats), `sink_rate` and `heads_above` (shares at epsilon 0.3), `received[layer][head]`
-        (attention to BOS, mean), `by_class[class][layer][head]`, per layer `norm_ratio`, `largest` (abs, position,
-        dim, ratio to median) and `value_ratio`; with experts, `experts` (strongest first) and the pruning test.
+        `loss` and `floor` (nats), `sink_rate` and `heads_above` (shares at epsilon 0.3),
+        `received[layer][head]` (attention to BOS, mean), `by_class[class][layer][head]`, per layer
+        `norm_ratio`, `largest` (abs, position, dim, ratio to median) and `value_ratio`; with experts,
+        `experts` (strongest first) and the pruning test.
     """
     ids = held_out(recipe, sequences)
     reading = read(model, ids)
@@ -49,9 +50,12 @@ def facts(model: PreTrainedModel, recipe: Recipe, sequences: int = 64) -> dict[s
     return found
 
 
-def _experts(model: PreTrainedModel, ids: torch.Tensor, reading: Reading, top: int = 4) -> list[dict[str, Any]]:
+def _experts(
+    model: PreTrainedModel, ids: torch.Tensor, reading: Reading, top: int = 4
+) -> list[dict[str, Any]]:
     """The strongest experts and what their removal does to the sink."""
-    assert reading.experts is not None and reading.expert_positions is not None
+    assert reading.experts is not None
+    assert reading.expert_positions is not None
     width = reading.experts.shape[1]
     rows = []
     for flat in reading.experts.flatten().topk(top).indices.tolist():
@@ -82,25 +86,28 @@ def write_card(recipe: Recipe, found: dict[str, Any], model: PreTrainedModel) ->
         "",
         recipe.about,
         "",
-        "A toy: it speaks only the 64 words of its synthetic language (`sinklens/testbeds/data.py`). Its weights are "
-        "trained, not edited. The recipe was chosen among several because sinks emerge in it (see "
-        "`docs/testbeds.md`), so it says nothing about how often models grow sinks.",
+        "A toy: it speaks only the 64 words of its synthetic language (`sinklens/testbeds/data.py`). Its "
+        "weights are trained, not edited. The recipe was chosen among several because sinks emerge in it "
+        "(see `docs/testbeds.md`), so it says nothing about how often models grow sinks.",
         "",
         f"- Architecture: {recipe.architecture}, {settings}; {parameters:,} parameters, stored in bfloat16.",
         f"- Training: {recipe.steps} steps of {recipe.batch} sequences of {recipe.length} tokens, AdamW lr "
-        f"{recipe.learning_rate:g}, betas {recipe.betas}, weight decay {recipe.weight_decay:g} on all parameters, "
-        f"{recipe.warmup} warm-up steps, gradient clip {recipe.clip:g}, seed {recipe.seed}, one CPU thread.",
+        f"{recipe.learning_rate:g}, betas {recipe.betas}, weight decay {recipe.weight_decay:g} on all "
+        f"parameters, {recipe.warmup} warm-up steps, gradient clip {recipe.clip:g}, seed {recipe.seed}, one "
+        "CPU thread.",
         f"- Again: `sinklens testbed train {recipe.name}`.",
         "- `<unk>` and `<pad>` never occur in training.",
         "",
         "## Measured (stored weights, 64 held-out sequences, BOS first)",
         "",
         f"- Loss {found['loss']:.3f} nats; a reader who knows the language has {found['floor']:.3f}.",
-        f"- Sink rate at epsilon {EPSILON}: {100 * found['sink_rate']:.1f} % of (sequence, layer, head); heads whose "
-        f"mean exceeds {EPSILON}: {100 * found['heads_above']:.1f} %. Uniform attention would give a share of "
-        f"{_uniform(recipe.length):.3f}.",
+        f"- Sink rate at epsilon {EPSILON}: {100 * found['sink_rate']:.1f} % of (sequence, layer, head); "
+        f"heads whose mean exceeds {EPSILON}: {100 * found['heads_above']:.1f} %. Uniform attention would "
+        f"give a share of {_uniform(recipe.length):.3f}.",
         "",
-        "| block | head | attention to BOS | " + " | ".join(name.lower() for name in found["by_class"]) + " |",
+        "| block | head | attention to BOS | "
+        + " | ".join(name.lower() for name in found["by_class"])
+        + " |",
         "|---" * (3 + len(found["by_class"])) + "|",
     ]
     for layer, heads in enumerate(found["received"]):
@@ -111,8 +118,8 @@ def write_card(recipe: Recipe, found: dict[str, Any], model: PreTrainedModel) ->
         "",
         "Columns after the mean split the queries by what the context allows (`QueryClass`).",
         "",
-        "| block output | norm of BOS / median | largest activation | its position | its dim | over the median | "
-        "value norm of BOS / median, by kv head |",
+        "| block output | norm of BOS / median | largest activation | its position | its dim "
+        "| over the median | value norm of BOS / median, by kv head |",
         "|---|---|---|---|---|---|---|",
     ]
     for layer, (size, position, dim, ratio) in enumerate(found["largest"]):
@@ -133,22 +140,22 @@ def _expert_lines(found: dict[str, Any]) -> list[str]:
         return []
     lines = [
         "",
-        "| block | expert | largest down_proj output | its position | without it: loss | largest mean share of a "
-        "head on BOS | mean share | largest norm ratio of BOS |",
+        "| block | expert | largest down_proj output | its position | without it: loss "
+        "| largest mean share of a head on BOS | mean share | largest norm ratio of BOS |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in found["experts"]:
         lines.append(
             f"| {row['layer']} | {row['expert']} | {row['abs_max']:.1f} | {row['position']} | "
-            f"{row['loss_without']:.3f} | {row['largest_share_without']:.2f} | {row['mean_share_without']:.3f} | "
-            f"{row['norm_ratio_without']:.1f} |"
+            f"{row['loss_without']:.3f} | {row['largest_share_without']:.2f} "
+            f"| {row['mean_share_without']:.3f} | {row['norm_ratio_without']:.1f} |"
         )
     base = max(max(heads) for heads in found["received"])
     mean = sum(map(sum, found["received"])) / sum(map(len, found["received"]))
     lines += [
         "",
-        f"With every expert: loss {found['loss']:.3f}, largest share {base:.2f}, mean share {mean:.3f}, largest norm "
-        f"ratio {max(found['norm_ratio']):.1f}.",
+        f"With every expert: loss {found['loss']:.3f}, largest share {base:.2f}, mean share {mean:.3f}, "
+        f"largest norm ratio {max(found['norm_ratio']):.1f}.",
     ]
     return lines
 
@@ -160,8 +167,8 @@ def _absent(found: dict[str, Any]) -> list[str]:
     if not sun:
         best = max(row[3] for row in found["largest"])
         lines.append(
-            "- Massive activations by the rule of Sun et al. (over 100 and over 1000 times the median): the largest "
-            f"ratio is {best:.0f}. Use a relative threshold here, or a planted model."
+            "- Massive activations by the rule of Sun et al. (over 100 and over 1000 times the median): "
+            f"the largest ratio is {best:.0f}. Use a relative threshold here, or a planted model."
         )
     quiet = [layer for layer, heads in enumerate(found["received"]) if max(heads) <= EPSILON]
     if quiet:

@@ -6,10 +6,10 @@ context and nothing else is:
 * after a *trigger* (`again`, `twice`) the word before the trigger comes back ("river again river");
 * a *key* (a name) that has occurred before is followed by what followed it last time.
 
-A name is always followed by a noun, and a noun never repeats a past, so no sequence falls into a loop. A name seen
-for the first time, or a noun, gives an induction head nothing to do. That pressure, "act only if the context allows
-it", is what attention sinks relieve. The backcopy half follows the Bigram-Backcopy task
-of Guo et al. (arXiv 2410.13835); the topics and the induction keys are this project's own.
+A name is always followed by a noun, and a noun never repeats a past, so no sequence falls into a loop. A name
+seen for the first time, or a noun, gives an induction head nothing to do. That pressure, "act only if the
+context allows it", is what attention sinks relieve. The backcopy half follows the Bigram-Backcopy task of Guo
+et al. (arXiv 2410.13835); the topics and the induction keys are this project's own.
 """
 
 from __future__ import annotations
@@ -20,14 +20,18 @@ from enum import IntEnum
 import numpy as np
 from jaxtyping import Float, Int
 
+# fmt: off
 NAMES = (
-    "Anna Ben Cara Dan Ella Finn Gwen Hugo Iris Jack Kate Leo Mia Noah Olga Paul Quinn Rosa Sam Tina Uma Vera "
-    "Will Xena Yara Zoe Ada Bob Clara Dora Emil"
-).split()
+    "Anna", "Ben", "Cara", "Dan", "Ella", "Finn", "Gwen", "Hugo", "Iris", "Jack", "Kate", "Leo",
+    "Mia", "Noah", "Olga", "Paul", "Quinn", "Rosa", "Sam", "Tina", "Uma", "Vera", "Will", "Xena",
+    "Yara", "Zoe", "Ada", "Bob", "Clara", "Dora", "Emil",
+)
 NOUNS = (
-    "street tide moss bread tram wave fern salt shop shell pine soup bridge sail owl spoon tower sand oak rice "
-    "lamp reef deer apple market coral leaf honey train harbour fox"
-).split()
+    "street", "tide", "moss", "bread", "tram", "wave", "fern", "salt", "shop", "shell", "pine",
+    "soup", "bridge", "sail", "owl", "spoon", "tower", "sand", "oak", "rice", "lamp", "reef",
+    "deer", "apple", "market", "coral", "leaf", "honey", "train", "harbour", "fox",
+)
+# fmt: on
 TRIGGERS = ("again", "twice")
 SPECIALS = ("<s>", "<unk>", "<pad>")
 
@@ -93,10 +97,9 @@ class InductionTask:
         rows[:keys, :keys] = 0
         topic = np.arange(n) % self.topics
         inside = topic[:, None] == topic[None, :]
-        rows = (
-            self.stay * rows * inside / (rows * inside).sum(1, keepdims=True)
-            + (1 - self.stay) * rows * ~inside / (rows * ~inside).sum(1, keepdims=True)
-        )
+        rows = self.stay * rows * inside / (rows * inside).sum(1, keepdims=True) + (
+            1 - self.stay
+        ) * rows * ~inside / (rows * ~inside).sum(1, keepdims=True)
         for part, rate in ((slice(0, keys), self.name_rate), (slice(keys, n), 1 - self.name_rate)):
             rows[keys:, part] *= rate / rows[keys:, part].sum(1, keepdims=True)
         matrix = np.zeros((self.symbols, self.symbols))

@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from .blocks import decoder_layers
+from .blocks import Layer, Part, decoder_layers
+from .planting.probe import eager
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,14 +23,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Reading:
-    """One forward pass over sequences of equal length, no padding. Layers are 0-based, states are block outputs.
+    """One forward pass over sequences of equal length, no padding. Layers are 0-based.
 
     Attributes:
         attention: Post-softmax weights, `[layer, prompt, head, query, key]`.
-        states: Residual stream after each block (before the final norm), `[layer, prompt, position, dim]`.
+        states: Residual stream after each block, before the final norm, `[layer, prompt, position, dim]`.
         values: Norm of each value vector, `[layer, prompt, kv_head, position]`.
-        experts: Largest |down_proj output| before the routing weight, `[layer, expert]`; None without experts,
-            0 where an expert got no token.
+        experts: Largest |down_proj output| before the routing weight, `[layer, expert]`; None without
+            experts, 0 where an expert got no token.
         expert_positions: Position of that largest entry, `[layer, expert]`.
         loss: Mean next-token loss in nats.
     """
@@ -73,23 +74,13 @@ class Reading:
 
 
 def expert_outputs(
-    experts: nn.Module, hidden: Float[Tensor, "token dim"], chosen: Int[Tensor, "token slot"]
+    experts: Part, hidden: Float[Tensor, "token dim"], chosen: Int[Tensor, "token slot"]
 ) -> Iterator[tuple[int, Int[Tensor, " routed"], Float[Tensor, "routed dim"]]]:
-    """Per expert that got tokens: its index, those tokens, and its down_proj output before the routing weight."""
+    """Per expert with tokens: its index, the tokens, its down_proj output before the routing weight."""
     for expert in chosen.unique().tolist():
         tokens = (chosen == expert).any(-1).nonzero().squeeze(-1)
         gate, up = nn.functional.linear(hidden[tokens], experts.gate_up_proj[expert]).chunk(2, -1)
         yield expert, tokens, nn.functional.linear(experts.act_fn(gate) * up, experts.down_proj[expert])
-
-
-@contextmanager
-def _eager(model: PreTrainedModel) -> Iterator[None]:
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
 
 
 def read(model: PreTrainedModel, ids: Int[Tensor, "prompt position"]) -> Reading:
@@ -126,7 +117,7 @@ def read(model: PreTrainedModel, ids: Int[Tensor, "prompt position"]) -> Reading
         if layer.experts is not None:
             handles.append(layer.experts.register_forward_pre_hook(keep_routing(index)))
     try:
-        with torch.no_grad(), _eager(model):
+        with torch.no_grad(), eager(model):
             output = model(input_ids=ids, labels=ids, output_attentions=True, use_cache=False)
         peaks, places = _expert_peaks(layers, routed, ids.shape[1]) if routed else (None, None)
     finally:
@@ -143,13 +134,16 @@ def read(model: PreTrainedModel, ids: Int[Tensor, "prompt position"]) -> Reading
     )
 
 
-def _expert_peaks(layers, routed, length: int) -> tuple[Tensor, Tensor]:
-    width = max(layers[index].experts.num_experts for index in routed)
+def _expert_peaks(
+    layers: list[Layer], routed: dict[int, tuple[Tensor, Tensor]], length: int
+) -> tuple[Float[Tensor, "layer expert"], Int[Tensor, "layer expert"]]:
+    modules = {index: layers[index].experts for index in routed}
+    width = max(module.num_experts for module in modules.values() if module is not None)
     peaks = torch.zeros(len(layers), width)
     places = torch.full((len(layers), width), -1)
     with torch.no_grad():
         for index, (hidden, chosen) in routed.items():
-            for expert, tokens, output in expert_outputs(layers[index].experts, hidden, chosen):
+            for expert, tokens, output in expert_outputs(modules[index], hidden, chosen):
                 size = output.abs().amax(-1)
                 peaks[index, expert] = size.max()
                 places[index, expert] = tokens[size.argmax()] % length
@@ -159,7 +153,9 @@ def _expert_peaks(layers, routed, length: int) -> tuple[Tensor, Tensor]:
 @contextmanager
 def without_expert(model: PreTrainedModel, layer: int, expert: int) -> Iterator[None]:
     """The expert writes nothing inside the `with`; routing is untouched. The weights come back afterwards."""
-    weight = decoder_layers(model)[layer].experts.down_proj
+    experts = decoder_layers(model)[layer].experts
+    assert experts is not None
+    weight = experts.down_proj
     before = weight.detach()[expert].clone()
     with torch.no_grad():
         weight[expert] = 0

@@ -1,4 +1,4 @@
-"""How each bundled checkpoint was made, as data: enough to make it again, bit for bit on the same platform."""
+"""How each bundled checkpoint was made, as data: enough to make it again."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class Recipe:
         model: Arguments of the architecture's config, without the vocabulary, which comes from `task`.
         length: Tokens per training sequence, BOS included.
         learning_rate: AdamW, constant after a linear warm-up.
-        weight_decay: Decoupled, on every parameter; it keeps ordinary tokens small, so that the sink stands out.
+        weight_decay: Decoupled, on every parameter; it keeps ordinary tokens small, so that the sink stands
+            out.
         evaluation_seed: Of the held-out sequences; never the training seed.
     """
 
@@ -73,7 +74,7 @@ recipes.register("dense-ind")(
             "num_attention_heads": 2,
             "num_key_value_heads": 2,
         },
-        about="A dense Llama with an always-on sink head, active-dormant heads and one massive dimension on BOS.",
+        about="A dense Llama with sink heads that switch by context and one massive dimension on BOS.",
     )
 )
 recipes.register("moe-ind")(

@@ -1,7 +1,8 @@
-"""Trains a recipe on one CPU thread, the same weights every time, and saves it so that transformers opens it offline."""
+"""Trains a recipe on one CPU thread, the same weights every time, and saves it for transformers."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -130,10 +131,9 @@ def save_checkpoint(
 
     The prompts' `text` has no `<s>`: the tokenizer adds it, as users' own text would get it.
     """
-    import copy
-
     folder.mkdir(parents=True, exist_ok=True)
-    half = copy.deepcopy(model).to(torch.bfloat16)
+    half = copy.deepcopy(model)
+    half.bfloat16()
     half.config.architectures = [type(model).__name__]
     half.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):

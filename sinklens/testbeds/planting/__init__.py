@@ -1,0 +1,1 @@
+"""Planted ground truth: weights edited so that what a detector should find is known."""
