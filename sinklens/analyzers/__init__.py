@@ -64,7 +64,10 @@ def _setting(cls: type[Analyzer], text: str) -> tuple[str, Any]:
         )
     kind = get_type_hints(cls)[key]
     try:
-        return key, _BOOLEANS[value.lower()] if kind is bool else kind(value) if kind in (int, float) else value
+        return key, _BOOLEANS[value.lower()] if kind is bool else kind(value) if kind in (
+            int,
+            float,
+        ) else value
     except (KeyError, ValueError):
         raise UsageError(f"{cls.name}: {key} must be a {kind.__name__}, got {value!r}.") from None
 

@@ -142,9 +142,10 @@ class Analyzer(ABC):
         return Finding(self.name, self.title, status, verdict, parameters=self.parameters, **rest)
 
     def not_applicable(self, reason: str, **rest: Any) -> Finding:
+        """The finding of a method that does not fit the model or the prompts; `reason` is a sentence."""
         verdict = f"Not applicable: {reason}"
-        return self.finding(Status.NOT_APPLICABLE, verdict, reason=reason, **rest)
+        tile = Tile(self.title, "not applicable", reason, applicable=False, link=self.name)
+        return self.finding(Status.NOT_APPLICABLE, verdict, reason=reason, tiles=[tile], **rest)
 
 
 registry: Registry[type[Analyzer]] = Registry("analyzer", "sinklens ls analyzers")
-

@@ -73,7 +73,9 @@ class SinkEvidence:
         )
 
 
-def gather(record: PromptRecord, *, code_divisor: bool = False, exclude_diagonal: bool = False) -> SinkEvidence:
+def gather(
+    record: PromptRecord, *, code_divisor: bool = False, exclude_diagonal: bool = False
+) -> SinkEvidence:
     """Read one prompt's attention columns.
 
     Args:
@@ -106,7 +108,9 @@ def uniform_received(visible: Float[np.ndarray, "layer pos"]) -> Float[np.ndarra
     A query that sees n keys gives each 1/n. The counts of queries per key tell n for causal attention, with or
     without a window, and for full bidirectional attention; for other patterns the mean row length stands in.
     """
-    return np.mean([_uniform_layer(counts) for counts in visible if counts.min() >= 0 and counts.any()], axis=0)
+    return np.mean(
+        [_uniform_layer(counts) for counts in visible if counts.min() >= 0 and counts.any()], axis=0
+    )
 
 
 def _uniform_layer(counts: Float[np.ndarray, " pos"]) -> Float[np.ndarray, " pos"]:
@@ -128,8 +132,13 @@ def norm_sinks(records: Iterable[PromptRecord], ratio: float, *, share: float = 
     for record in records:
         norm = record[sig.RESIDUAL_NORM]
         above = norm / np.median(norm, axis=1, keepdims=True) > ratio
-        lasting = (above[1:] & above[:-1]).any(0) if len(above) > 1 else above[0]
-        for position, hit in enumerate(lasting):
+        lasting = np.any(above[1:] & above[:-1], axis=0) if len(above) > 1 else above[0]
+        for position, hit in enumerate(np.atleast_1d(lasting)):
             holders[position] = holders.get(position, 0) + 1
             hits[position] = hits.get(position, 0) + int(hit)
     return {position for position, n in hits.items() if n and n >= share * holders[position]}
+
+
+def span(first: int | None, last: int | None) -> str:
+    """`layer 2` or `layers 2 to 5`."""
+    return f"layer {first}" if first == last else f"layers {first} to {last}"

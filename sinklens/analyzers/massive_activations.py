@@ -14,6 +14,7 @@ from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
 
 from .base import Analyzer, Finding, Reference, Status, registry
+from .evidence import span
 
 Place = tuple[int, int, int]
 """layer, position, dim"""
@@ -67,7 +68,9 @@ class MassiveActivations(Analyzer):
 
     def __post_init__(self) -> None:
         if self.recipe not in ("paper", "code"):
-            raise UsageError(f"Unknown recipe {self.recipe!r} of massive-activations.", detail="It has: paper, code.")
+            raise UsageError(
+                f"Unknown recipe {self.recipe!r} of massive-activations.", detail="It has: paper, code."
+            )
 
     def analyze(self, trace: Trace) -> Finding:
         if not trace.records:
@@ -89,7 +92,9 @@ class MassiveActivations(Analyzer):
     def is_massive(self, value: np.ndarray, median: np.ndarray) -> np.ndarray:
         """The rule, elementwise."""
         size = np.abs(value)
-        ratio_holds = size >= self.relative * median if self.recipe == "paper" else size > self.relative * median
+        ratio_holds = (
+            size >= self.relative * median if self.recipe == "paper" else size > self.relative * median
+        )
         return (size > self.absolute) & ratio_holds
 
     def _entries(self, record: PromptRecord) -> dict[Place, tuple[float, float]]:
@@ -100,7 +105,8 @@ class MassiveActivations(Analyzer):
             hits = np.argwhere(self.is_massive(value, median))
             ratio = np.abs(value) / median
         return {
-            (int(i), int(position[i, r]), int(dim[i, r])): (float(value[i, r]), float(ratio[i, r])) for i, r in hits
+            (int(i), int(position[i, r]), int(dim[i, r])): (float(value[i, r]), float(ratio[i, r]))
+            for i, r in hits
         }
 
     def _rows(self, trace: Trace, per_prompt: list[dict[Place, tuple[float, float]]]) -> list[dict[str, Any]]:
@@ -128,8 +134,8 @@ class MassiveActivations(Analyzer):
         top = rows[0]
         dims = ", ".join(map(str, summary["dims"][:6])) + (", ..." if len(summary["dims"]) > 6 else "")
         return (
-            f"{len(summary['dims'])} massive dim{'s' * (len(summary['dims']) > 1)} ({dims}) in layers "
-            f"{summary['first_layer']} to {summary['last_layer']}; the largest is {top['value']:.4g} on position "
+            f"{len(summary['dims'])} massive dim{'s' * (len(summary['dims']) > 1)} ({dims}) in "
+            f"{span(summary['first_layer'], summary['last_layer'])}; the largest is {top['value']:.4g} on position "
             f"{top['position']} ({top['token']!r}), {top['ratio_to_median']:.0f} times the median, written at "
             f"layer {top['written_at']}."
         )
@@ -137,15 +143,23 @@ class MassiveActivations(Analyzer):
     def _notes(self, trace: Trace, per_prompt: list[dict[Place, tuple[float, float]]]) -> list[str]:
         notes = []
         ranks = trace.records[0][sig.RESIDUAL_TOP].shape[1]
-        full = max((sum(place[0] == layer.index for place in e) for e in per_prompt for layer in trace.layers), default=0)
+        full = max(
+            (sum(place[0] == layer.index for place in e) for e in per_prompt for layer in trace.layers),
+            default=0,
+        )
         if full >= ranks:
-            notes.append(f"Some layers have {ranks} massive entries or more in one prompt; only {ranks} are kept.")
+            notes.append(
+                f"Some layers have {ranks} massive entries or more in one prompt; only {ranks} are kept."
+            )
         if any(layer.residual != "block output" for layer in trace.layers):
             notes.append("Post-LayerNorm model: the input of each block's last LayerNorm is measured.")
         return notes
 
 
-UNITS = {"value": "activation (signed, mean over prompts)", "ratio_to_median": "ratio to the whole-layer median of |h|"}
+UNITS = {
+    "value": "activation (signed, mean over prompts)",
+    "ratio_to_median": "ratio to the whole-layer median of |h|",
+}
 
 
 def _row(place: Place, hits: list[tuple[PromptRecord, float, float]]) -> dict[str, Any]:
@@ -219,8 +233,15 @@ def _largest(trace: Trace) -> dict[str, Any]:
 
 def _tile(rows: list[dict[str, Any]], summary: dict[str, Any]) -> Tile:
     if rows:
-        return Tile("Massive dims", str(len(summary["dims"])), f"{rows[0]['ratio_to_median']:.0f}× median", link="massive-activations")
-    return Tile("Massive dims", "none", f"largest {summary['max_ratio']:.0f}× median", link="massive-activations")
+        return Tile(
+            "Massive dims",
+            str(len(summary["dims"])),
+            f"{rows[0]['ratio_to_median']:.0f}× median",
+            link="massive-activations",
+        )
+    return Tile(
+        "Massive dims", "none", f"largest {summary['max_ratio']:.0f}× median", link="massive-activations"
+    )
 
 
 def _figures(trace: Trace, rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[Figure]:

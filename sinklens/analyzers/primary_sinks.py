@@ -15,7 +15,7 @@ from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
 
 from .base import Analyzer, Finding, Reference, Status, registry
-from .evidence import SinkEvidence, gather, norm_sinks
+from .evidence import SinkEvidence, gather, norm_sinks, span
 
 
 @registry.register("primary-sinks")
@@ -89,7 +89,9 @@ class PrimarySinks(Analyzer):
         if not 0 < self.epsilon < 1:
             raise UsageError(f"epsilon must lie between 0 and 1, got {self.epsilon}.")
         if self.recipe not in ("paper", "code"):
-            raise UsageError(f"Unknown recipe {self.recipe!r} of primary-sinks.", detail="It has: paper, code.")
+            raise UsageError(
+                f"Unknown recipe {self.recipe!r} of primary-sinks.", detail="It has: paper, code."
+            )
 
     def analyze(self, trace: Trace) -> Finding:
         if not any(layer.attention for layer in trace.layers):
@@ -101,7 +103,8 @@ class PrimarySinks(Analyzer):
                 f"sink rates need prompts of at least {self.min_tokens} tokens; the longest has {longest}."
             )
         evidence = [
-            gather(r, code_divisor=self.recipe == "code", exclude_diagonal=self.exclude_diagonal) for r in records
+            gather(r, code_divisor=self.recipe == "code", exclude_diagonal=self.exclude_diagonal)
+            for r in records
         ]
         positions = self._sink_positions(evidence)
         rows = [self._row(trace, evidence, position) for position in positions]
@@ -124,7 +127,9 @@ class PrimarySinks(Analyzer):
         hits: Counter[int] = Counter()
         holders: Counter[int] = Counter()
         for item in evidence:
-            is_sink = (item.rate(self.epsilon) >= self.min_rate) & (item.share >= self.min_lift * item.uniform)
+            is_sink = (item.rate(self.epsilon) >= self.min_rate) & (
+                item.share >= self.min_lift * item.uniform
+            )
             is_sink &= item.visible >= self.min_visible
             hits.update(item.positions[is_sink].tolist())
             holders.update(range(item.length))
@@ -144,9 +149,7 @@ class PrimarySinks(Analyzer):
             "share": share,
             "lift": share / float(np.mean([column.uniform for column in at])),
             "rate": _rate(alpha, self.epsilon),
-            "n_prompts": sum(
-                bool(_rate(column.alpha, self.epsilon) >= 100 * self.min_rate) for column in at
-            ),
+            "n_prompts": sum(bool(_rate(column.alpha, self.epsilon) >= 100 * self.min_rate) for column in at),
             "first_layer": layers[0] if layers else None,
             "last_layer": layers[-1] if layers else None,
             "n_heads": len(heads),
@@ -162,7 +165,11 @@ class PrimarySinks(Analyzer):
         norm = norm_sinks([item.record for item in evidence], self.norm_ratio)
         by_attention = {row["position"] for row in rows}
         dormant = _dormant_heads([item.record for item in evidence]) if strongest == 0 else []
-        learned = [np.nanmean(r.arrays[sig.LEARNED_SINK_MASS.name]) for r in trace if sig.LEARNED_SINK_MASS.name in r.arrays]
+        learned = [
+            np.nanmean(r.arrays[sig.LEARNED_SINK_MASS.name])
+            for r in trace
+            if sig.LEARNED_SINK_MASS.name in r.arrays
+        ]
         low, high = _interval(np.nanmean(alpha > self.epsilon, axis=(1, 2)) * 100)
         return {
             "sink_rate": _rate(alpha, self.epsilon),
@@ -188,7 +195,9 @@ class PrimarySinks(Analyzer):
     def _notes(self, trace: Trace, evidence: list[SinkEvidence], summary: dict[str, Any]) -> list[str]:
         notes = []
         if len({item.length for item in evidence}) > 1:
-            notes.append("The prompts differ in length, and sink rates depend on length; fix it with --seq-len.")
+            notes.append(
+                "The prompts differ in length, and sink rates depend on length; fix it with --seq-len."
+            )
         skipped = len(trace) - len(evidence)
         if skipped:
             notes.append(f"{skipped} prompts shorter than {self.min_tokens} tokens were left out.")
@@ -223,7 +232,9 @@ def _rate(alpha: Float[np.ndarray, "*prompt layer head"], epsilon: float) -> flo
     return float(100 * (alpha[known] > epsilon).mean()) if known.any() else 0.0
 
 
-def _heads(alpha: Float[np.ndarray, "prompt layer head"], epsilon: float) -> list[tuple[int, int, float, float]]:
+def _heads(
+    alpha: Float[np.ndarray, "prompt layer head"], epsilon: float
+) -> list[tuple[int, int, float, float]]:
     """Heads above epsilon on at least half of the prompts: layer, head, their rate (0-1) and mean share."""
     rate = (alpha > epsilon).mean(0)
     share = alpha.mean(0)
@@ -274,7 +285,7 @@ def _verdict(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
         )
     top = rows[0]
     others = f" {len(rows) - 1} other positions are sinks too." if len(rows) > 1 else ""
-    layers = f"layers {top['first_layer']} to {top['last_layer']}" if top["n_heads"] else "no layer consistently"
+    layers = span(top["first_layer"], top["last_layer"]) if top["n_heads"] else "no layer consistently"
     return (
         f"Attention sink on position {top['position']} ({top['token']!r}): {top['share']:.3f} of the attention, "
         f"{top['lift']:.1f} times uniform; {top['rate']:.1f} % of heads above {summary['epsilon']:g}, {layers}.{others}"
@@ -287,8 +298,18 @@ def _tiles(rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[Tile]:
     protocol = f"ε = {summary['epsilon']:g}, T = {summary['seq_len']}"
     return [
         Tile("Sink rate", f"{summary['sink_rate']:.1f} %", protocol, link="primary-sinks"),
-        Tile("Attention to it", f"{summary['share']:.3f}", f"uniform {summary['uniform_share']:.3f}", link="primary-sinks"),
-        Tile("Where", where if top else "none", f"from layer {top['first_layer']}" if top else where, link="primary-sinks"),
+        Tile(
+            "Attention to it",
+            f"{summary['share']:.3f}",
+            f"uniform {summary['uniform_share']:.3f}",
+            link="primary-sinks",
+        ),
+        Tile(
+            "Where",
+            where if top else "none",
+            f"from layer {top['first_layer']}" if top else where,
+            link="primary-sinks",
+        ),
     ]
 
 

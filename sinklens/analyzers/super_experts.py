@@ -79,7 +79,9 @@ class SuperExperts(Analyzer):
     name = "super-experts"
     title = "Super Experts"
     place = 30
-    formula = "a(l,e) > P99.5(a) and a(l,e) > 0.1 · max a, with a(l,e) = max over routed t, j of |down_proj(t)[j]|"
+    formula = (
+        "a(l,e) > P99.5(a) and a(l,e) > 0.1 · max a, with a(l,e) = max over routed t, j of |down_proj(t)[j]|"
+    )
     needs = frozenset(
         {
             sig.EXPERT_MAX,
@@ -105,9 +107,13 @@ class SuperExperts(Analyzer):
 
     def __post_init__(self) -> None:
         if self.recipe not in ("paper", "code"):
-            raise UsageError(f"Unknown recipe {self.recipe!r} of super-experts.", detail="It has: paper, code.")
+            raise UsageError(
+                f"Unknown recipe {self.recipe!r} of super-experts.", detail="It has: paper, code."
+            )
         if self.scope not in ("all", "formation"):
-            raise UsageError(f"Unknown scope {self.scope!r} of super-experts.", detail="It has: all, formation.")
+            raise UsageError(
+                f"Unknown scope {self.scope!r} of super-experts.", detail="It has: all, formation."
+            )
 
     def analyze(self, trace: Trace) -> Finding:
         if not any(layer.experts for layer in trace.layers):
@@ -204,7 +210,17 @@ class SuperExperts(Analyzer):
         size, tokens = float(abs(values[best])), sum(len(r) for r in trace)
         spike = self._is_spike(record, layer, position, dim)
         return Candidate(
-            layer, NOT_AN_EXPERT, kind, size, float(values[best]), position, dim, record, len(trace), tokens, spike
+            layer,
+            NOT_AN_EXPERT,
+            kind,
+            size,
+            float(values[best]),
+            position,
+            dim,
+            record,
+            len(trace),
+            tokens,
+            spike,
         )
 
     def _is_spike(self, record: PromptRecord, layer: int, position: int, dim: int) -> bool:
@@ -219,7 +235,9 @@ class SuperExperts(Analyzer):
         routed = trace.records[0][sig.EXPERT_MAX].shape[1] * sum(layer.experts for layer in trace.layers)
         return {
             "threshold_percentile": float(np.percentile(size, self.percentile)),
-            "threshold_fraction": float(size.max() // 10 if self.recipe == "code" else self.fraction * size.max()),
+            "threshold_fraction": float(
+                size.max() // 10 if self.recipe == "code" else self.fraction * size.max()
+            ),
             "threshold_floor": float(self.floor * np.median(size)),
             "percentile_used": len(size) >= SMALLEST_FOR_PERCENTILE or self.recipe == "code",
             "experts_seen": sum(c.kind == ROUTED and c.n_prompts > 0 for c in candidates),
@@ -282,7 +300,11 @@ def _routing_at(trace: Trace, candidate: Candidate) -> tuple[float | None, float
         at = np.flatnonzero(record[sig.KEPT_POSITIONS] == candidate.position)
         if len(at):
             chosen = record[sig.ROUTER_CHOICE][candidate.layer, at[0]] == candidate.expert
-            weights.append(float((record[sig.ROUTER_WEIGHT][candidate.layer, at[0]] * chosen).sum()) if chosen.any() else np.nan)
+            weights.append(
+                float((record[sig.ROUTER_WEIGHT][candidate.layer, at[0]] * chosen).sum())
+                if chosen.any()
+                else np.nan
+            )
     if not weights:
         return None, None
     routed = ~np.isnan(weights)
@@ -297,7 +319,9 @@ def _verdict(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
     compared = f"{summary['experts_seen']} experts that received tokens"
     if not rows:
         ratio = summary["largest"][0] / max(summary["median"], 1e-30)
-        return f"No Super Expert among {compared}: the largest output is {ratio:.1f} times the median expert's."
+        return (
+            f"No Super Expert among {compared}: the largest output is {ratio:.1f} times the median expert's."
+        )
     named = ", ".join(f"{_name(row)} ({row['abs_max']:.4g})" for row in rows[:6])
     more = f" and {len(rows) - 6} more" if len(rows) > 6 else ""
     top = rows[0]

@@ -41,7 +41,9 @@ class ConsoleListener:
         said = prompts.description
         self.line("Plan", " · ".join(analyzer.name for analyzer in analyzers))
         digest = f", sha {said['sha256'][:8]}" if said.get("sha256") else ""
-        self.line("Inputs", f"{said['source']} ({said['n_prompts']} prompts, {said['n_tokens']} tokens{digest})")
+        self.line(
+            "Inputs", f"{said['source']} ({said['n_prompts']} prompts, {said['n_tokens']} tokens{digest})"
+        )
         for warning in said.get("warnings", []):
             self.line("Note", warning)
 

@@ -15,7 +15,9 @@ Rows = list[dict[str, str]]
 
 
 def command(
-    what: Annotated[str, typer.Argument(help="analyzers, models, corpora, presets or signals.")] = "analyzers",
+    what: Annotated[
+        str, typer.Argument(help="analyzers, models, corpora, presets or signals.")
+    ] = "analyzers",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     from sinklens.core.errors import UsageError
@@ -56,7 +58,10 @@ def models() -> Rows:
 def corpora() -> Rows:
     from sinklens.inputs import list_corpora
 
-    return list_corpora()
+    return [
+        {"name": c.name, "prompts": str(c.n_prompts), "characters": str(c.n_characters), "about": c.description}
+        for c in list_corpora()
+    ]
 
 
 def presets() -> Rows:

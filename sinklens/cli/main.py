@@ -9,13 +9,11 @@ import traceback
 from pathlib import Path
 
 import typer
+from typer.exceptions import TyperException
 
 from sinklens.core.errors import SinklensError
 
 from . import doctor, listing, profile, report
-
-# typer carries its own copy of click and does not name the base of its usage errors.
-UsageMistake = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="sinklens",
@@ -54,7 +52,7 @@ def main(arguments: list[str]) -> int:
         return int(result or 0)
     except typer.Exit as done:
         return done.exit_code
-    except UsageMistake as error:
+    except TyperException as error:
         error.show()
         return 2
     except (KeyboardInterrupt, typer.Abort):

@@ -13,27 +13,36 @@ import typer
 NAME = "profile"
 HELP = "Profile a model: sinks, massive activations, Super Experts, and whether the numbers can be trusted."
 EXAMPLES = (
-    "Examples:  sinklens profile  ·  sinklens profile -m gpt2 --prompts data.jsonl:text -n 200 --seq-len 1024  ·  "
-    "sinklens profile -m ./checkpoint --fail-if 'primary-sinks.sink_rate > 90'  ·  sinklens profile --resume runs/gpt2-..."
+    "Examples:  sinklens profile  ·  sinklens profile -m gpt2 --prompts data.jsonl:text -n 200  ·  "
+    "sinklens profile -m ./checkpoint --fail-if 'primary-sinks.sink_rate > 90'  ·  "
+    "sinklens profile --resume runs/gpt2-..."
 )
 
 Model = Annotated[
     str | None,
-    typer.Option("-m", "--model", help="Alias, org/name[@revision], local folder or bundled:NAME. [default: bundled]"),
+    typer.Option(
+        "-m", "--model", help="Alias, org/name[@revision], local folder or bundled:NAME. [default: bundled]"
+    ),
 ]
 Prompts = Annotated[
     str | None,
-    typer.Option("--prompts", help="corpus:NAME, file.txt, file.jsonl[:field] or hf:dataset[:config[:split[:field]]]."),
+    typer.Option(
+        "--prompts", help="corpus:NAME, file.txt, file.jsonl[:field] or hf:dataset[:config[:split[:field]]]."
+    ),
 ]
 Count = Annotated[int | None, typer.Option("-n", "--n", help="Number of prompts.")]
-SeqLen = Annotated[int | None, typer.Option("--seq-len", help="Cut prompts to this many tokens. [default: 512]")]
+SeqLen = Annotated[
+    int | None, typer.Option("--seq-len", help="Cut prompts to this many tokens. [default: 512]")
+]
 Analyzers = Annotated[
     str | None,
     typer.Option("--analyzers", help="Comma-separated, with parameters as name:field=value. [default: all]"),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
-DeviceMap = Annotated[str | None, typer.Option("--device-map", help="Passed to transformers, for instance auto.")]
+DeviceMap = Annotated[
+    str | None, typer.Option("--device-map", help="Passed to transformers, for instance auto.")
+]
 Revision = Annotated[str | None, typer.Option("--revision", help="Commit, branch or tag on the hub.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Use local files only.")]
@@ -46,10 +55,16 @@ def command(
     seq_len: SeqLen = None,
     analyzers: Analyzers = None,
     preset: Annotated[str | None, typer.Option(help="A paper's protocol; see `sinklens ls presets`.")] = None,
-    mode: Annotated[str, typer.Option(help="faithful: logits bit-identical; fused: one pass, faster.")] = "faithful",
+    mode: Annotated[
+        str, typer.Option(help="faithful: logits bit-identical; fused: one pass, faster.")
+    ] = "faithful",
     bos: Annotated[str, typer.Option(help="auto, on or off.")] = "auto",
-    chat_template: Annotated[bool, typer.Option("--chat-template", help="Wrap prompts in the chat template.")] = False,
-    pack: Annotated[bool, typer.Option("--pack", help="Join documents into windows of the full length.")] = False,
+    chat_template: Annotated[
+        bool, typer.Option("--chat-template", help="Wrap prompts in the chat template.")
+    ] = False,
+    pack: Annotated[
+        bool, typer.Option("--pack", help="Join documents into windows of the full length.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the prompt sample.")] = 0,
     batch_size: Annotated[int | None, typer.Option(help="Most prompts in a batch.")] = None,
     keep_positions: Annotated[int, typer.Option(help="Strongest positions kept per prompt.")] = 48,
@@ -62,11 +77,16 @@ def command(
     out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/MODEL-TIME]")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a run that is in --out.")] = False,
     resume: Annotated[Path | None, typer.Option(help="Continue an interrupted run folder.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the JSON document and nothing else.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the JSON document and nothing else.")
+    ] = False,
     fail_if: Annotated[
-        list[str] | None, typer.Option("--fail-if", help="Exit with 6 if this holds, e.g. 'primary-sinks.sink_rate > 90'.")
+        list[str] | None,
+        typer.Option("--fail-if", help="Exit with 6 if this holds, e.g. 'primary-sinks.sink_rate > 90'."),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan with predicted memory, disk and time.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan with predicted memory, disk and time.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")] = False,
     no_text: Annotated[bool, typer.Option("--no-text", help="Keep tokens out of the report.")] = False,
 ) -> None:

@@ -29,4 +29,6 @@ def command(
     try:
         print(loaded.report(out, include_text=not no_text))
     except OSError as error:
-        raise UsageError(f"The report cannot be written: {error.strerror}: {out or run}.", hint="Use --out.") from error
+        raise UsageError(
+            f"The report cannot be written: {error.strerror}: {out or run}.", hint="Use --out."
+        ) from error

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, cast
 
 from .errors import UsageError
 from .suggest import did_you_mean
 
 T = TypeVar("T")
+S = TypeVar("S")
 
 
 class Registry(Generic[T]):
@@ -18,11 +19,13 @@ class Registry(Generic[T]):
         self.kind, self.listing = kind, listing
         self._items: dict[str, T] = {}
 
-    def register(self, name: str) -> Callable[[T], T]:
-        def add(item: T) -> T:
+    def register(self, name: str) -> Callable[[S], S]:
+        """Decorator that adds an item and returns it as it is, with its own type."""
+
+        def add(item: S) -> S:
             if name in self._items:
                 raise ValueError(f"{self.kind} {name!r} is registered twice")
-            self._items[name] = item
+            self._items[name] = cast(T, item)
             return item
 
         return add

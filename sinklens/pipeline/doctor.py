@@ -35,12 +35,19 @@ class Diagnosis:
     def __str__(self) -> str:
         tower = self.anatomy.main
         block = tower.blocks[len(tower.blocks) // 2]
-        parts = {key: value for key, value in asdict(block).items() if value and key not in ("index", "norms")}
-        lines = [f"{'Attention':<11}{self.attention_path}", f"{'Towers':<11}{', '.join(map(_tower, self.anatomy.towers))}"]
+        parts = {
+            key: value for key, value in asdict(block).items() if value and key not in ("index", "norms")
+        }
+        lines = [
+            f"{'Attention':<11}{self.attention_path}",
+            f"{'Towers':<11}{', '.join(map(_tower, self.anatomy.towers))}",
+        ]
         lines += [f"{'Block ' + str(block.index):<11}{role}: {path}" for role, path in parts.items()]
         lines += [f"{'':<11}norm {role}: {path}" for role, path in block.norms.items()]
         lines += [_line(check) for check in self.checks]
-        lines.append(f"{'Versions':<11}{', '.join(f'{name} {version}' for name, version in self.versions.items())}")
+        lines.append(
+            f"{'Versions':<11}{', '.join(f'{name} {version}' for name, version in self.versions.items())}"
+        )
         return "\n".join(lines)
 
 
@@ -57,7 +64,9 @@ def examine(model: Any, options: ProfileOptions, listener: Listener) -> Diagnosi
 
 def _tower(tower: Any) -> str:
     kind = "causal" if tower.causal else "bidirectional"
-    return f"{tower.name} ({len(tower.blocks)} blocks, {tower.heads} heads, width {tower.hidden_size}, {kind})"
+    return (
+        f"{tower.name} ({len(tower.blocks)} blocks, {tower.heads} heads, width {tower.hidden_size}, {kind})"
+    )
 
 
 def _line(check: Check) -> str:

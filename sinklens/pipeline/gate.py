@@ -65,7 +65,9 @@ def _lookup(path: str, document: dict[str, Any]) -> Any:
     elif head in ("verdict", "model"):
         places = [document[head]]
     else:
-        raise UsageError(f"--fail-if: there is no {head!r}.", detail=did_you_mean(head, known) or f"There are: {known}.")
+        raise UsageError(
+            f"--fail-if: there is no {head!r}.", detail=did_you_mean(head, known) or f"There are: {known}."
+        )
     for place in places:
         if field in place:
             return place[field]
@@ -75,7 +77,7 @@ def _lookup(path: str, document: dict[str, Any]) -> Any:
 
 
 def _alike(value: Any, wanted: str, path: str) -> tuple[Any, Any]:
-    if isinstance(value, bool) or isinstance(value, str):
+    if isinstance(value, (bool, str)):
         return str(value), wanted.strip("\"'")
     try:
         return float(value), float(wanted)

@@ -10,7 +10,11 @@ from typing import Any
 
 from sinklens.analyzers.base import Analyzer
 
-SECTIONS = {"how": "How it is computed", "compared": "Compared with the paper", "not_trust": "When not to trust it"}
+SECTIONS = {
+    "how": "How it is computed",
+    "compared": "Compared with the paper",
+    "not_trust": "When not to trust it",
+}
 
 
 def describe_methods(analyzers: Sequence[Analyzer], document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -59,13 +63,13 @@ def methods_paragraph(analyzers: Sequence[Analyzer], document: dict[str, Any]) -
     versions = manifest.get("versions", {})
     revision = f" (revision {model['revision']})" if model.get("revision") else ""
     did = "; ".join(_sentence(analyzer) for analyzer in analyzers)
+    size = f"{model['layers']} layers, {model['heads']} heads, {model['dtype']}"
     return (
-        f"We profiled {model['id']}{revision} ({model['layers']} layers, {model['heads']} heads, {model['dtype']}) with "
-        f"sinklens {manifest.get('sinklens', {}).get('version', '')} on {inputs.get('n_prompts')} prompts "
-        f"({inputs.get('n_tokens')} tokens, at most {inputs.get('seq_len')} per prompt; source: {inputs.get('source')}; "
-        f"BOS: {inputs.get('bos_added')}; chat template: {inputs.get('chat_template')}). Attention: "
-        f"{tracing.get('attention_path')}; statistics in float32. {did}. Software: torch {versions.get('torch')}, "
-        f"transformers {versions.get('transformers')}."
+        f"We profiled {model['id']}{revision} ({size}) with sinklens {manifest.get('sinklens', {}).get('version', '')} "
+        f"on {inputs.get('n_prompts')} prompts ({inputs.get('n_tokens')} tokens, at most {inputs.get('seq_len')} per "
+        f"prompt; source: {inputs.get('source')}; BOS: {inputs.get('bos_added')}; chat template: "
+        f"{inputs.get('chat_template')}). Attention: {tracing.get('attention_path')}; statistics in float32. {did}. "
+        f"Software: torch {versions.get('torch')}, transformers {versions.get('transformers')}."
     )
 
 

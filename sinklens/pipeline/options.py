@@ -8,6 +8,7 @@ from typing import Any
 
 from sinklens.core.errors import UsageError
 from sinklens.core.suggest import did_you_mean
+from sinklens.inputs.encode import Bos
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class ProfileOptions:
     prompts: str | Sequence[Any] | None = None
     n: int | None = None
     seq_len: int | None = None
-    bos: str = "auto"
+    bos: Bos = "auto"
     chat_template: bool = False
     pack: bool = False
     seed: int = 0
@@ -82,6 +83,8 @@ PRESETS: dict[str, tuple[str, Mapping[str, Any]]] = {
 def with_preset(options: ProfileOptions, name: str, given: set[str]) -> ProfileOptions:
     """Options with a preset's values, except those the user gave."""
     if name not in PRESETS:
-        raise UsageError(f"Unknown preset {name!r}.", detail=did_you_mean(name, PRESETS), hint="See: sinklens ls presets")
+        raise UsageError(
+            f"Unknown preset {name!r}.", detail=did_you_mean(name, PRESETS), hint="See: sinklens ls presets"
+        )
     overrides = {key: value for key, value in PRESETS[name][1].items() if key not in given}
     return replace(options, preset=name, **overrides)

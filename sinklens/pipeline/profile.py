@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
+
+from torch import nn
 
 from sinklens.analyzers import Analyzer, chosen_analyzers
 from sinklens.core.errors import DataError, InterruptedRun, SelfCheckError, UsageError
@@ -93,6 +96,32 @@ def profile(
     if resume is not None:
         return _resume(Path(resume), model, tokenizer, listener, argv)
     options = options or ProfileOptions(**settings)
+    if isinstance(model, nn.Module):
+        with modes_restored(model):
+            return _start(model, tokenizer, out, force, listener, argv, options)
+    return _start(model, tokenizer, out, force, listener, argv, options)
+
+
+@contextmanager
+def modes_restored(model: nn.Module) -> Iterator[None]:
+    """Measuring needs eval mode; a caller's model gets back the mode each of its modules was in."""
+    before = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def _start(
+    model: Any,
+    tokenizer: Any,
+    out: str | Path | None,
+    force: bool,
+    listener: Listener,
+    argv: list[str] | None,
+    options: ProfileOptions,
+) -> Run:
     store = RunStore(out) if out is not None else None
     chosen_analyzers(options.analyzers)  # a misspelt analyzer is told before a large model is loaded
     if store is not None:
@@ -104,7 +133,6 @@ def profile(
 
 def prepare(model: Any, tokenizer: Any, options: ProfileOptions, listener: Listener) -> Prepared:
     """Open the model and read the prompts."""
-    from sinklens.inputs import load_prompts
     from sinklens.models.opening import open_model
 
     analyzers = chosen_analyzers(options.analyzers)
@@ -118,29 +146,38 @@ def prepare(model: Any, tokenizer: Any, options: ProfileOptions, listener: Liste
         trust_remote_code=options.trust_remote_code,
     )
     listener.opened(opened)
-    source = options.prompts if options.prompts is not None else opened.default_prompts
-    own = options.prompts is None and opened.default_prompts is not None
+    prompts = read_prompts(options, opened.tokenizer, opened.default_prompts, opened.module.config)
+    listener.planned(prompts, analyzers)
+    return Prepared(opened, prompts, analyzers, plan_for(options, analyzers))
+
+
+def read_prompts(options: ProfileOptions, tokenizer: Any, own: str | None, config: Any) -> PromptSet:
+    """The prompts that were asked for, else those that came with the checkpoint, else the bundled corpus.
+
+    Args:
+        own: Path of the checkpoint's own prompts, if it has any.
+        config: The model's config, for the longest input it takes.
+    """
+    from sinklens.inputs import load_prompts
+
+    chosen = options.prompts if options.prompts is not None else own
     prompts = load_prompts(
-        source,
-        opened.tokenizer,
-        n=options.n if options.n is not None or own or options.prompts is not None else DEFAULT_PROMPTS,
-        seq_len=options.seq_len or default_length(opened),
+        chosen,
+        tokenizer,
+        n=options.n or (DEFAULT_PROMPTS if chosen is None else None),
+        seq_len=options.seq_len or default_length(config),
         bos=options.bos,
         chat_template=options.chat_template,
         pack=options.pack,
         seed=options.seed,
     )
-    if not prompts.prompts:
-        raise DataError("There are no prompts to run.", hint="Give a file with --prompts.")
-    if own:
+    if options.prompts is None and own is not None:
         prompts.description["source"] = "prompts that came with the checkpoint"
-    listener.planned(prompts, analyzers)
-    return Prepared(opened, prompts, analyzers, plan_for(options, analyzers))
+    return prompts
 
 
-def default_length(opened: OpenedModel) -> int:
+def default_length(config: Any) -> int:
     """The default sequence length, or the longest the model's learned positions allow."""
-    config = opened.module.config
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
     # RoBERTa's positions start after the padding id, so two of them are never used.
@@ -259,13 +296,13 @@ def _untrusted(failed: list[Check], store: RunStore | None) -> SelfCheckError:
     return SelfCheckError(
         f"Self-check failed: {check.name}{others}:{value}. No verdict is given.",
         detail=check.detail,
-        hint=f"All checks: {store.folder / 'summary.json'}" if store else "See all checks: sinklens doctor -m MODEL",
+        hint=f"All checks: {store.folder / 'summary.json'}"
+        if store
+        else "See all checks: sinklens doctor -m MODEL",
     )
 
 
-def _resume(
-    folder: Path, model: Any, tokenizer: Any, listener: Listener, argv: list[str] | None
-) -> Run:
+def _resume(folder: Path, model: Any, tokenizer: Any, listener: Listener, argv: list[str] | None) -> Run:
     """Continue an interrupted run with the model and options of its manifest."""
     store = RunStore(folder)
     before = store.read_manifest()

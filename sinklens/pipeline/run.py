@@ -89,7 +89,9 @@ class Run:
                 "verdict": self.verdict.to_json(),
                 "checks": [check.to_json() for check in self.checks],
                 "findings": {name: finding.to_json() for name, finding in self.findings.items()},
-                "manifest": {key: part for key, part in self.trace.manifest.items() if key in SHARED_SECTIONS},
+                "manifest": {
+                    key: part for key, part in self.trace.manifest.items() if key in SHARED_SECTIONS
+                },
             }
         )
 
@@ -112,7 +114,9 @@ class Run:
         from .methods import describe_methods
 
         if path is None and self.folder is None:
-            raise UsageError("This run has no folder.", hint='Give the report a path: run.report("report.html")')
+            raise UsageError(
+                "This run has no folder.", hint='Give the report a path: run.report("report.html")'
+            )
         target = Path(path) if path is not None else Path(str(self.folder)) / "report.html"
         write_report(
             target,
@@ -153,7 +157,7 @@ def write_run(run: Run, store: RunStore) -> None:
     store.write_manifest(stored_manifest(run.trace, run.analyzers, run.checks))
 
 
-def stored_manifest(trace: Trace, analyzers: Iterable[Analyzer], checks: Iterable[Check]) -> dict[str, Any]:
+def stored_manifest(trace: Trace, analyzers: Iterable[Analyzer], checks: Iterable[Check]) -> Any:
     """The manifest of a run with what is needed to read its arrays again."""
     from sinklens.core.canonical import plain
 

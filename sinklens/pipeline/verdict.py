@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sinklens.analyzers.base import Finding, Status
+from sinklens.analyzers.evidence import span
 from sinklens.tracers.selfcheck import Check
 
 STRONG, MODERATE = 50.0, 25.0
@@ -29,12 +30,18 @@ def judge(findings: Mapping[str, Finding], checks: Sequence[Check]) -> Verdict:
     """The verdict on a run."""
     failed = [check.name for check in checks if not check.passed]
     if failed:
-        return Verdict("untrusted", f"Not trustworthy: {_join(failed)} failed. No verdict is given.", "V0 failed check")
+        return Verdict(
+            "untrusted", f"Not trustworthy: {_join(failed)} failed. No verdict is given.", "V0 failed check"
+        )
     sinks = findings.get("primary-sinks")
     others = _others(findings)
     if sinks is None or sinks.status is Status.NOT_APPLICABLE:
         reason = sinks.reason if sinks else "primary-sinks was not asked for."
-        return Verdict("unknown", " ".join(["Attention sinks were not measured:", str(reason), *others]), "V1 not measured")
+        return Verdict(
+            "unknown",
+            " ".join(["Attention sinks were not measured:", str(reason), *others]),
+            "V1 not measured",
+        )
     if sinks.status is Status.FOUND:
         return Verdict("sink", " ".join([_sink_sentence(sinks), *others]), "V2 sink rule met")
     learned = sinks.summary.get("learned_sink_mass")
@@ -51,11 +58,11 @@ def strength(rate: float) -> str:
 
 def _sink_sentence(finding: Finding) -> str:
     top, summary = finding.rows[0], finding.summary
-    span = f"layers {top['first_layer']} to {top['last_layer']}" if top["n_heads"] else "no head consistently"
+    where = span(top["first_layer"], top["last_layer"]) if top["n_heads"] else "no head consistently"
     return (
         f"{strength(top['rate'])} attention sink on position {top['position']} ({top['token']!r}): it receives "
         f"{top['share']:.1%} of all attention, {top['lift']:.1f} times the uniform share, and more than "
-        f"{summary['epsilon']:g} in {top['rate']:.1f} % of heads ({span})."
+        f"{summary['epsilon']:g} in {top['rate']:.1f} % of heads ({where})."
     )
 
 

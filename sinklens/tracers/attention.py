@@ -85,7 +85,9 @@ class AttentionTap:
         """Route the model's attention through this tap; everything is put back on exit, also after an error."""
         clash = self.sites.keys() & _attached.keys()
         if clash:
-            raise ModelError("This model is already being traced.", hint="Leave the other `with` block first.")
+            raise ModelError(
+                "This model is already being traced.", hint="Leave the other `with` block first."
+            )
         _register()
         configs = attention_configs(model)
         before = [(config, config._attn_implementation) for config in configs]
@@ -145,7 +147,9 @@ def attention_call(
     module, query, key, value = (given[name] for name in names[:4])
     mask, scale, is_causal = given.get("attention_mask"), given.get("scaling"), given.get("is_causal")
     if given.get("position_bias") is not None:
-        raise ModelError(f"{type(module).__name__} adds a position bias to its logits, which is not supported.")
+        raise ModelError(
+            f"{type(module).__name__} adds a position bias to its logits, which is not supported."
+        )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     # Without a mask the eager functions attend to everything; the others build the causal triangle themselves.
     causal = causal and not eager and mask is None and query.shape[2] > 1
@@ -171,7 +175,7 @@ def attention_call(
 def attention_configs(model: nn.Module) -> list[Any]:
     """Every config object that decides an attention implementation in this model, once each."""
     found: dict[int, Any] = {}
-    pending = [module.config for module in model.modules() if hasattr(module, "config")]
+    pending: list[Any] = [module.config for module in model.modules() if hasattr(module, "config")]
     while pending:
         config = pending.pop()
         if id(config) in found or not hasattr(config, "_attn_implementation"):
@@ -223,5 +227,3 @@ def no_statistics(site: Site, call: AttentionCall) -> Want:
 
 def ignore(site: Site, call: AttentionCall, statistics: AttentionStatistics) -> None:
     """An observer for taps that only edit."""
-
-

@@ -82,3 +82,9 @@ def first_tensor(output: Any) -> Tensor:
     if isinstance(output, Tensor):
         return output
     return next(value for value in output.values() if isinstance(value, Tensor))
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of the language model; in models with several towers it is a part of the whole."""
+    config: Any = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

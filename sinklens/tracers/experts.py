@@ -169,5 +169,7 @@ def expert_output(module: Any, expert: int, x: Float[Tensor, "row hidden"]) -> F
 def _entry(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     tap = _attached.get(id(module))
     if tap is None:
-        raise ModelError(f"{type(module).__name__} was left pointing at a tracing function that is not attached.")
+        raise ModelError(
+            f"{type(module).__name__} was left pointing at a tracing function that is not attached."
+        )
     return tap.run(module, hidden, index, weights)

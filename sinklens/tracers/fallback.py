@@ -31,7 +31,9 @@ _NEGLIGIBLE = -1e4
 
 
 @contextmanager
-def fallback_tap(model: nn.Module, tower: Tower, batch: Batch, recorder: Recorder) -> Iterator[DirectTap | WeightsTap]:
+def fallback_tap(
+    model: nn.Module, tower: Tower, batch: Batch, recorder: Recorder
+) -> Iterator[DirectTap | WeightsTap]:
     """The tap that fits how this family computes attention; everything is put back on exit."""
     attach = direct_tap if calls_kernel_directly(model) else weights_tap
     with attach(model, tower, batch, recorder) as tap:
@@ -129,13 +131,18 @@ class WeightsTap:
         """Reduce the weights in a module's output and return the output without them."""
         if not isinstance(output, tuple):
             raise _refusal(self.tower, layer)
-        shapes = [isinstance(part, Tensor) and part.ndim == 4 and part.shape[1] == self.tower.heads for part in output]
+        shapes = [
+            isinstance(part, Tensor) and part.ndim == 4 and part.shape[1] == self.tower.heads
+            for part in output
+        ]
         if True not in shapes:
             raise _refusal(self.tower, layer)
         place = shapes.index(True)
         call = weights_as_call(output[place], self.batch.valid, causal=self.tower.causal)
         site = Site(self.tower.name, layer)
-        self.recorder.on_attention(site, call, attention_sweep(call, self.recorder.asks(site, call), None, BlockPlan()))
+        self.recorder.on_attention(
+            site, call, attention_sweep(call, self.recorder.asks(site, call), None, BlockPlan())
+        )
         self.calls += 1
         return (*output[:place], None, *output[place + 1 :])
 

@@ -176,7 +176,9 @@ class Recorder:
     def _tokens(self, row: int) -> Tensor:
         if self.real is not None:
             return self.real[row]
-        norms = self._seen[row].get(sig.RESIDUAL_NORM.name) or self._seen[row].get(sig.VISIBLE_QUERIES.name) or {}
+        norms = (
+            self._seen[row].get(sig.RESIDUAL_NORM.name) or self._seen[row].get(sig.VISIBLE_QUERIES.name) or {}
+        )
         return torch.arange(len(next(iter(norms.values()), ())))
 
     def _places(self, length: int, device: torch.device) -> list[Tensor]:

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from sinklens.inputs.spec import Prompt
 from sinklens.kernels.reference import attention_reference
-from sinklens.kernels.spec import AttentionCall, AttentionStatistics, Stat, Want
+from sinklens.kernels.spec import AttentionCall, AttentionStatistics, Stat
 from sinklens.models.spec import OpenedModel
 
 from .attention import AttentionTap, Mode, Site
-from .batch import Batch, collate, first_tensor, forward
+from .batch import Batch, collate, first_tensor, forward, text_config
 from .executor import Pass, TracePlan, edited_output, sites, trace_batch
 from .fallback import calls_kernel_directly
 from .recorder import Recorder
@@ -60,7 +60,9 @@ class Agreement:
         small = _only_heads(call, heads)
         _, dense = attention_reference(small, want)
         for stat in want.stats - {Stat.TOP1}:  # ties may fall either way; TOP1 is compared by its sum below
-            error = _relative_error(statistics[stat][:, heads], dense[stat], call.key.shape[2] if stat is Stat.DISTANCE else 1)
+            error = _relative_error(
+                statistics[stat][:, heads], dense[stat], call.key.shape[2] if stat is Stat.DISTANCE else 1
+            )
             if error > self.worst or math.isnan(error):
                 self.worst, self.where = error, f"{stat} in layer {site.layer}"
         self._count_mass(statistics)
@@ -109,8 +111,7 @@ def self_check(opened: OpenedModel, prompts: Iterable[Prompt], plan: TracePlan) 
 
 def sliding_window(model: nn.Module) -> int | None:
     """The sliding window of the text config, if the model has one that is switched on."""
-    config = model.config
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = text_config(model)
     window = getattr(config, "sliding_window", None)
     if not window or getattr(config, "use_sliding_window", True) is False:
         return None
@@ -136,7 +137,15 @@ def _tracing_checks(opened: OpenedModel, batch: Batch, plan: TracePlan) -> list[
     if Source.ATTENTION in plan.sources():
         expected = sum(block.attention is not None for block in opened.anatomy.main.blocks)
         detail = "attention calls seen, of one per block with attention"
-        checks.append(Check("all attention seen", traced.attention_calls == expected, traced.attention_calls, expected, detail))
+        checks.append(
+            Check(
+                "all attention seen",
+                traced.attention_calls == expected,
+                traced.attention_calls,
+                expected,
+                detail,
+            )
+        )
     if Source.EXPERTS in plan.sources() and opened.anatomy.main.n_experts:
         checks.append(_experts_seen(opened, batch, traced))
     return checks
@@ -167,7 +176,9 @@ def _finite(traced: Pass, plain: Tensor, batch: Batch) -> Check:
     for record in traced.records:
         norms = record.arrays.get("residual_norm")
         bad += int((~torch.isfinite(torch.as_tensor(norms))).sum()) if norms is not None else 0
-    return Check("all values finite", bad == 0, float(bad), 0.0, "NaN or infinite values in output and hidden states")
+    return Check(
+        "all values finite", bad == 0, float(bad), 0.0, "NaN or infinite values in output and hidden states"
+    )
 
 
 def _experts_seen(opened: OpenedModel, batch: Batch, traced: Pass) -> Check:
@@ -176,10 +187,14 @@ def _experts_seen(opened: OpenedModel, batch: Batch, traced: Pass) -> Check:
     tokens = batch.valid.numel() if batch.valid is not None else 0
     expected = layers * tokens * tower.top_k
     detail = f"routed rows seen, of {layers} MoE layers x {tokens} tokens x top-{tower.top_k}"
-    return Check("all experts seen", traced.routed_rows == expected, float(traced.routed_rows), float(expected), detail)
+    return Check(
+        "all experts seen", traced.routed_rows == expected, float(traced.routed_rows), float(expected), detail
+    )
 
 
-def _agreement(opened: OpenedModel, batch: Batch, plan: TracePlan, name: str = "blocked = dense, short prompt") -> Check:
+def _agreement(
+    opened: OpenedModel, batch: Batch, plan: TracePlan, name: str = "blocked = dense, short prompt"
+) -> Check:
     agreement = _observe(opened, batch, plan)
     # The reference works on the same q, k, v in double precision; what is left is float32 rounding, and with it
     # the rounding of scores that grow with the logits.
@@ -279,5 +294,3 @@ def _relative_error(found: Tensor, expected: Tensor, extent: int) -> float:
     # A distance is a difference of positions, so its rounding is that of positions.
     scale = expected.abs().max().clamp(min=float(extent))
     return float((found.float() - expected.float()).abs().max() / scale)
-
-

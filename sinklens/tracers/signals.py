@@ -43,11 +43,19 @@ ATTENTION_RECEIVED = Signal(
     "mean attention a key receives from the queries that see it (diagonal included)",
 )  # fmt: skip
 ATTENTION_RECEIVED_MEAN = Signal(
-    "attention_received_mean", _A, ("layer", "pos"), "share", "the same for every position, averaged over heads"
+    "attention_received_mean",
+    _A,
+    ("layer", "pos"),
+    "share",
+    "the same for every position, averaged over heads",
 )
 KEPT_POSITIONS = Signal("kept_positions", _A, ("kept",), "position", "positions stored per head, ascending")
 VISIBLE_QUERIES = Signal(
-    "visible_queries", _A, ("layer", "pos"), "count", "real queries that see the key: the divisor of the means"
+    "visible_queries",
+    _A,
+    ("layer", "pos"),
+    "count",
+    "real queries that see the key: the divisor of the means",
 )
 ATTENTION_SELF = Signal(
     "attention_self", _A, ("layer", "head", "kept"), "share", "attention of a position to itself"
@@ -72,12 +80,18 @@ FIRST_MASS = Signal(
 LEARNED_SINK_MASS = Signal(
     "learned_sink_mass", _A, ("layer", "head"), "share", "mass on a learned sink logit, mean over queries"
 )
-RESIDUAL_NORM = Signal("residual_norm", _R, ("layer", "pos"), "L2 norm", "norm of the residual stream after a block")
+RESIDUAL_NORM = Signal(
+    "residual_norm", _R, ("layer", "pos"), "L2 norm", "norm of the residual stream after a block"
+)
 RESIDUAL_MEDIAN = Signal(
     "residual_median", _R, ("layer",), "abs", "lower median of |h| over all real tokens and dims of the layer"
 )
 RESIDUAL_TOP = Signal(
-    "residual_top", _R, ("layer", "rank"), "signed value", "largest |h| entries, with their positions and dims"
+    "residual_top",
+    _R,
+    ("layer", "rank"),
+    "signed value",
+    "largest |h| entries, with their positions and dims",
 )
 DOWN_PROJ_TOP = Signal(
     "down_proj_top", _D, ("layer", "rank"), "signed value",
@@ -99,7 +113,9 @@ ROUTER_WEIGHT = Signal(
     "router_weight", _E, ("layer", "kept", "slot"), "share", "routing weights of the kept positions"
 )
 
-ALL_SIGNALS: tuple[Signal, ...] = tuple(value for value in list(globals().values()) if isinstance(value, Signal))
+ALL_SIGNALS: tuple[Signal, ...] = tuple(
+    value for value in list(globals().values()) if isinstance(value, Signal)
+)
 BY_NAME = {signal.name: signal for signal in ALL_SIGNALS}
 
 # A ranked signal is stored as three arrays: `<name>` (values), `<name>_pos` and `<name>_dim`.

@@ -102,7 +102,9 @@ class RunStore:
     def _write_arrays(self, path: Path, records: list[PromptRecord]) -> None:
         from safetensors.numpy import save
 
-        tensors = {f"{r.index}/{name}": np.ascontiguousarray(a) for r in records for name, a in r.arrays.items()}
+        tensors = {
+            f"{r.index}/{name}": np.ascontiguousarray(a) for r in records for name, a in r.arrays.items()
+        }
         header = {"prompts": json.dumps([record.describe() for record in records], ensure_ascii=False)}
         with self._guard():
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,6 +82,8 @@ class PromptRecord:
             "index": self.index,
             "source": self.source,
             "domain": self.domain,
+            "n_tokens": len(self),
+            "sha256": sha256(self.token_ids.astype("<i8").tobytes()).hexdigest(),
             "token_ids": self.token_ids.tolist(),
             "pieces": list(self.pieces),
         }
