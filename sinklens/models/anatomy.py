@@ -12,10 +12,21 @@ from typing import Any
 
 from torch import nn
 
-from ..core.errors import ModelError
+from sinklens.core.errors import ModelError
+
 from .blocks import attention_output, read_block
-from .parts import attention_kind, expert_count, first_int, head_counts, is_leaf, is_norm, linear_shape, norm_width
-from .parts import refers_to, uses_softmax
+from .parts import (
+    attention_kind,
+    expert_count,
+    first_int,
+    head_counts,
+    is_leaf,
+    is_norm,
+    linear_shape,
+    norm_width,
+    refers_to,
+    uses_softmax,
+)
 from .reading import events
 from .spec import Anatomy, Block, Tower
 
@@ -51,7 +62,9 @@ def find_anatomy(model: nn.Module) -> Anatomy:
             skipped.append(f"{stack}: {error.what}")
     if not towers:
         raise ModelError(f"{family}: no stack of blocks can be read.", detail=skipped[0], hint=READS)
-    towers.sort(key=lambda tower: ("text", "vision").index(tower.name) if tower.name in ("text", "vision") else 2)
+    towers.sort(
+        key=lambda tower: ("text", "vision").index(tower.name) if tower.name in ("text", "vision") else 2
+    )
     routed = all(tower.routed for tower in towers)
     return Anatomy(family=family, towers=tuple(towers), routed=routed, skipped=tuple(skipped))
 
@@ -333,10 +346,12 @@ def _final_norm(model: nn.Module, stack: str, scope: str, hidden: int) -> str | 
         module = model.get_submodule(path)
         child = stack.removeprefix(f"{path}." if path else "").split(".")[0]
         seen = False
-        for event in events(module, lambda item, inner=module._modules[child]: item is inner or is_leaf(item), path):
+        for event in events(
+            module, lambda item, inner=module._modules[child]: item is inner or is_leaf(item), path
+        ):
             seen |= event.module is module._modules[child]
             direct = event.path.removeprefix(f"{path}." if path else "")
-            if seen and event.module is not None and "." not in direct and is_norm(event.module):
-                if norm_width(event.module) in (hidden, None):
-                    return event.path
+            norm = event.module if event.module is not None and is_norm(event.module) else None
+            if seen and norm is not None and "." not in direct and norm_width(norm) in (hidden, None):
+                return event.path
     return None

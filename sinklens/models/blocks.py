@@ -126,7 +126,12 @@ def _plain(block: nn.Module, name: str) -> bool:
     while parent:
         module = block.get_submodule(parent)
         convolves = any(isinstance(child, nn.Conv1d) for child in module.children())
-        if convolves or type(module).__name__.lower().endswith("norm") or isinstance(module, nn.ModuleList) or any(True for _ in module.parameters(recurse=False)):
+        if (
+            convolves
+            or type(module).__name__.lower().endswith("norm")
+            or isinstance(module, nn.ModuleList)
+            or any(True for _ in module.parameters(recurse=False))
+        ):
             return False
         parent = parent.rpartition(".")[0]
     return True
@@ -141,7 +146,9 @@ def _writer(names: list[str], linears: Linears, hidden: int, place: str | None =
     if place in names:
         return place
     inputs = {name: linears.shapes[name][0] for name in names}
-    return max(names, key=lambda name: (inputs[name] != hidden, inputs[name], names.index(name)), default=None)
+    return max(
+        names, key=lambda name: (inputs[name] != hidden, inputs[name], names.index(name)), default=None
+    )
 
 
 def _holder(block: nn.Module, down: str, linears: Linears, hidden: int) -> str | None:

@@ -67,10 +67,16 @@ def attention_kind(module: nn.Module) -> str | None:
     A softmax alone is not enough (routers have one): the module must also know how many heads it has and hold
     projections. Cross attention, whose keys are not this sequence's tokens, is neither.
     """
-    from transformers import PreTrainedModel  # its own methods refer to the registry: it is never an attention
+    from transformers import (
+        PreTrainedModel,
+    )  # its own methods refer to the registry: it is never an attention
 
     cls = type(module)
-    if isinstance(module, PreTrainedModel) or "Cross" in cls.__name__ or getattr(module, "is_cross_attention", False):
+    if (
+        isinstance(module, PreTrainedModel)
+        or "Cross" in cls.__name__
+        or getattr(module, "is_cross_attention", False)
+    ):
         return None
     if _uses_interface(cls):
         return "interface"
@@ -94,7 +100,9 @@ def _uses_interface(cls: type) -> bool:
 @cache
 def uses_softmax(cls: type) -> bool:
     """Whether a method of `cls` takes a softmax or calls fused attention."""
-    return any(name.lower() in ATTENDING for function in own_methods(cls) for name in _names(function.__code__))
+    return any(
+        name.lower() in ATTENDING for function in own_methods(cls) for name in _names(function.__code__)
+    )
 
 
 @cache

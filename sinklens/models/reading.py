@@ -133,10 +133,16 @@ def _adds(node: ast.AST) -> bool:
     """Sums of values; joining tuples or adding literals is not one."""
     literal = ast.Tuple | ast.List | ast.Constant
     if isinstance(node, ast.BinOp):
-        return isinstance(node.op, ast.Add) and not isinstance(node.left, literal) and not isinstance(
-            node.right, literal
+        return (
+            isinstance(node.op, ast.Add)
+            and not isinstance(node.left, literal)
+            and not isinstance(node.right, literal)
         )
-    return isinstance(node, ast.AugAssign) and isinstance(node.op, ast.Add) and not isinstance(node.value, literal)
+    return (
+        isinstance(node, ast.AugAssign)
+        and isinstance(node.op, ast.Add)
+        and not isinstance(node.value, literal)
+    )
 
 
 def events(module: nn.Module, is_leaf: Any, path: str = "") -> list[Event]:
@@ -149,7 +155,9 @@ def events(module: nn.Module, is_leaf: Any, path: str = "") -> list[Event]:
     return list(_expand(module, is_leaf, path, "forward", ()))
 
 
-def _expand(module: nn.Module, is_leaf: Any, path: str, method: str, seen: tuple[str, ...]) -> Iterator[Event]:
+def _expand(
+    module: nn.Module, is_leaf: Any, path: str, method: str, seen: tuple[str, ...]
+) -> Iterator[Event]:
     found = steps(type(module), method)
     if found is None and method == "forward":
         found = tuple(Step("use", name) for name, _ in module.named_children())

@@ -1,0 +1,265 @@
+"""Opening a model, whatever it is given as: a name, a folder, a hub id, or a module in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sinklens.core.errors import ModelError, UsageError
+
+from .anatomy import find_anatomy
+from .catalog import Source, locate
+from .checkpoint import INDEX, SINGLE, cache_hashes, check_weights, folder_hashes
+from .loading import (
+    check_complete,
+    check_finite,
+    load_config,
+    load_tokenizer,
+    load_weights,
+    parse_dtype,
+    placement,
+    quantisation,
+    without_weights,
+)
+from .spec import Anatomy, ModelInfo, OpenedModel
+
+PROMPTS = "sinklens_prompts.jsonl"
+
+
+@dataclass(frozen=True)
+class ModelDescription:
+    """What is known about a model before its weights are loaded.
+
+    Attributes:
+        stored_bytes: Weights as they are stored; estimated from the config if the files are not at hand.
+        loaded_bytes: Weights in memory at the dtype asked for.
+        estimated: Whether `stored_bytes` is an estimate.
+    """
+
+    info: ModelInfo
+    anatomy: Anatomy
+    stored_bytes: int
+    loaded_bytes: int
+    estimated: bool = False
+
+
+def open_model(
+    spec: Any = None,
+    *,
+    tokenizer: Any = None,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+    quantization: Any = None,
+) -> OpenedModel:
+    """Opens a model for tracing, in eval mode.
+
+    Args:
+        spec: None for the default bundled checkpoint, `bundled:name`, an alias (`qwen3-30b-a3b`), `org/name`, both
+            also with `@revision`, a folder, or a transformers model in memory.
+        tokenizer: For a model in memory, or instead of the model's own: an object, a folder or an id.
+        dtype: `auto` for the checkpoint's own, or `bf16`, `fp16`, `fp32`, `fp64`.
+        device: Where to put the model; by default the first GPU if there is one.
+        device_map: As in transformers, instead of `device`.
+        trust_remote_code: Whether code that comes with the model may run.
+        quantization: `4bit`, `8bit` or a config of transformers.
+
+    Raises:
+        ModelError: The model cannot be used; each cause has its own message.
+        UsageError: The arguments contradict each other or the model.
+        ResourceError: It does not fit into memory.
+    """
+    if isinstance(spec, OpenedModel):
+        return spec
+    if isinstance(spec, nn.Module):
+        _only_in_memory(
+            dtype=dtype, device=device, device_map=device_map, revision=revision, quantization=quantization
+        )
+        return _in_memory(spec, tokenizer)
+    source = locate(_name(spec), revision)
+    wanted, where, quantised = parse_dtype(dtype), placement(device, device_map), quantisation(quantization)
+    config = load_config(source, trust_remote_code)
+    anatomy = _refuse_early(config, trust_remote_code)
+    own_tokenizer = load_tokenizer(source, tokenizer, _reads_text(anatomy), trust_remote_code)
+    module, missing = load_weights(
+        source,
+        config,
+        dtype=wanted,
+        device_map=where,
+        trust_remote_code=trust_remote_code,
+        quantization=quantised,
+    )
+    anatomy = find_anatomy(module)
+    check_complete(source, anatomy, missing)
+    check_finite(module, source.id)
+    info = _info(module, anatomy, source.id, _commit(config), _hashes(source, _commit(config)))
+    prompts = source.folder / PROMPTS if source.folder is not None else None
+    return OpenedModel(
+        module, own_tokenizer, anatomy, info, str(prompts) if prompts and prompts.is_file() else None
+    )
+
+
+def describe_model(
+    spec: Any = None,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+) -> ModelDescription:
+    """What a model is, from its config and the headers of its files; no weights are read."""
+    wanted = parse_dtype(dtype)
+    if isinstance(spec, OpenedModel | nn.Module):
+        opened = open_model(spec)
+        held = sum(p.numel() * p.element_size() for p in opened.module.parameters())
+        return ModelDescription(opened.info, opened.anatomy, held, held)
+    source = locate(_name(spec), revision)
+    config = load_config(source, trust_remote_code)
+    shell = without_weights(config, trust_remote_code)
+    anatomy = find_anatomy(shell)
+    stored_dtype = getattr(config, "dtype", None) or torch.float32
+    kept = wanted if isinstance(wanted, torch.dtype) else stored_dtype
+    info = _info(shell, anatomy, source.id, _commit(config), {}, kept)
+    stored = _stored_bytes(source, _commit(config))
+    return ModelDescription(
+        info=info,
+        anatomy=anatomy,
+        stored_bytes=info.parameters * stored_dtype.itemsize if stored is None else stored,
+        loaded_bytes=info.parameters * kept.itemsize,
+        estimated=stored is None,
+    )
+
+
+def _name(spec: Any) -> str | os.PathLike[str] | None:
+    if spec is None or isinstance(spec, str | os.PathLike):
+        return spec
+    raise ModelError(
+        f"A model cannot be opened from a {type(spec).__name__}.",
+        hint="Give an alias, org/name, a folder, or a transformers model with its tokenizer.",
+    )
+
+
+def _only_in_memory(**given: Any) -> None:
+    chosen = [name for name, value in given.items() if value is not None and value != "auto"]
+    if chosen:
+        raise UsageError(
+            f"{', '.join(chosen)} cannot be chosen for a model that is in memory already.",
+            hint="Change the model before you pass it: model.to(...).",
+        )
+
+
+def _in_memory(module: nn.Module, tokenizer: Any) -> OpenedModel:
+    """A module of the user: it is put into eval mode and otherwise left alone."""
+    anatomy = find_anatomy(module)
+    name = getattr(module.config, "_name_or_path", "") or type(module).__name__
+    check_finite(module, name)
+    source = Source(name, name)
+    own = load_tokenizer(source, tokenizer, wanted=False, trust_remote_code=False)
+    return OpenedModel(module.eval(), own, anatomy, _info(module, anatomy, name, None, {}))
+
+
+def _refuse_early(config: Any, trust_remote_code: bool) -> Anatomy | None:
+    """The anatomy without weights, so that an unreadable family is refused before gigabytes are loaded.
+
+    Code that comes with a model may not be able to build on the meta device; it is then judged after loading.
+    """
+    try:
+        return find_anatomy(without_weights(config, trust_remote_code))
+    except ModelError:
+        raise
+    except Exception:
+        if trust_remote_code:
+            return None
+        raise
+
+
+def _reads_text(anatomy: Anatomy | None) -> bool:
+    return anatomy is None or any(tower.embedding for tower in anatomy.towers)
+
+
+def _commit(config: Any) -> str | None:
+    return getattr(config, "_commit_hash", None)
+
+
+def _info(
+    module: nn.Module,
+    anatomy: Anatomy,
+    name: str,
+    commit: str | None,
+    hashes: dict[str, str],
+    dtype: torch.dtype | None = None,
+) -> ModelInfo:
+    tower, config = anatomy.main, module.config
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config  # pyright: ignore
+    kept = dtype or _dtype(module.parameters())
+    return ModelInfo(
+        id=name,
+        revision=commit,
+        family=anatomy.family,
+        layers=len(tower.blocks),
+        heads=tower.heads,
+        kv_heads=tower.kv_heads,
+        hidden_size=tower.hidden_size,
+        experts=tower.n_experts,
+        dtype=str(kept).removeprefix("torch."),
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        vocab_size=getattr(text, "vocab_size", None) or 0,
+        files_sha256=hashes,
+    )
+
+
+def _dtype(parameters: Iterable[nn.Parameter]) -> torch.dtype:
+    """The floating dtype of most weights."""
+    counts: dict[torch.dtype, int] = {}
+    for parameter in parameters:
+        if parameter.is_floating_point():
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
+
+
+def _hashes(source: Source, commit: str | None) -> dict[str, str]:
+    if source.folder is not None:
+        return folder_hashes(source.folder, source.id)
+    return cache_hashes(_cached(source, commit))
+
+
+def _cached(source: Source, commit: str | None) -> list[str]:
+    """Paths in the hub's cache of the files that were just used."""
+    import json
+
+    from huggingface_hub import try_to_load_from_cache
+
+    def find(name: str) -> str | None:
+        path = try_to_load_from_cache(source.location, name, revision=commit or source.revision)
+        return path if isinstance(path, str) else None
+
+    index = find(INDEX)
+    shards: set[str] = set()
+    if index is not None and find(SINGLE) is None:
+        with open(index, encoding="utf-8") as file:
+            shards = set(json.load(file).get("weight_map", {}).values())
+    return [
+        path for name in ("config.json", "tokenizer.json", SINGLE, *sorted(shards)) if (path := find(name))
+    ]
+
+
+def _stored_bytes(source: Source, commit: str | None) -> int | None:
+    """Bytes of the weights: from the headers in a folder, from the index of a hub model, else None."""
+    if source.folder is not None:
+        return check_weights(source.folder, source.id)
+    import json
+
+    from transformers.utils.hub import cached_file
+
+    try:
+        path = cached_file(source.location, INDEX, revision=commit or source.revision)
+        with open(str(path), encoding="utf-8") as file:
+            return int(json.load(file)["metadata"]["total_size"])
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
