@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import fields
-from typing import Any, get_type_hints
+from typing import Any
 
 from sinklens.core.errors import UsageError
 from sinklens.core.suggest import did_you_mean
@@ -55,14 +55,14 @@ def _instance(item: Analyzer | str | type[Analyzer]) -> Analyzer:
 def _setting(cls: type[Analyzer], text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     key = key.replace("-", "_")
-    known = [f.name for f in fields(cls)]  # type: ignore[arg-type]
+    known = {f.name: type(f.default) for f in fields(cls)}  # type: ignore[arg-type]
     if not equals or key not in known:
         raise UsageError(
             f"{cls.name} has no parameter {key!r}.",
             detail=did_you_mean(key, known) or f"It has: {', '.join(known)}.",
             hint=f"Write {cls.name}:parameter=value.",
         )
-    kind = get_type_hints(cls)[key]
+    kind = known[key]
     try:
         return key, _BOOLEANS[value.lower()] if kind is bool else kind(value) if kind in (
             int,

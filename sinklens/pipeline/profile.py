@@ -147,6 +147,8 @@ def prepare(model: Any, tokenizer: Any, options: ProfileOptions, listener: Liste
     )
     listener.opened(opened)
     prompts = read_prompts(options, opened.tokenizer, opened.default_prompts, opened.module.config)
+    for analyzer in analyzers:
+        _long_enough(analyzer, prompts)
     listener.planned(prompts, analyzers)
     return Prepared(opened, prompts, analyzers, plan_for(options, analyzers))
 
@@ -174,6 +176,17 @@ def read_prompts(options: ProfileOptions, tokenizer: Any, own: str | None, confi
     if options.prompts is None and own is not None:
         prompts.description["source"] = "prompts that came with the checkpoint"
     return prompts
+
+
+def _long_enough(analyzer: Analyzer, prompts: PromptSet) -> None:
+    """Refuse prompts that are all shorter than the metric needs, before anything is run."""
+    needed = getattr(analyzer, "min_tokens", 0)
+    longest = max(len(prompt) for prompt in prompts.prompts)
+    if longest < needed:
+        raise DataError(
+            f"{analyzer.name} needs prompts of at least {needed} tokens; the longest has {longest}.",
+            hint="Give longer prompts, join short ones with --pack, or leave this analyzer out with --analyzers.",
+        )
 
 
 def default_length(config: Any) -> int:

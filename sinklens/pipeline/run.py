@@ -20,7 +20,6 @@ from .verdict import Verdict, judge
 
 # What a document that is passed on says of its run; the folder's own manifest also has what resuming needs.
 SHARED_SECTIONS = (
-    "schema",
     "sinklens",
     "command",
     "versions",
