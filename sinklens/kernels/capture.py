@@ -75,9 +75,9 @@ class Captured:
         ran, (batch, heads, queries, _) = self.calls[0], call.query.shape
         kv_heads, keys = call.key.shape[1:3]
         packed = queries == 1 and tuple(lse.shape) == (batch, kv_heads, heads // kv_heads)
-        shapes_fit = packed or tuple(lse.shape) == (batch, heads, queries)
-        if not shapes_fit or ran.keys[0] != batch or ran.keys[2] != keys or ran.masked != (call.mask is not
-        None):
+        if not packed and tuple(lse.shape) != (batch, heads, queries):
+            return None
+        if ran.keys[0] != batch or ran.keys[2] != keys or ran.masked != (call.mask is not None):
             return None
         if not math.isclose(ran.scale, call.scale, rel_tol=1e-6):
             return None

@@ -41,12 +41,13 @@ class Block:
     Attributes:
         rows, keys: The ranges covered; keys outside have weight 0.
         weights: `P`, `[b, h, r, k]`.
-        logits: `log P + norm`, hidden keys very negative but finite.
+        logits: `(log P + norm) / unit`, hidden keys very negative but finite.
         norm: `[b, h, r]`; None if 0.
         factor: `A / P`, `[b, h, r]`; None if 1.
         mass: `sum_k P`, `[b, h, r]`; None if 1.
         sink: Mass on the learned sink, `[b, h, r]`; None without.
         lse: Log-sum-exp with learned sinks; None if nobody asks.
+        unit: Nats per unit of the logits: 1, or ln 2 where they are logarithms to base 2.
     """
 
     chunk: Chunk
@@ -60,6 +61,7 @@ class Block:
     mass: Float[Tensor, "b h r"] | None = None
     sink: Float[Tensor, "b h r"] | None = None
     lse: Float[Tensor, "b h r"] | None = None
+    unit: float = 1.0
 
 
 def needs_peak(stats: frozenset[Stat]) -> bool:
@@ -81,17 +83,25 @@ def row_peaks(logits: Float[Tensor, "b h r k"], weights: Float[Tensor, "b h r k"
     keys = logits.shape[3]
     if logits.device.type != "cpu" or keys < 4 * _CHUNK:
         logit, index = logits.max(-1)
+        return Peak(index, logit, _pick(weights, index))
+    rest = keys % _CHUNK
+    tops = logits[..., : keys - rest].unflatten(-1, (-1, _CHUNK)).amax(-1)
+    if rest:
+        tops = torch.cat([tops, logits[..., keys - rest :].amax(-1, keepdim=True)], -1)
+    logit, chunk = tops.max(-1)
+    if rest:
+        # The last chunk is short: its last key is then looked at repeatedly, which changes no arg-max.
+        columns = chunk[..., None] * _CHUNK + torch.arange(_CHUNK, device=logits.device)
+        inner = logits.gather(-1, columns.clamp_(max=keys - 1)).argmax(-1)
     else:
-        whole = keys // _CHUNK * _CHUNK
-        tops = logits[..., :whole].unflatten(-1, (-1, _CHUNK)).amax(-1)
-        if whole < keys:
-            tops = torch.cat([tops, logits[..., whole:].amax(-1, keepdim=True)], -1)
-        first = tops.argmax(-1, keepdim=True) * _CHUNK
-        # The last chunk may be short: its last key is then looked at repeatedly, which changes no arg-max.
-        columns = (first + torch.arange(_CHUNK, device=logits.device)).clamp_(max=keys - 1)
-        logit, inner = logits.gather(-1, columns).max(-1)
-        index = columns.gather(-1, inner[..., None])[..., 0]
-    return Peak(index, logit, weights.gather(-1, index[..., None])[..., 0])
+        each = torch.arange(chunk.numel(), device=logits.device) * tops.shape[-1]
+        inner = logits.view(-1, _CHUNK).index_select(0, each + chunk.flatten()).max(-1).indices
+    index = chunk * _CHUNK + inner.view_as(chunk)
+    return Peak(index, logit, _pick(weights, index))
+
+
+def _pick(table: Tensor, index: Tensor) -> Tensor:
+    return table.gather(-1, index[..., None])[..., 0]
 
 
 class Accumulator:
@@ -207,16 +217,16 @@ class Accumulator:
         log_factor = None if block.factor is None else block.factor.clamp_min(1e-38).log()
         norm = block.norm
         if Stat.RECEIVED_LOG in self.values and norm is not None:
-            block.logits.sub_(norm[..., None])  # log P before the product: subtracting sums would cancel
+            block.logits.sub_(norm[..., None] / block.unit)  # log P before the product: subtracting sums would cancel
             norm = None
         product = block.logits.mul_(block.weights)
         if Stat.RECEIVED_LOG in self.values:
             into = self._into(Stat.RECEIVED_LOG, block)
-            into.add_(_sum_rows(weight[:, :, None], product)[:, :, 0])
+            into.add_(_sum_rows(weight[:, :, None], product)[:, :, 0], alpha=block.unit)
             if log_factor is not None:
                 into.add_(_sum_rows((weight * log_factor)[:, :, None], block.weights)[:, :, 0])
         if Stat.ENTROPY in self.values:
-            surprise = -product.sum(-1)
+            surprise = product.sum(-1) * -block.unit
             if norm is not None:
                 surprise = surprise + (norm if block.mass is None else norm * block.mass)
             if log_factor is not None:

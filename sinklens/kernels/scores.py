@@ -25,24 +25,24 @@ class Scores:
     Args:
         call, sizes, plan: The call and how it is walked.
         shifted: Blocks will be asked for with a `shift`.
+        base: The logits are logarithms to this base; 2 where `exp2` follows.
     """
 
-    def __init__(self, call: AttentionCall, sizes: Sizes, plan: BlockPlan, *, shifted: bool = False) -> None:
+    def __init__(self, call: AttentionCall, sizes: Sizes, plan: BlockPlan, *, shifted: bool = False, base: float = math.e) -> None:
         self.call, self.sizes = call, sizes
         self.device = call.query.device
         self.result = torch.promote_types(call.query.dtype, torch.float32)
         self._product = plan.score_dtype if plan.score_dtype.itemsize < 4 else self.result
-        exact = _exact_half(call, plan)
-        self._exact_half = exact
-        # The scale goes into the query where that is exact, so that it costs no pass over the logits.
-        whole = math.frexp(call.scale)[0] in (0.5, -0.5) or not (exact or self._product.itemsize < 4)
-        self._before = call.scale if whole else 1.0
-        self._after = 1.0 if whole else call.scale
-        # log-sum-exp as one more column of the product: [q, -lse]·[k, 1]. Not where a
-        # non-linearity follows or the column would be rounded.
-        self._column = (
-            shifted and call.softcap is None and not exact and self._product.itemsize >= 4 and whole
-        )
+        self._exact_half = _exact_half(call, plan)
+        self._unit = 1.0 / math.log(base)
+        linear = call.softcap is None
+        factor = call.scale * (self._unit if linear else 1.0)
+        # The factor goes into the query, where it costs no pass over the logits, unless that would round them.
+        rounds = self._exact_half or self._product.itemsize < 4
+        before = not rounds or abs(math.frexp(factor)[0]) == 0.5
+        self._before, self._after = (factor, 1.0) if before else (1.0, factor)
+        # log-sum-exp as one more column of the product: [q, -lse]·[k, 1].
+        self._column = shifted and linear and not rounds
         self._key = self._keys()
         self._mask = None if call.mask is None else four_axes(call.mask, sizes.queries, sizes.keys)
 
@@ -66,16 +66,19 @@ class Scores:
         b, h, r, width = query.shape
         key = key.reshape(-1, key.shape[2], width)
         logits = self._multiply(query.view(key.shape[0], -1, width), key).view(b, h, r, -1)
-        if self._after != 1.0:
-            logits.mul_(self._after)
+        late = None if shift is None or self._column else (shift * -self._unit)[..., None]
         if self.call.softcap is not None:
-            logits.div_(self.call.softcap).tanh_().mul_(self.call.softcap)
+            logits.mul_(self._after / self.call.softcap).tanh_().mul_(self.call.softcap * self._unit)
+            if late is not None:
+                logits.add_(late)
+        elif late is not None:
+            torch.add(late, logits, alpha=self._after, out=logits)
+        elif self._after != 1.0:
+            logits.mul_(self._after)
         if self._mask is not None:
             self._add_mask(logits, chunk, rows, keys)
         elif self.call.causal:
             self._hide_future(logits, rows, keys)
-        if shift is not None and not self._column:
-            logits.sub_(shift[..., None])
         return logits
 
     def _query(self, chunk: Chunk, rows: slice, shift: Tensor | None) -> Float[Tensor, "b h r width"]:
@@ -86,7 +89,7 @@ class Scores:
         if self._before != 1.0:
             buffer[..., :dim].mul_(self._before)
         if self._column and shift is not None:
-            torch.neg(shift, out=buffer[..., dim])
+            torch.mul(shift, -self._unit, out=buffer[..., dim])
         return buffer
 
     def _multiply(self, query: Float[Tensor, "u r d"], key: Float[Tensor, "u k d"]) -> Float[Tensor, "u r k"]:
@@ -116,7 +119,7 @@ class Scores:
         heads = chunk.heads if self._mask.shape[1] > 1 else slice(None)
         mask = self._mask[batch, heads, rows, keys]
         visible = visible_of(mask)
-        bias = 0.0 if mask.dtype == torch.bool else mask.to(logits.dtype)
+        bias = 0.0 if mask.dtype == torch.bool else mask.to(logits.dtype) * self._unit
         logits.add_(torch.where(visible, bias, HIDDEN))
 
 

@@ -13,6 +13,8 @@ _LEAST_ROWS = 32
 # Blocks of causal rows compute up to `rows / 2` keys too many per row, so tall blocks waste work.
 _MOST_ROWS = 128
 _ROWS = 64
+# Rows of logits that start at cache lines are up to a third faster to go through.
+_ALIGNED = 16
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ def row_blocks(sizes: Sizes, plan: BlockPlan) -> list[tuple[int, int]]:
     rows = plan.scores // (units * per_row)
     if rows < _ROWS:
         rows = max(min(_ROWS, plan.scores // per_row), -(-_LEAST_ROWS // sizes.group))
+    if rows > _ALIGNED:
+        rows -= rows % _ALIGNED
     rows = max(1, min(rows, _MOST_ROWS, sizes.queries))
     return [(start, min(start + rows, sizes.queries)) for start in range(0, sizes.queries, rows)]
 
