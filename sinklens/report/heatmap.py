@@ -174,7 +174,7 @@ def _marks(figure: Heatmap, plot: _Plot) -> Markup:
 
 def _axes(figure: Heatmap, plot: _Plot) -> list[Markup]:
     parts = [
-        label(f"{figure.y_label} ↓", plot.x - 6, plot.y - 8, "t axis", text_anchor="end"),
+        label(f"{figure.y_label} ↓", 0, plot.y - 8, "t axis"),
         label(f"{figure.x_label} →", plot.x, plot.y + plot.height + 30, "t axis"),
     ]
     for index in index_ticks(plot.rows, max(2, int(plot.height / 16))):

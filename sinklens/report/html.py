@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -104,7 +105,8 @@ def write_report(path: str | os.PathLike[str], *args: Any, **options: Any) -> Pa
         unfinished.write_text(html, encoding="utf-8", newline="\n")
         os.replace(unfinished, target)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
         raise DataError(
             f"Cannot write the report {str(target)!r}: {error.strerror}.",
             hint="Choose another place with --out.",
@@ -217,14 +219,14 @@ def _first_screen(
         name, figure = main
         identifier = f"{ids[name]}--{text.slug(figure.key)}"
         flat = samples.rate_map(figure) if isinstance(figure, Samples) else figure
-        drawing = heatmap.draw(flat, figure_id=identifier, width=660, height=372, cap=(72, 44))
+        drawing = heatmap.draw(flat, figure_id=identifier, width=660, height=396, cap=(72, 44))
         shown["map"] = FigureView(
             identifier, flat.title, flat.caption, flat.unit, _svgs(drawing), drawing.notes
         )
     if (curve := page.norm_curve(known)) is not None:
         name, line = curve
         identifier = f"{ids[name]}--{text.slug(line.key)}"
-        drawing = lines.draw(line, figure_id=identifier, width=536, height=354)
+        drawing = lines.draw(line, figure_id=identifier, width=536, height=378)
         shown["norms"] = FigureView(identifier, line.title, line.caption, "", _svgs(drawing), drawing.notes)
     return shown
 

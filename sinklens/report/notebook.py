@@ -1,7 +1,7 @@
 """The short form for notebooks: verdict, tiles and the main map, static, without scripts, styles inline.
 
-It has to survive notebook sanitizers and both themes: text has the page's own colour, and the map is a
-inline PNG with its axes as text.
+It has to survive notebook sanitizers and both themes: text has the page's own colour, and the map is
+a PNG with its axes as text.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _tile(tile: Tile, trusted: bool) -> Markup:
     value = tag(
         "div", tile.value, style="font-size:150%;font-weight:600" if trusted else f"font-size:150%;{_SOFT}"
     )
-    note = tile.note if trusted else f"Not trustworthy. {tile.note}"
+    note = tile.note if trusted else ": ".join(filter(None, ["Not trustworthy", tile.note]))
     return tag("div", name, value, tag("div", note, style=f"font-size:80%;{_SOFT}"), style=style)
 
 

@@ -7,6 +7,7 @@ under the pointer; tests hold the two against each other.
 from __future__ import annotations
 
 import math
+from decimal import ROUND_HALF_UP, Decimal
 from typing import Any
 
 _SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -56,13 +57,20 @@ def _fraction(value: float, digits: int) -> str:
     if size == 0:
         return "0"
     sign = _MINUS if value < 0 else ""
-    mantissa, power = f"{size:.{digits - 1}e}".split("e")
-    exponent = int(power)
+    exact = Decimal(size)
+    rounded = _rounded(exact, digits - 1 - exact.adjusted())
+    exponent = rounded.adjusted()
     if exponent < -4 or exponent >= 7:
+        mantissa = f"{rounded.scaleb(-exponent):.{digits - 1}f}"
         return f"{sign}{mantissa} × 10{str(exponent).translate(_SUPERSCRIPT)}"
     if exponent >= digits - 1:
-        return sign + integer(round(size)).lstrip(_MINUS)
-    return f"{sign}{size:.{digits - 1 - exponent}f}"
+        return sign + integer(int(_rounded(exact, 0)))
+    return f"{sign}{_rounded(exact, digits - 1 - exponent):f}"
+
+
+def _rounded(value: Decimal, decimals: int) -> Decimal:
+    """Halves go up, as in the script: Python's own rounding to even would differ on exact halves."""
+    return value.quantize(Decimal(1).scaleb(-decimals), ROUND_HALF_UP)
 
 
 def percent(value: float | None) -> str:
@@ -76,7 +84,7 @@ def percent(value: float | None) -> str:
     if value in (0.0, 100.0):
         return f"{value:.0f}"
     for decimals in (1, 2, 3):
-        text = f"{value:.{decimals}f}"
+        text = f"{_rounded(Decimal(value), decimals):f}"
         if float(text) not in (0.0, 100.0):
             return text.replace("-", _MINUS)
     return "> 99.999" if value > 50 else "< 0.001"
@@ -85,7 +93,7 @@ def percent(value: float | None) -> str:
 def duration(seconds: float) -> str:
     """Seconds as people say them: `0.42 s`, `3 min 05 s`, `2 h 07 min`."""
     if seconds < 60:
-        return f"{number(float(seconds))} s"
+        return f"{brief(float(seconds))} s"
     whole = round(seconds)
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
@@ -97,9 +105,9 @@ def size(n_bytes: float) -> str:
     amount = float(n_bytes)
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(amount) < 1024:
-            return f"{number(amount) if unit != 'B' else integer(round(amount))} {unit}"
+            return f"{brief(amount) if unit != 'B' else integer(round(amount))} {unit}"
         amount /= 1024
-    return f"{number(amount)} TiB"
+    return f"{brief(amount)} TiB"
 
 
 def with_unit(value: Any, unit: str) -> str:

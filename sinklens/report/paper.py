@@ -127,6 +127,7 @@ def _lines(axes: Axes, figure: Lines) -> None:
             "va": "top",
             "ha": "right",
         }
+        place["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.6, "alpha": 0.8}
         axes.annotate(name, (x, 1.0), fontsize=6, **place)
     axes.set_xlabel(figure.x_label, fontsize=8)
     axes.set_ylabel(figure.y_label, fontsize=8)

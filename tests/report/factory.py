@@ -173,7 +173,7 @@ def _primary(shares: np.ndarray, rate: float, layers: int, seq_len: int) -> dict
         "parameters": {"epsilon": 0.3, "min_queries": 16},
         "summary": {"sink_rate": rate, "epsilon": 0.3, "seq_len": seq_len},
         "rows": [row],
-        "units": {"share": "share", "rate": "%", "lift": "× uniform"},
+        "units": {"share": "share", "rate": "%", "sink_rate": "%", "lift": "× uniform"},
         "notes": ["The tokenizer adds no BOS, so the sink stands on a content token."],
     }
 

@@ -90,6 +90,10 @@ function percent(value) {
 
 const withUnit = (value, unit) => (unit.startsWith("%") ? `${percent(value)} ${unit}` : `${number(value)} ${unit}`.trim());
 
+function reveal(node) {
+  for (let at = node; at; at = at.parentElement) if (at.tagName === "DETAILS") at.open = true;
+}
+
 function save(name, kind, text) {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([text], { type: kind }));

@@ -55,7 +55,7 @@ function follow() {
   } catch {
     return; // not an address of ours
   }
-  for (let node = target; node; node = node.parentElement) if (node.tagName === "DETAILS") node.open = true;
+  if (target) reveal(target);
 }
 
 addEventListener("hashchange", follow);

@@ -67,7 +67,7 @@ function nextHit() {
   hit = (hit + 1) % hits.length;
   const [place, position] = hits[hit];
   const holder = $(`.tokens[data-prompt="${place}"]`);
-  holder.parentElement.open = true;
+  reveal(holder);
   complete(holder);
   for (const [p, i] of hits) if (p === place) holder.children[i].classList.add("hit");
   holder.children[position].classList.add("now");
