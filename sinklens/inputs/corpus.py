@@ -15,10 +15,10 @@ from .sources import Document, Source
 DOMAINS = ("prose", "code", "mathematics", "dialogue")
 CORPORA = {
     "mixed": "all four domains in equal parts",
-    "prose": "passages of public-domain books and short factual texts",
-    "code": "small programs in a dozen languages",
-    "mathematics": "worked derivations and exercises",
-    "dialogue": "conversations, interviews and chats",
+    "prose": "passages of nine public-domain books",
+    "code": "small programs in some twenty languages",
+    "mathematics": "worked derivations",
+    "dialogue": "conversations, chats, interviews and scenes of a play",
 }
 
 
