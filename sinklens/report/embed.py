@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from sinklens.core.canonical import plain
 from sinklens.core.errors import DataError
 from sinklens.core.figures import Heatmap, Lines
 from sinklens.core.figures import Samples as SamplesFigure
@@ -100,26 +100,9 @@ def tokens(prompts: Sequence[Mapping[str, Any]], budget: int = 400_000) -> dict[
     return {"words": [list(word) for word in words], "items": items}
 
 
-def plain(value: Any) -> Any:
-    """The value as JSON can hold it: NumPy scalars and arrays as Python's, NaN and infinity as null."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        return plain(value.tolist())
-    if isinstance(value, list | tuple | set | frozenset):
-        return [plain(item) for item in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    return str(value)
-
-
 def script_json(data: Any) -> str:
     """JSON that may stand inside a script element: `<`, `>`, `&` and everything beyond ASCII as escapes."""
-    written = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    written = json.dumps(plain(data), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return written.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

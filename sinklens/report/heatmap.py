@@ -163,12 +163,33 @@ def _frame(plot: _Plot) -> Markup:
     )
 
 
+def _radius(plot: _Plot) -> float:
+    return max(5.0, min(9.0, 0.62 * max(plot.cell_width, plot.cell_height)))
+
+
+def _few(figure: Heatmap, plot: _Plot) -> bool:
+    """Whether rings would leave the map readable."""
+    return (
+        len(figure.marks) * (2 * _radius(plot)) ** 2 <= 0.2 * plot.width * plot.height
+        or len(figure.marks) <= 4
+    )
+
+
 def _marks(figure: Heatmap, plot: _Plot) -> Markup:
-    radius = max(5.0, min(9.0, 0.62 * max(plot.cell_width, plot.cell_height)))
-    rings = []
-    for y, x in figure.marks:
-        place = {"cx": plot.x + (x + 0.5) * plot.cell_width, "cy": plot.y + (y + 0.5) * plot.cell_height}
-        rings += [tag("circle", r=radius, class_=name, **place) for name in ("ring-halo", "ring")]
+    """Rings round the marked cells, or small dots in them when rings would hide the map."""
+    places = [
+        (plot.x + (x + 0.5) * plot.cell_width, plot.y + (y + 0.5) * plot.cell_height) for y, x in figure.marks
+    ]
+    if not _few(figure, plot):
+        size = max(1.6, min(3.0, 0.3 * min(plot.cell_width, plot.cell_height)))
+        step = f"h{size:.1f}v{size:.1f}h{-size:.1f}z"
+        path = "".join(f"M{x - size / 2:.1f} {y - size / 2:.1f}{step}" for x, y in places)
+        return tag("g", tag("path", d=path, class_="dot"), class_="marks")
+    rings = [
+        tag("circle", cx=x, cy=y, r=_radius(plot), class_=name)
+        for x, y in places
+        for name in ("ring-halo", "ring")
+    ]
     return tag("g", *rings, class_="marks")
 
 
@@ -244,7 +265,8 @@ def _notes(figure: Heatmap, values: np.ndarray, plot: _Plot, scale: colour.Scale
     if known.size < values.size:
         notes.append(f"Hatched: no value ({values.size - known.size} of {values.size} cells).")
     if figure.marks:
-        notes.append(f"Ringed: {len(figure.marks)} marked cell{'s' if len(figure.marks) > 1 else ''}.")
+        shape = "Ringed" if _few(figure, plot) else "Marked by a dot instead of a ring"
+        notes.append(f"{shape}: {len(figure.marks)} cell{'s' if len(figure.marks) > 1 else ''}.")
     if figure.log:
         notes.append("Colours are even in the logarithm.")
     return tuple(notes)

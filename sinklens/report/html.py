@@ -14,6 +14,7 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from sinklens.core.canonical import plain
 from sinklens.core.errors import DataError
 from sinklens.core.figures import Figure, Heatmap, Lines, Samples, Tile
 
@@ -82,7 +83,7 @@ def render_report(
             detail=f"Expected schema {embed.RUN_SCHEMA!r}, found {document.get('schema')!r}.",
             hint="Pass summary.json of a run folder: sinklens report RUN",
         )
-    record: dict[str, Any] = embed.plain(document)
+    record: dict[str, Any] = _plain(document)
     given = list(prompts or ())
     drawn = {name: list(found) for name, found in figures.items()}
     if not include_text:
@@ -164,7 +165,7 @@ def _render(
         style=Markup(_stylesheet()),
         script=Markup(script),
         script_hash=embed.script_hash(script),
-        payload=Markup(embed.script_json(embed.plain(payload))),
+        payload=Markup(embed.script_json(payload)),
         levels=colour.LEVELS,
     )
 
@@ -260,12 +261,18 @@ def _method(method: Mapping[str, Any]) -> dict[str, Any]:
         },
         "name": str(method["name"]),
         "id": "method-" + text.slug(str(method["name"])),
-        "formula": formula(str(method.get("formula_mathml") or "")),
+        "formula": formula(str(method.get("formula_mathml") or method.get("formula") or "")),
         "parameters": page.pairs(method.get("parameters") or {}),
         "reference": reference,
         "url": text.web_link(reference.get("url")),
         "code": text.repository_link(reference.get("code")),
     }
+
+
+def _plain(document: Mapping[str, Any]) -> dict[str, Any]:
+    found = plain(document)
+    assert isinstance(found, dict)
+    return found
 
 
 def _paragraph(methods: Sequence[Mapping[str, Any]]) -> str:

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from sinklens.core.canonical import plain
 from sinklens.core.figures import Figure, Heatmap, Samples, Tile
 
-from . import colour, embed, page, png, samples
+from . import colour, page, png, samples
 from .heatmap import pooled
 from .numbers import brief
 from .svg import tag
@@ -33,7 +34,8 @@ def run_repr_html(
         figures: Analyzer name to its figures; the main map is chosen as in the report.
         tiles: Boxes; six are shown.
     """
-    record = embed.plain(document)
+    record = plain(document)
+    assert isinstance(record, dict)
     verdict = page.verdict(record)
     model = record.get("model") or {}
     head = tag(

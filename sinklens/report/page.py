@@ -12,6 +12,7 @@ from sinklens.core.figures import Figure, Heatmap, Lines, Samples, Tile
 
 from . import text
 from .numbers import brief, duration, number, size
+from .tables import short_unit
 
 FIRST_TILES = 6
 
@@ -166,7 +167,8 @@ def chips(document: Mapping[str, Any]) -> tuple[str, ...]:
         found.append(f"{model['experts']} experts{chosen}")
     if model.get("hidden_size"):
         found.append(f"width {number(model['hidden_size'])}")
-    path = manifest.get("attention_path") or manifest.get("attention")
+    tracing = manifest.get("tracing") or {}
+    path = tracing.get("attention_path") or manifest.get("attention_path")
     found += [str(model[key]) for key in ("dtype", "family") if model.get(key)]
     if isinstance(path, str):
         found.append(path)
@@ -269,7 +271,7 @@ def tile_views(
 
 def manifest_groups(manifest: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """The manifest as groups of (name, value): its own scalars first, then each part."""
-    own = [(key, value) for key, value in manifest.items() if not isinstance(value, Mapping)]
+    own = [(k, v) for k, v in manifest.items() if v is not None and not isinstance(v, Mapping)]
     groups = [("Run", [(_words(key), _reading(key, value)) for key, value in own])] if own else []
     for key, value in manifest.items():
         if isinstance(value, Mapping) and value:
@@ -308,7 +310,7 @@ def pairs(values: Mapping[str, Any], units: Mapping[str, str] | None = None) -> 
     """Names and values as they are printed, with the unit where one is known."""
     known = units or {}
     return tuple(
-        (_words(key), f"{_short(value)} {known.get(key, '')}".rstrip()) for key, value in values.items()
+        (_words(k), f"{_short(v)} {short_unit(known.get(k, ''))}".rstrip()) for k, v in values.items()
     )
 
 

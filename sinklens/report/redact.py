@@ -7,14 +7,14 @@ sentence quotes a token, the quotation is replaced.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from sinklens.core.figures import Figure, Lines, Tile
 
 HIDDEN = "[text left out]"
-_SECRET = {"token", "tokens", "token_id", "token_ids", "pieces", "first_tokens", "prompt", "prompt_text"}
+_SECRET = re.compile(r"(?:^|_)(?:tokens?|token_ids?|pieces|prompt_text|prompt)$")
 _QUOTED = re.compile(
     r"'((?:[^'\\]|\\.){1,200})'|\"((?:[^\"\\]|\\.){1,200})\"|[“‘]([^”’]{1,200})[”’]|`([^`]{1,200})`"
 )
@@ -29,10 +29,23 @@ def _hide(value: Any) -> Any:
 
 
 def _secret(key: Any, item: Any) -> bool:
-    """Token fields; `prompt` only when it is text, for it may also be an index."""
-    return (
-        key in _SECRET and item is not None and (key not in ("prompt", "tokens") or not isinstance(item, int))
-    )
+    """Fields named after tokens when they hold text or ids; counts and shares of tokens stay."""
+    if not isinstance(key, str) or not _SECRET.search(key):
+        return False
+    return isinstance(item, str | list | tuple) or (item is not None and "token_id" in key)
+
+
+def _token_texts(value: Any) -> Iterator[str]:
+    """Every token text in a document, wherever it stands."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if _secret(key, item):
+                yield from (str(part) for part in (item if isinstance(item, list | tuple) else [item]))
+            else:
+                yield from _token_texts(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _token_texts(item)
 
 
 def _spellings(token: str) -> Iterable[str]:
@@ -44,18 +57,19 @@ class Redactor:
 
     def __init__(self, document: Mapping[str, Any], prompts: Sequence[Mapping[str, Any]]) -> None:
         found = {piece for prompt in prompts for piece in prompt.get("pieces") or ()}
-        for finding in document.get("findings", {}).values():
-            found |= {str(v) for row in finding.get("rows") or () for k, v in row.items() if k in _SECRET}
+        found |= set(_token_texts(document))
         self.tokens = {spelling for token in found for spelling in _spellings(token)} - {""}
 
     def sentence(self, text: str) -> str:
-        """The text with every quoted token replaced."""
+        """The text with every quoted token replaced, and a token after a final middle dot."""
 
         def swap(match: re.Match[str]) -> str:
             inner = next(group for group in match.groups() if group is not None)
             return HIDDEN if inner in self.tokens or inner.strip() in self.tokens else match.group()
 
-        return _QUOTED.sub(swap, text)
+        shown = _QUOTED.sub(swap, text)
+        head, mark, tail = shown.rpartition(" · ")
+        return f"{head}{mark}{HIDDEN}" if mark and tail.strip() in self.tokens else shown
 
     def sentences(self, value: Any) -> Any:
         """All strings inside a value."""

@@ -17,16 +17,30 @@ from .numbers import with_unit
 SHOWN, KEPT = 20, 500
 """Rows shown at once, and rows in the page at all; the downloads have every row."""
 
+_UNIT_LENGTH = 18
 _DATA_LINK_BYTES = 24_000
 _INDICES = {"layer", "head", "position", "dim", "expert", "token_id", "row", "col", "image", "prompt"}
 
 
 @dataclass(frozen=True)
 class Column:
+    """A column; a short unit stands in its header, a long one below the table."""
+
     key: str
-    label: str
     unit: str
     numeric: bool
+
+    @property
+    def label(self) -> str:
+        return self.key.replace("_", " ")
+
+    @property
+    def header_unit(self) -> str:
+        return short_unit(self.unit) if self.unit != self.label else ""
+
+    @property
+    def explained(self) -> str:
+        return self.unit if len(self.unit) > _UNIT_LENGTH else ""
 
 
 @dataclass(frozen=True)
@@ -76,8 +90,7 @@ def table(rows: Sequence[dict[str, Any]], units: dict[str, str]) -> Table | None
         return None
     keys = list(dict.fromkeys(key for row in rows for key in row))
     columns = tuple(
-        Column(key, key.replace("_", " "), _unit(key, units), _is_numeric([row.get(key) for row in rows]))
-        for key in keys
+        Column(key, units.get(key, ""), _is_numeric([row.get(key) for row in rows])) for key in keys
     )
     kept = tuple(_row(row, columns) for row in rows[:KEPT])
     written = as_csv(rows)
@@ -85,10 +98,9 @@ def table(rows: Sequence[dict[str, Any]], units: dict[str, str]) -> Table | None
     return Table(columns, kept, len(rows), link)
 
 
-def _unit(key: str, units: dict[str, str]) -> str:
-    """The unit, unless the column's name says it already."""
-    unit = units.get(key, "")
-    return "" if unit == key.replace("_", " ") else unit
+def short_unit(unit: str) -> str:
+    """The unit if it fits behind a number; of a longer percentage, the sign."""
+    return unit if len(unit) <= _UNIT_LENGTH else "%" if unit.startswith("%") else ""
 
 
 def _is_numeric(values: list[Any]) -> bool:

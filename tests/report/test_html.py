@@ -465,6 +465,8 @@ def test_without_text_no_token_is_left(tmp_path: Path) -> None:
         "a.txt",
     ]
     run.tiles[0] = replace(run.tiles[0], note="on 'Zanzibar'")
+    run.tiles[2] = replace(run.tiles[2], value="position 0 · Zanzibar")
+    finding["summary"]["max_token"] = secret
     run.figures["primary-sinks"][0] = replace(run.figures["primary-sinks"][0], caption="To 'Zanzibar'.")
     path = write_report(tmp_path / "r.html", *run.args, include_text=False)
     html = path.read_text(encoding="utf-8")

@@ -273,7 +273,7 @@ def test_heatmap_says_what_it_drew() -> None:
     assert "largest 0.700 share at layer 2, head 4" in drawing.svg
     assert 'class="ring"' in drawing.svg
     assert "Hatched: no value (1 of 15 cells)." in drawing.notes
-    assert "Ringed: 1 marked cell." in drawing.notes
+    assert "Ringed: 1 cell." in drawing.notes
 
 
 def test_large_maps_are_images_in_both_themes() -> None:
@@ -393,6 +393,17 @@ def test_tables() -> None:
     assert tables.table([], {}) is None
 
 
+def test_long_units_stand_below_the_table() -> None:
+    built = tables.table(
+        [{"rate": 84.58, "share": 0.5}], {"rate": "% of (prompt, layer, head)", "share": "share"}
+    )
+    assert built is not None
+    rate, share = built.columns
+    assert (rate.header_unit, rate.explained) == ("%", "% of (prompt, layer, head)")
+    assert (share.header_unit, share.explained) == ("", "")
+    assert built.rows[0].cells[0].shown == "84.6"
+
+
 def test_csv_is_exact_but_runs_nothing() -> None:
     rows = [
         {"token": "=HYPERLINK(1)", "value": 0.1},
@@ -403,7 +414,10 @@ def test_csv_is_exact_but_runs_nothing() -> None:
 
 
 def test_formulas_are_mathematics_or_text() -> None:
-    good = '<math xmlns="http://www.w3.org/1998/Math/MathML" onclick="x"><mi mathvariant="bold">A</mi><mo>&lt;</mo></math>'
+    good = (
+        '<math xmlns="http://www.w3.org/1998/Math/MathML" onclick="x">'
+        '<mi mathvariant="bold">A</mi><mo>&lt;</mo></math>'
+    )
     assert formula(good) == '<math><mi mathvariant="bold">A</mi><mo>&lt;</mo></math>'
     assert formula("") == ""
     assert formula("<math><mi>f</mi><mo>\u2061</mo><mi>\u202e</mi></math>") == (
