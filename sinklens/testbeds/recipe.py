@@ -74,6 +74,7 @@ recipes.register("dense-ind")(
             "num_attention_heads": 2,
             "num_key_value_heads": 2,
         },
+        steps=5000,
         about="A dense Llama with sink heads that switch by context and one massive dimension on BOS.",
     )
 )

@@ -125,17 +125,23 @@ def held_out(recipe: Recipe, count: int, length: int | None = None) -> torch.Ten
 
 
 def save_checkpoint(
-    model: PreTrainedModel, recipe: Recipe, folder: Path, *, card: str | None = None, prompts: int = 64
+    model: PreTrainedModel,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    card: str | None = None,
+    prompts: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Path:
-    """Writes config, safetensors (bfloat16), tokenizer, held-out prompts and the card.
+    """Writes config, safetensors, tokenizer, held-out prompts and the card; the model itself stays as it is.
 
     The prompts' `text` has no `<s>`: the tokenizer adds it, as users' own text would get it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    half = copy.deepcopy(model)
-    half.bfloat16()
-    half.config.architectures = [type(model).__name__]
-    half.save_pretrained(folder)
+    stored = copy.deepcopy(model)
+    torch.nn.Module.to(stored, dtype)
+    stored.config.architectures = [type(model).__name__]
+    stored.save_pretrained(folder)
     for path in folder.glob("*.safetensors"):
         path.chmod(0o644)  # safetensors writes them for the owner only
     build_tokenizer(recipe).save_pretrained(folder)

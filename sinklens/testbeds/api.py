@@ -1,0 +1,201 @@
+"""The testbeds by name: what there is, train one again, plant one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from sinklens.core.errors import UsageError
+from sinklens.core.suggest import did_you_mean
+
+from .blocks import FAMILIES
+from .card import facts, write_card
+from .controls import random_control
+from .data import InductionTask
+from .planting.plant import plant
+from .planting.truth import MassivePlant, SinkPlant, SuperExpertPlant, Truth
+from .recipe import Recipe, recipes
+from .train import save_checkpoint, train
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+BUNDLED = Path(__file__).parent.parent / "checkpoints"
+MOE_FAMILIES = ("qwen3_moe", "mixtral")
+# `plant` knows qwen2 too, but transformers opens every qwen2 folder with the Qwen2 tokenizer, whatever it holds.
+SAVED_FAMILIES = tuple(family for family in FAMILIES if family != "qwen2")
+
+
+@dataclass(frozen=True)
+class TestbedInfo:
+    """A testbed as `sinklens testbed list` shows it.
+
+    Attributes:
+        kind: `trained` (sinks that emerged) or `planted` (sinks that were put there).
+        path: The bundled checkpoint, if there is one.
+    """
+
+    __test__ = False  # pytest would take the name for a test class
+
+    name: str
+    kind: str
+    about: str
+    path: Path | None = None
+
+
+def list_testbeds() -> list[TestbedInfo]:
+    """Trained testbeds first, then the families that can be planted in."""
+    trained = [
+        TestbedInfo(name, "trained", recipe.about, BUNDLED / name if (BUNDLED / name).is_dir() else None)
+        for name, recipe in recipes.items()
+    ]
+    planted = []
+    for family in SAVED_FAMILIES:
+        what = (
+            "a sink, a massive dim and a Super Expert"
+            if family in MOE_FAMILIES
+            else "a sink and a massive dim"
+        )
+        about = f"A tiny random {family} with {what}, planted at places drawn from the seed."
+        planted.append(TestbedInfo(f"planted-{family}", "planted", about))
+    return trained + planted
+
+
+def train_testbed(
+    name: str,
+    out: Path | str,
+    *,
+    seed: int | None = None,
+    steps: Collection[int] = (),
+    on_step: Callable[[int, int, float], None] | None = None,
+) -> Path:
+    """Trains a testbed from scratch and saves it, with its card, in `out`.
+
+    Args:
+        seed: The recipe's own if None; the bundled checkpoint is the recipe's own.
+        steps: Also save the model after these steps, as `out/step-<n>`: training dynamics.
+        on_step: Called with the step (1-based), the number of steps and the training loss in nats.
+
+    Raises:
+        UsageError: No such testbed, or a step the recipe does not reach.
+    """
+    recipe: Recipe = recipes[name]
+    out = Path(out)
+    beyond = [step for step in steps if not 0 <= step <= recipe.steps]
+    if beyond:
+        raise UsageError(f"{name} has no step {beyond[0]}: it trains for {recipe.steps} steps.")
+
+    def keep(step: int, model: PreTrainedModel) -> None:
+        save_checkpoint(model, recipe, out / f"step-{step}")
+
+    def report(step: int, loss: float) -> None:
+        if on_step is not None:
+            on_step(step, recipe.steps, loss)
+
+    model = train(recipe, seed=seed, at=steps, on_checkpoint=keep, on_step=report)
+    save_with_card(model, recipe, out, seed)
+    return out
+
+
+def save_with_card(model: PreTrainedModel, recipe: Recipe, out: Path, seed: int | None = None) -> None:
+    """Saves a trained model; its card is measured on the weights as they are stored."""
+    import copy
+    from dataclasses import replace
+
+    recipe = recipe if seed is None else replace(recipe, seed=seed)
+    stored = copy.deepcopy(model).bfloat16().float()
+    save_checkpoint(model, recipe, out, card=write_card(recipe, facts(stored, recipe), stored))
+
+
+def planted_config(family: str) -> PretrainedConfig:
+    """A config of 6 blocks, 64 dims and, where the family has it, two heads per key head."""
+    from transformers import AutoConfig
+
+    task = InductionTask()
+    vocabulary = task.vocabulary
+    common = {
+        "vocab_size": len(vocabulary),
+        "bos_token_id": task.bos_id,
+        "eos_token_id": None,
+        "pad_token_id": vocabulary.index("<pad>"),
+    }
+    if family == "gpt2":
+        return AutoConfig.for_model(family, n_embd=64, n_layer=6, n_head=4, n_positions=512, **common)
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    sizes["head_dim"] = 16
+    if family == "qwen3_moe":
+        sizes |= {
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+            "norm_topk_prob": True,
+        }
+    if family == "mixtral":
+        sizes |= {"num_local_experts": 8, "num_experts_per_tok": 2}
+    if family == "gemma2":
+        sizes |= {"query_pre_attn_scalar": 16}
+    return AutoConfig.for_model(family, tie_word_embeddings=family == "gemma2", **sizes, **common)
+
+
+def plant_testbed(
+    family: str, out: Path | str, *, seed: int = 0, strength: float = 40.0, noise: float | None = None
+) -> Truth:
+    """Saves a tiny random model with one planted sink on BOS, and `truth.json`, the answer key, beside it.
+
+    The seed draws the weights and the places: three heads in three blocks, the massive dim and, in an MoE family,
+    the Super Expert. The folder opens like any checkpoint and brings its own tokenizer and prompts.
+
+    Args:
+        strength, noise: In nats; see `plant`.
+
+    Raises:
+        UsageError: A family that cannot be planted in.
+    """
+    if family not in SAVED_FAMILIES:
+        raise UsageError(
+            f"There is no planted testbed of the family {family!r}.",
+            detail=did_you_mean(family, SAVED_FAMILIES),
+            hint=f"Families: {', '.join(SAVED_FAMILIES)}",
+        )
+    config = planted_config(family)
+    model = random_control(config, seed)
+    rng = np.random.default_rng(seed)
+    first, dim = int(rng.integers(0, 3)), int(rng.integers(config.hidden_size))
+    blocks = first + 1 + rng.choice(5 - first, size=3, replace=False)
+    heads = [(int(block), int(rng.integers(4))) for block in sorted(blocks)]
+    # Gemma2's norms keep ordinary tokens near 1, so its massive value must be larger for the same ratio.
+    magnitude = 5000.0 if family == "gemma2" else 500.0
+    if family in MOE_FAMILIES:
+        expert = int(rng.integers(8))
+        truth = plant(
+            model,
+            sinks=[SinkPlant(heads, strength=strength)],
+            super_experts=[SuperExpertPlant(first, expert, dim, magnitude=magnitude)],
+            noise=noise,
+            seed=seed,
+        )
+    else:
+        truth = plant(
+            model,
+            sinks=[SinkPlant(heads, strength=strength)],
+            massive=[MassivePlant(dim, first, magnitude=magnitude)],
+            noise=noise,
+            seed=seed,
+        )
+    out = Path(out)
+    save_checkpoint(model, Recipe(f"planted-{family}", family, {}), out, dtype=torch.float32)
+    (out / "truth.json").write_text(json.dumps(truth.to_json(), indent=1) + "\n", encoding="utf-8")
+    return truth
