@@ -129,7 +129,6 @@ def _render(
     ids = {section.analyzer: section.id for section in found}
     data: dict[str, Any] = {}
     views = {s.analyzer: _figures(s.id, figures.get(s.analyzer, ()), data) for s in found}
-    manifest = document.get("manifest") or {}
     boxes = page.tile_views(tiles, ids, methods)
     payload = {
         "schema": embed.SCHEMA,
@@ -140,34 +139,40 @@ def _render(
     }
     described = [_method(method) for method in methods if method.get("name")]
     script = _script()
-    model = document.get("model") or {}
     return _template().render(
-        title=title or f"{model.get('id') or 'Model'} · sinklens",
-        model={"id": None, "revision": None, **model},
-        chips=page.chips(document),
-        verdict=page.verdict(document),
-        checks=page.checks(document),
-        warnings=page.warnings(document),
+        **_facts(document, title),
         tiles=boxes[: page.FIRST_TILES],
         more_tiles=boxes[page.FIRST_TILES :],
         first=_first_screen(figures, ids),
         sections=[(s, views[s.analyzer], tables.table(s.rows, s.units)) for s in found],
-        ids=ids,
         prompts=[redact.bare_prompt(prompt) for prompt in prompts],
         viewer=_viewer(prompts) if include_text else [],
-        sinks=_sink_positions(document),
         include_text=include_text,
         methods=described,
         method_ids={method["name"]: method["id"] for method in described},
         paragraph=paragraph,
-        groups=page.manifest_groups(manifest),
-        command=page.command(manifest),
-        style=Markup(_stylesheet()),
         script=Markup(script),
         script_hash=embed.script_hash(script),
+        style=Markup(_stylesheet()),
         payload=Markup(embed.script_json(payload)),
         levels=colour.LEVELS,
     )
+
+
+def _facts(document: Mapping[str, Any], title: str | None) -> dict[str, Any]:
+    """What the page says straight from the document."""
+    model, manifest = document.get("model") or {}, document.get("manifest") or {}
+    return {
+        "title": title or f"{model.get('id') or 'Model'} · sinklens",
+        "model": {"id": None, "revision": None, **model},
+        "chips": page.chips(document),
+        "verdict": page.verdict(document),
+        "checks": page.checks(document),
+        "warnings": page.warnings(document),
+        "sinks": _sink_positions(document),
+        "groups": page.manifest_groups(manifest),
+        "command": page.command(manifest),
+    }
 
 
 def _figures(section: str, figures: Sequence[Figure], data: dict[str, Any]) -> list[FigureView]:

@@ -18,7 +18,7 @@ from sinklens.core.figures import Samples
 from sinklens.report import embed, numbers, render_report
 
 from . import factory
-from .test_html import HOSTILE, _poisoned
+from .parsed import HOSTILE, poisoned
 
 pytestmark = pytest.mark.slow
 STATIC = Path(sinklens.report.__file__).parent / "static"
@@ -225,7 +225,7 @@ def test_hostile_text_runs_nothing(browser: Browser, text: str) -> None:
     answer.wide = document.documentElement.scrollWidth - innerWidth;
     for (const details of document.querySelectorAll("details")) details.open = true;
     """
-    run = _poisoned(text)
+    run = poisoned(text)
     answer = browser.run(
         render_report(*run.args, title=text), "window.alert = () => troubles.push('alert');" + driver
     )

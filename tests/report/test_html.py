@@ -6,8 +6,6 @@ import base64
 import hashlib
 import json
 import re
-from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -15,65 +13,11 @@ import numpy as np
 import pytest
 
 from sinklens.core.errors import DataError, SinklensError
-from sinklens.core.figures import Heatmap, Lines, Samples, Series, Tile
+from sinklens.core.figures import Heatmap, Samples
 from sinklens.report import read_report, render_report, write_report
 
 from . import factory
-
-HOSTILE = (
-    "<script>alert(1)</script>",
-    "</script><script>alert(2)</script>",
-    "<img src=x onerror=alert(3)>",
-    '"><svg onload=alert(4)>',
-    "\u202egnp.exe",
-    "a\u2028b\u2029c",
-    "&lt;b&gt;",
-    "x" * 3000,
-    "\x00\x07\ud800",
-    "{{ 7*7 }}{% raw %}",
-    "-->]]><!--",
-)
-
-
-class Page(HTMLParser):
-    """Elements, their attributes and the text outside scripts and styles."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.text: list[str] = []
-        self.scripts: list[tuple[dict[str, str | None], str]] = []
-        self.stack: list[str] = []
-        self.feed(html)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag in ("script", "style", "pre", "title"):
-            self.stack.append(tag)
-        if tag == "script":
-            self.scripts.append((dict(attrs), ""))
-
-    def handle_endtag(self, tag: str) -> None:
-        if self.stack and self.stack[-1] == tag:
-            self.stack.pop()
-
-    def handle_data(self, data: str) -> None:
-        if self.stack and self.stack[-1] == "script":
-            attrs, before = self.scripts[-1]
-            self.scripts[-1] = (attrs, before + data)
-        elif not self.stack or self.stack[-1] != "style":
-            self.text.append(data)
-
-    @property
-    def words(self) -> str:
-        return " ".join(" ".join(self.text).split())
-
-    def attributes(self, name: str) -> list[str]:
-        return [value for _, attrs in self.elements if (value := attrs.get(name)) is not None]
-
-    def data(self) -> dict[str, Any]:
-        return json.loads(next(body for attrs, body in self.scripts if attrs.get("id") == "sinklens-run"))
+from .parsed import Page
 
 
 @pytest.fixture(scope="module")
@@ -179,19 +123,6 @@ def test_round_trip(tmp_path: Path, run: factory.Run) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
 
 
-def test_round_trip_of_hostile_and_strange_values(tmp_path: Path) -> None:
-    run = factory.make()
-    row = run.document["findings"]["primary-sinks"]["rows"][0]
-    row["token"] = "".join(HOSTILE)
-    row["share"] = np.float32(0.25)
-    row["lift"] = float("nan")
-    row["rate"] = np.int64(3)
-    path = write_report(tmp_path / "r.html", *run.args)
-    back = read_report(path)["findings"]["primary-sinks"]["rows"][0]
-    assert back["token"] == "".join(HOSTILE)
-    assert (back["share"], back["lift"], back["rate"]) == (0.25, None, 3)
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -230,67 +161,6 @@ def test_writing_where_one_cannot_is_a_sentence(tmp_path: Path, run: factory.Run
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="Cannot write the report"):
         write_report(tmp_path / "file" / "r.html", *run.args)
-
-
-def _poisoned(text: str) -> factory.Run:
-    """A run with the text in every place a string can stand."""
-    run = factory.make()
-
-    def poison(value: Any, key: str = "") -> Any:
-        if isinstance(value, dict):
-            return {k: poison(v, k) for k, v in value.items()}
-        if isinstance(value, list):
-            return [poison(v) for v in value]
-        keep = key in ("schema", "status", "formula_mathml") or not isinstance(value, str)
-        return value if keep else text
-
-    document = poison(run.document)
-    document["findings"][text] = document["findings"]["primary-sinks"] | {
-        "rows": [{text: text, "token": text}]
-    }
-    figures = {
-        name: [replace(figure, key=text, title=text, caption=text) for figure in found]
-        for name, found in run.figures.items()
-    }
-    grid = np.array([[0.1, 0.2], [0.3, np.nan]])
-    figures[text] = [
-        Heatmap(text, text, text, grid, text, text, text),
-        Lines(text, text, text, (Series(text, np.arange(2), np.arange(2)),), text, text, marks=((1, text),)),
-        Samples(text, text, text, np.zeros((2, 3, 4)), 0.3, text),
-    ]
-    tiles = [Tile(text, text, text, link=text), Tile(text, text, text, applicable=False)]
-    methods = [poison(method) | {"formula_mathml": text} for method in run.methods]
-    return factory.Run(document, figures, tiles, poison(run.prompts), methods)
-
-
-@pytest.mark.parametrize("text", HOSTILE)
-def test_hostile_text_stays_text_everywhere(text: str) -> None:
-    run = _poisoned(text)
-    html = render_report(*run.args, title=text, methods_paragraph=text)
-    page = Page(html)
-    clean = _page(_poisoned("word"), title="word", methods_paragraph="word")
-    assert {tag for tag, _ in page.elements} <= {tag for tag, _ in clean.elements} | {"code"}
-    assert len(page.scripts) == 2
-    assert page.scripts[1][1] == clean.scripts[1][1]
-    block = page.scripts[0][1]
-    assert not set(block) & set("<>&\u2028\u2029")
-    assert block.isascii()
-    assert page.data()["document"]["findings"][text]["rows"] == [{text: text, "token": text}]
-    outside = html.replace(block, "")
-    assert not re.search(
-        "[\u202a-\u202e\u2066-\u2069\u2028\u2029\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]", outside
-    )
-    assert not [name for _, attrs in page.elements for name in attrs if name.startswith("on")]
-    assert all(h.startswith(("#", "data:", "https://")) for h in page.attributes("href"))
-    outside.encode("utf-8")
-
-
-def test_long_tokens_are_cut_in_the_page() -> None:
-    run = factory.make()
-    run.document["findings"]["primary-sinks"]["rows"][0]["token"] = "y" * 9000
-    run.prompts[0]["pieces"][0] = "y" * 9000
-    html = render_report(*run.args)
-    assert "y" * 81 not in re.sub(r"<script.*?</script>|data:text/csv[^\"]*", "", html, flags=re.DOTALL)
 
 
 def test_failed_check_takes_the_verdict_away() -> None:
@@ -442,42 +312,6 @@ def test_values_behind_the_figures_are_embedded(html: str, run: factory.Run) -> 
     tokens = data["tokens"]
     index = np.frombuffer(base64.b64decode(tokens["items"]["1"]), "<u4")
     assert [tokens["words"][i][0] for i in index] == run.prompts[1]["token_ids"]
-
-
-def test_without_text_no_token_is_left(tmp_path: Path) -> None:
-    run = factory.make()
-    secret = " Zanzibar"
-    for prompt in run.prompts:
-        prompt["pieces"] = [secret] * len(prompt["pieces"])
-    finding = run.document["findings"]["primary-sinks"]
-    finding["rows"][0] |= {"token": secret, "token_id": 987654}
-    finding["verdict"] = (
-        "The sink is 'Zanzibar' (\"Zanzibar\", ' Zanzibar', `Zanzibar`, “Zanzibar”); 'other' stays."
-    )
-    run.document["verdict"]["text"] = "Sink on ' Zanzibar'."
-    run.document["manifest"]["inputs"]["first_tokens"] = [secret]
-    run.document["manifest"]["command"] = [
-        "sinklens",
-        "profile",
-        "--prompt",
-        "Go to Zanzibar",
-        "--prompts",
-        "a.txt",
-    ]
-    run.tiles[0] = replace(run.tiles[0], note="on 'Zanzibar'")
-    run.tiles[2] = replace(run.tiles[2], value="position 0 · Zanzibar")
-    finding["summary"]["max_token"] = secret
-    run.figures["primary-sinks"][0] = replace(run.figures["primary-sinks"][0], caption="To 'Zanzibar'.")
-    path = write_report(tmp_path / "r.html", *run.args, include_text=False)
-    html = path.read_text(encoding="utf-8")
-    assert "Zanzibar" not in html
-    assert "987654" not in html
-    assert "'other' stays" in json.dumps(read_report(path))
-    assert "a.txt" in html
-    for prompt in run.prompts:
-        assert prompt["sha256"] in html
-    assert Page(html).data()["tokens"] is None
-    assert "Zanzibar" in render_report(*run.args)
 
 
 def test_big_model_stays_small_and_small_model_smaller() -> None:

@@ -19,7 +19,7 @@ from sinklens.core.figures import Figure, Heatmap, Lines, Samples, Series
 from sinklens.report import colour, draw, interactive, run_repr_html, save_figure
 
 from . import factory
-from .test_html import HOSTILE, Page, _poisoned
+from .parsed import HOSTILE, Page, poisoned
 
 FIGURES = {
     "map": Heatmap("m", "Map", "Caption.", np.linspace(0, 1, 35).reshape(5, 7), "share", marks=((4, 6),)),
@@ -79,7 +79,7 @@ def test_repr_without_a_map_says_so() -> None:
 
 @pytest.mark.parametrize("text", HOSTILE)
 def test_repr_of_hostile_text_is_inert(text: str) -> None:
-    run = _poisoned(text)
+    run = poisoned(text)
     page = Page(run_repr_html(run.document, run.figures, run.tiles))
     assert {tag for tag, _ in page.elements} <= {"div", "span", "strong", "img"}
     assert not [name for _, attrs in page.elements for name in attrs if name.startswith("on")]
