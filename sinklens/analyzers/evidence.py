@@ -14,21 +14,41 @@ from sinklens.tracers.trace import PromptRecord
 
 @dataclass(frozen=True)
 class Column:
-    """One position of one prompt.
+    """One position over the prompts in which enough queries see it.
 
     Attributes:
-        alpha: Mean attention received, NaN in layers without attention.
-        top1: Share of the queries that see it whose largest weight is on it.
+        alpha: Mean attention received, NaN in layers without attention. In prompts that did not keep the position
+            it is 0: there no head gave it as much as to any position kept.
+        top1: Share of the queries that see it whose largest weight is on it, likewise.
+        share: Mean over layers and heads, exact in all prompts.
         uniform: The share uniform attention would give it, mean over layers.
     """
 
-    alpha: Float[np.ndarray, "layer head"]
-    top1: Float[np.ndarray, "layer head"]
-    uniform: float
+    position: int
+    alpha: Float[np.ndarray, "prompt layer head"]
+    top1: Float[np.ndarray, "prompt layer head"]
+    share: Float[np.ndarray, " prompt"]
+    uniform: Float[np.ndarray, " prompt"]
 
-    @property
-    def share(self) -> float:
-        return float(np.nanmean(self.alpha))
+    def rate(self, epsilon: float) -> float:
+        """Sink^epsilon in percent: threshold first, then average; layers without attention have no vote."""
+        known = ~np.isnan(self.alpha)
+        return float(100 * (self.alpha[known] > epsilon).mean()) if known.any() else 0.0
+
+    def rates(self, epsilon: float) -> Float[np.ndarray, " prompt"]:
+        """The same per prompt."""
+        known = ~np.isnan(self.alpha[0, :, 0])
+        return 100 * (self.alpha[:, known] > epsilon).mean((1, 2))
+
+    def heads(self, epsilon: float, lift: float, prompts: float) -> list[tuple[int, int, float]]:
+        """Heads that exceed epsilon, and `lift` times uniform, in at least this share of the prompts.
+
+        Returns:
+            Layer, head, and the share of prompts.
+        """
+        above = self.alpha > np.maximum(epsilon, lift * self.uniform[:, None, None])
+        share = above.mean(0)
+        return [(int(i), int(j), float(share[i, j])) for i, j in np.argwhere(share >= max(prompts, 1e-9))]
 
 
 @dataclass(frozen=True)
@@ -38,47 +58,60 @@ class SinkEvidence:
     record: PromptRecord
     positions: Int[np.ndarray, " kept"]
     alpha: Float[np.ndarray, "layer head kept"]
-    visible: Int[np.ndarray, " kept"]
-    uniform_all: Float[np.ndarray, " pos"]
-    smallest_kept: float
-    """Mean share of the weakest kept position if any position was left out, else 0: a bound on what is missing."""
+    visible: Int[np.ndarray, " pos"]
+    uniform: Float[np.ndarray, " pos"]
+    left_out: float
+    """The largest share any head gives to a position that was not kept (and that enough queries see), else 0."""
 
     @property
     def length(self) -> int:
         return len(self.record)
 
-    @property
-    def share(self) -> Float[np.ndarray, " kept"]:
-        return np.nanmean(self.alpha, axis=(0, 1))
+    def is_seen(self, position: int, min_visible: int) -> bool:
+        """Whether the prompt has the position and enough queries see it; under a short window that is all it can."""
+        return position < self.length and bool(self.visible[position] >= min(min_visible, self.visible.max()))
 
-    @property
-    def uniform(self) -> Float[np.ndarray, " kept"]:
-        return self.uniform_all[self.positions]
+    def alpha_at(self, position: int) -> Float[np.ndarray, "layer head"]:
+        """Attention received by a position, 0 if it was not kept."""
+        return self._at(self.alpha, position)
 
-    def uniform_at(self, position: int) -> float:
-        return float(self.uniform_all[position])
+    def top1_at(self, position: int) -> Float[np.ndarray, "layer head"]:
+        return self._at(self.record[sig.ATTENTION_TOP1], position)
 
-    def rate(self, epsilon: float) -> Float[np.ndarray, " kept"]:
-        """Share of heads above epsilon, per kept position; layers without attention have no vote."""
-        attending = ~np.isnan(self.alpha[:, 0, 0])
-        return (self.alpha[attending] > epsilon).mean((0, 1))
+    def share_at(self, position: int) -> float:
+        """Mean over layers and heads; for a position that was not kept, with the diagonal and the true divisor."""
+        if position in self.positions:
+            return float(np.nanmean(self.alpha_at(position)))
+        return float(np.nanmean(self.record[sig.ATTENTION_RECEIVED_MEAN][:, position]))
 
-    def at(self, position: int) -> Column:
+    def _at(
+        self, values: Float[np.ndarray, "layer head kept"], position: int
+    ) -> Float[np.ndarray, "layer head"]:
         i = int(np.searchsorted(self.positions, position))
-        top1 = self.record.arrays.get(sig.ATTENTION_TOP1.name)
-        return Column(
-            self.alpha[:, :, i],
-            top1[:, :, i] if top1 is not None else np.full_like(self.alpha[:, :, i], np.nan),
-            self.uniform_at(position),
-        )
+        if i < len(self.positions) and self.positions[i] == position:
+            return values[:, :, i]
+        return np.where(np.isnan(values[:, :, 0]), np.nan, 0.0)
+
+
+def column(evidence: list[SinkEvidence], position: int, min_visible: int) -> Column:
+    """A position over all prompts in which at least `min_visible` queries see it (there must be one)."""
+    holders = [item for item in evidence if item.is_seen(position, min_visible)]
+    return Column(
+        position,
+        np.stack([item.alpha_at(position) for item in holders]),
+        np.stack([item.top1_at(position) for item in holders]),
+        np.array([item.share_at(position) for item in holders]),
+        np.array([item.uniform[position] for item in holders]),
+    )
 
 
 def gather(
-    record: PromptRecord, *, code_divisor: bool = False, exclude_diagonal: bool = False
+    record: PromptRecord, *, min_visible: int, code_divisor: bool = False, exclude_diagonal: bool = False
 ) -> SinkEvidence:
     """Read one prompt's attention columns.
 
     Args:
+        min_visible: Positions seen by fewer queries do not count as left out.
         code_divisor: Divide by T - k, as the official sink-rate code does, instead of by the queries that see k.
         exclude_diagonal: Leave out the position's attention to itself (and one query from the divisor).
     """
@@ -90,15 +123,15 @@ def gather(
         alpha = (alpha * seen - record[sig.ATTENTION_SELF]) / np.maximum(seen - 1, 1)
     elif code_divisor:
         alpha = alpha * seen / (len(record) - positions)
-    mean = np.nanmean(record[sig.ATTENTION_RECEIVED_MEAN], axis=0)
-    left_out = len(positions) < len(record)
+    enough = min(min_visible, visible.max())
+    others = np.setdiff1d(np.flatnonzero(visible.max(0) >= enough), positions)
     return SinkEvidence(
         record,
         positions,
         alpha,
-        visible.max(0)[positions].astype(int),
+        visible.max(0).astype(int),
         uniform_received(visible),
-        float(mean[positions[16:]].min(initial=np.inf)) if left_out and len(positions) > 16 else 0.0,
+        float(record[sig.ATTENTION_RECEIVED_PEAK][others].max(initial=0.0)),
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure, Heatmap, Lines, Samples, Series, Tile
@@ -15,7 +15,7 @@ from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
 
 from .base import Analyzer, Finding, Reference, Status, registry
-from .evidence import SinkEvidence, gather, norm_sinks, span
+from .evidence import Column, SinkEvidence, column, gather, norm_sinks, span
 
 
 @registry.register("primary-sinks")
@@ -25,10 +25,10 @@ class PrimarySinks(Analyzer):
 
     How it is computed: for every prompt, layer and head, alpha_k is the mean attention that key k receives from the
     queries that see it. Per prompt, layer and head it is compared with epsilon (strictly greater); only then are
-    the comparisons averaged: that is the sink rate of position k, in percent. A position is a sink of a prompt if
-    its rate there is at least `min_rate` and its mean share is at least `min_lift` times what uniform attention
-    would give it. It becomes a row if that holds in `min_prompts` of the prompts long enough to have it. Sinks by
-    hidden-state norm are found separately and compared.
+    the comparisons averaged: that is the sink rate of position k, in percent. A head sinks on a position if it
+    exceeds epsilon, and `min_lift` times what uniform attention would give the position, in at least `min_prompts`
+    of the prompts that have it. A position is a row if at least one head sinks on it, or if its rate reaches
+    `min_rate` without any single head doing so. Sinks by hidden-state norm are found separately and compared.
 
     Compared with the paper: Gu et al. report the rate of the first position at 64 tokens; here every position seen
     by at least `min_visible` queries is examined, so that a late column with two queries cannot pass for a sink.
@@ -51,7 +51,7 @@ class PrimarySinks(Analyzer):
     exclude_diagonal: bool = False
     min_rate: float = 0.1
     min_lift: float = 2.0
-    min_prompts: float = 0.1
+    min_prompts: float = 0.5
     min_visible: int = 16
     min_tokens: int = 32
     norm_ratio: float = 10.0
@@ -64,6 +64,7 @@ class PrimarySinks(Analyzer):
         {
             sig.ATTENTION_RECEIVED,
             sig.ATTENTION_RECEIVED_MEAN,
+            sig.ATTENTION_RECEIVED_PEAK,
             sig.KEPT_POSITIONS,
             sig.VISIBLE_QUERIES,
             sig.ATTENTION_SELF,
@@ -77,7 +78,8 @@ class PrimarySinks(Analyzer):
     reference = Reference(
         key="gu2024when",
         title="When Attention Sink Emerges in Language Models: An Empirical View",
-        authors="Xiangming Gu and Tianyu Pang and Chao Du and Qian Liu and Fengzhuo Zhang and Cunxiao Du and Ye Wang and Min Lin",
+        authors="Xiangming Gu and Tianyu Pang and Chao Du and Qian Liu and Fengzhuo Zhang and Cunxiao Du "
+        "and Ye Wang and Min Lin",
         year=2025,
         arxiv="2410.10781",
         section="3, attention sink metric",
@@ -103,13 +105,18 @@ class PrimarySinks(Analyzer):
                 f"sink rates need prompts of at least {self.min_tokens} tokens; the longest has {longest}."
             )
         evidence = [
-            gather(r, code_divisor=self.recipe == "code", exclude_diagonal=self.exclude_diagonal)
-            for r in records
+            gather(
+                record,
+                min_visible=self.min_visible,
+                code_divisor=self.recipe == "code",
+                exclude_diagonal=self.exclude_diagonal,
+            )
+            for record in records
         ]
-        positions = self._sink_positions(evidence)
-        rows = [self._row(trace, evidence, position) for position in positions]
+        columns = self._columns(evidence)
+        rows = [self._row(evidence, found) for found in columns if self._is_sink(found)]
         rows.sort(key=lambda row: (-row["rate"], -row["share"], row["position"]))
-        strongest = rows[0]["position"] if rows else _most_attended(evidence)
+        strongest = self._strongest(columns, rows)
         summary = self._summary(trace, evidence, strongest, rows)
         return self.finding(
             Status.FOUND if rows else Status.NOT_FOUND,
@@ -117,80 +124,106 @@ class PrimarySinks(Analyzer):
             rows=rows,
             summary=summary,
             units=UNITS,
-            figures=_figures(evidence, strongest, self.epsilon, trace),
+            figures=self._figures(evidence, strongest),
             tiles=_tiles(rows, summary),
             notes=self._notes(trace, evidence, summary),
         )
 
-    def _sink_positions(self, evidence: list[SinkEvidence]) -> list[int]:
-        """Positions that are sinks in enough of the prompts that have them."""
-        hits: Counter[int] = Counter()
-        holders: Counter[int] = Counter()
-        for item in evidence:
-            is_sink = (item.rate(self.epsilon) >= self.min_rate) & (
-                item.share >= self.min_lift * item.uniform
-            )
-            is_sink &= item.visible >= self.min_visible
-            hits.update(item.positions[is_sink].tolist())
-            holders.update(range(item.length))
-        return sorted(k for k, n in hits.items() if n >= max(1.0, self.min_prompts * holders[k]))
+    def _columns(self, evidence: list[SinkEvidence]) -> list[Column]:
+        """Every position that some prompt kept and that enough queries see."""
+        kept = {int(k) for item in evidence for k in item.positions if item.is_seen(int(k), self.min_visible)}
+        return [column(evidence, k, self.min_visible) for k in sorted(kept)]
 
-    def _row(self, trace: Trace, evidence: list[SinkEvidence], position: int) -> dict[str, Any]:
-        at = [item.at(position) for item in evidence if position in item.positions]
-        alpha = np.stack([column.alpha for column in at])
-        share = float(np.mean([np.nanmean(column.alpha) for column in at]))
-        heads = _heads(alpha, self.epsilon)
+    def _is_sink(self, found: Column) -> bool:
+        return bool(self._sink_heads(found)) or (
+            found.rate(self.epsilon) >= 100 * self.min_rate
+            and found.share.mean() >= self.min_lift * found.uniform.mean()
+        )
+
+    def _sink_heads(self, found: Column) -> list[tuple[int, int, float]]:
+        return found.heads(self.epsilon, self.min_lift, self.min_prompts)
+
+    def _strongest(self, columns: list[Column], rows: list[dict[str, Any]]) -> Column:
+        """The first row's position; where no position is a sink, the one with the largest mean lift."""
+        if rows:
+            return next(found for found in columns if found.position == rows[0]["position"])
+        return max(columns, key=lambda found: float((found.share / found.uniform).mean()))
+
+    def _row(self, evidence: list[SinkEvidence], found: Column) -> dict[str, Any]:
+        heads = self._sink_heads(found)
         layers = sorted({layer for layer, *_ in heads})
-        token, token_id, same = _common_token([item.record for item in evidence], position)
+        token, token_id, same = _common_token([item.record for item in evidence], found.position)
         return {
-            "position": position,
+            "position": found.position,
             "token": token,
             "token_id": token_id,
-            "share": share,
-            "lift": share / float(np.mean([column.uniform for column in at])),
-            "rate": _rate(alpha, self.epsilon),
-            "n_prompts": sum(bool(_rate(column.alpha, self.epsilon) >= 100 * self.min_rate) for column in at),
+            "share": float(found.share.mean()),
+            "lift": float(found.share.mean() / found.uniform.mean()),
+            "rate": found.rate(self.epsilon),
+            "n_prompts": int((found.rates(self.epsilon) > 0).sum()),
             "first_layer": layers[0] if layers else None,
             "last_layer": layers[-1] if layers else None,
             "n_heads": len(heads),
-            "top1_share": float(np.mean([np.nanmean(column.top1) for column in at])),
+            "top1_share": float(np.nanmean(found.top1)),
             "same_token_share": same,
         }
 
     def _summary(
-        self, trace: Trace, evidence: list[SinkEvidence], strongest: int, rows: list[dict[str, Any]]
+        self, trace: Trace, evidence: list[SinkEvidence], strongest: Column, rows: list[dict[str, Any]]
     ) -> dict[str, Any]:
-        alpha = _column(evidence, strongest)
         lengths = [item.length for item in evidence]
-        norm = norm_sinks([item.record for item in evidence], self.norm_ratio)
+        records = [item.record for item in evidence]
+        norm = norm_sinks(records, self.norm_ratio)
         by_attention = {row["position"] for row in rows}
-        dormant = _dormant_heads([item.record for item in evidence]) if strongest == 0 else []
-        learned = [
-            np.nanmean(r.arrays[sig.LEARNED_SINK_MASS.name])
-            for r in trace
-            if sig.LEARNED_SINK_MASS.name in r.arrays
-        ]
-        low, high = _interval(np.nanmean(alpha > self.epsilon, axis=(1, 2)) * 100)
+        low, high = _interval(strongest.rates(self.epsilon))
         return {
-            "sink_rate": _rate(alpha, self.epsilon),
+            "sink_rate": strongest.rate(self.epsilon),
             "sink_rate_ci_low": low,
             "sink_rate_ci_high": high,
-            "strongest_position": strongest,
-            "share": float(np.nanmean(alpha)),
-            "uniform_share": float(np.mean([item.uniform_at(strongest) for item in evidence])),
+            "strongest_position": strongest.position,
+            "share": float(strongest.share.mean()),
+            "uniform_share": float(strongest.uniform.mean()),
             "epsilon": self.epsilon,
             "seq_len": int(np.median(lengths)),
             "seq_len_min": min(lengths),
             "seq_len_max": max(lengths),
             "n_prompts": len(evidence),
-            "heads": [[layer, head, rate] for layer, head, rate, _ in _heads(alpha, self.epsilon)],
-            "dormant_heads": dormant,
-            "learned_sink_mass": float(np.mean(learned)) if learned else None,
+            "heads": [list(head) for head in self._sink_heads(strongest)],
+            "dormant_heads": _dormant_heads(records) if strongest.position == 0 else [],
+            "learned_sink_mass": _learned_mass(trace),
             "norm_sink_positions": sorted(norm),
             "agree": sorted(by_attention & norm),
             "attention_only": sorted(by_attention - norm),
             "norm_only": sorted(norm - by_attention),
         }
+
+    def _figures(self, evidence: list[SinkEvidence], strongest: Column) -> list[Figure]:
+        where = f"position {strongest.position}"
+        heads = tuple((layer, head) for layer, head, _ in self._sink_heads(strongest))
+        n = len(strongest.alpha)
+        figures: list[Figure] = [
+            Heatmap(
+                "received",
+                f"Attention received by {where}",
+                f"Mean over {n} prompts of the mean attention from all queries that see {where} (diagonal included). "
+                f"Rings: above {self.epsilon:g} on at least {self.min_prompts:.0%} of the prompts.",
+                strongest.alpha.mean(0),
+                "share",
+                marks=heads,
+                limits=(0.0, 1.0),
+            ),
+            Samples(
+                "rate",
+                f"Sink rate of {where} by threshold",
+                "Share of (prompt, layer, head) whose mean attention to the position exceeds the threshold.",
+                strongest.alpha.astype(np.float32),
+                self.epsilon,
+            ),
+            _profile(evidence),
+        ]
+        if strongest.position == 0 and all(sig.FIRST_MASS.name in item.record.arrays for item in evidence):
+            figures.append(_dormancy(evidence, strongest))
+        return figures
 
     def _notes(self, trace: Trace, evidence: list[SinkEvidence], summary: dict[str, Any]) -> list[str]:
         notes = []
@@ -201,9 +234,7 @@ class PrimarySinks(Analyzer):
         skipped = len(trace) - len(evidence)
         if skipped:
             notes.append(f"{skipped} prompts shorter than {self.min_tokens} tokens were left out.")
-        # A position that was not kept has a mean share of at most the smallest kept one; only if that times the
-        # heads could still reach the rule may a sink have been missed.
-        if any(item.smallest_kept > self.epsilon * self.min_rate for item in evidence):
+        if any(item.left_out > self.epsilon for item in evidence):
             notes.append("Some prompts have more strong positions than were kept; raise --keep-positions.")
         if summary["norm_only"]:
             notes.append(
@@ -226,30 +257,11 @@ UNITS = {
 }
 
 
-def _rate(alpha: Float[np.ndarray, "*prompt layer head"], epsilon: float) -> float:
-    """Sink^epsilon in percent: threshold first, then average; layers without attention have no vote."""
-    known = ~np.isnan(alpha)
-    return float(100 * (alpha[known] > epsilon).mean()) if known.any() else 0.0
-
-
-def _heads(
-    alpha: Float[np.ndarray, "prompt layer head"], epsilon: float
-) -> list[tuple[int, int, float, float]]:
-    """Heads above epsilon on at least half of the prompts: layer, head, their rate (0-1) and mean share."""
-    rate = (alpha > epsilon).mean(0)
-    share = alpha.mean(0)
-    return [(int(i), int(j), float(rate[i, j]), float(share[i, j])) for i, j in np.argwhere(rate >= 0.5)]
-
-
-def _column(evidence: list[SinkEvidence], position: int) -> Float[np.ndarray, "prompt layer head"]:
-    return np.stack([item.at(position).alpha for item in evidence if position in item.positions])
-
-
-def _most_attended(evidence: list[SinkEvidence]) -> int:
-    """Where no position is a sink: the one with the largest mean lift among those every prompt kept."""
-    common = sorted(set.intersection(*(set(item.positions.tolist()) for item in evidence)))
-    lift = [np.mean([item.at(k).share / item.uniform_at(k) for item in evidence]) for k in common]
-    return common[int(np.argmax(lift))]
+def _learned_mass(trace: Trace) -> float | None:
+    """Mean mass on learned sink logits, None for models without them."""
+    name = sig.LEARNED_SINK_MASS.name
+    masses = [float(np.nanmean(record.arrays[name])) for record in trace if name in record.arrays]
+    return float(np.mean(masses)) if masses else None
 
 
 def _common_token(records: list[PromptRecord], position: int) -> tuple[str, int, float]:
@@ -263,9 +275,14 @@ def _dormant_heads(records: list[PromptRecord]) -> list[list[float]]:
     """Heads that give the first token more than half of their mass on at least a quarter of the queries."""
     if any(sig.FIRST_MASS.name not in record.arrays for record in records):
         return []
-    counts: Int[np.ndarray, "layer head bin"] = np.sum([r[sig.FIRST_MASS].clip(0) for r in records], axis=0)
-    upper = counts[:, :, sig.FIRST_MASS_BINS // 2 :].sum(-1) / counts.sum(-1).clip(1)
+    upper = _upper_half(records)
     return [[int(i), int(j), float(upper[i, j])] for i, j in np.argwhere(upper >= 0.25)]
+
+
+def _upper_half(records: list[PromptRecord]) -> Float[np.ndarray, "layer head"]:
+    """Share of the queries that give the first token more than half of their mass."""
+    counts = np.sum([record[sig.FIRST_MASS].clip(0) for record in records], axis=0)
+    return counts[:, :, sig.FIRST_MASS_BINS // 2 :].sum(-1) / counts.sum(-1).clip(1)
 
 
 def _interval(per_prompt: Float[np.ndarray, " prompt"]) -> tuple[float | None, float | None]:
@@ -313,45 +330,17 @@ def _tiles(rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[Tile]:
     ]
 
 
-def _figures(evidence: list[SinkEvidence], strongest: int, epsilon: float, trace: Trace) -> list[Figure]:
-    alpha = _column(evidence, strongest)
-    heads = tuple((layer, head) for layer, head, *_ in _heads(alpha, epsilon))
-    where = f"position {strongest}"
-    figures: list[Figure] = [
-        Heatmap(
-            "received",
-            f"Attention received by {where}",
-            f"Mean over {len(alpha)} prompts of the mean attention from all queries that see {where} "
-            f"(diagonal included). Rings: above {epsilon:g} on at least half of the prompts.",
-            alpha.mean(0),
-            "share",
-            marks=heads,
-            limits=(0.0, 1.0),
-        ),
-        Samples(
-            "rate",
-            f"Sink rate of {where} by threshold",
-            "Share of (prompt, layer, head) whose mean attention to the position exceeds the threshold.",
-            alpha.astype(np.float32),
-            epsilon,
-        ),
-        _profile(evidence),
-    ]
-    if strongest == 0 and all(sig.FIRST_MASS.name in item.record.arrays for item in evidence):
-        counts = np.sum([item.record[sig.FIRST_MASS].clip(0) for item in evidence], axis=0)
-        upper = counts[:, :, sig.FIRST_MASS_BINS // 2 :].sum(-1) / counts.sum(-1).clip(1)
-        figures.append(
-            Heatmap(
-                "dormancy",
-                "Queries that give the first token more than half of their attention",
-                "Share of all queries after the first, over all prompts. A head can be dormant on some queries and "
-                "active on others; its mean alone would hide that.",
-                np.where(np.isnan(alpha.mean(0)), np.nan, upper),
-                "share of queries",
-                limits=(0.0, 1.0),
-            )
-        )
-    return figures
+def _dormancy(evidence: list[SinkEvidence], strongest: Column) -> Heatmap:
+    upper = _upper_half([item.record for item in evidence])
+    return Heatmap(
+        "dormancy",
+        "Queries that give the first token more than half of their attention",
+        "Share of all queries after the first, over all prompts. A head can be dormant on some queries and active on "
+        "others; its mean alone would hide that.",
+        np.where(np.isnan(strongest.alpha.mean(0)), np.nan, upper),
+        "share of queries",
+        limits=(0.0, 1.0),
+    )
 
 
 def _profile(evidence: list[SinkEvidence]) -> Lines:
@@ -362,7 +351,7 @@ def _profile(evidence: list[SinkEvidence]) -> Lines:
     for item in evidence:
         m = min(shown, item.length)
         total[:m] += np.nanmean(item.record[sig.ATTENTION_RECEIVED_MEAN], axis=0)[:m]
-        uniform[:m] += item.uniform_all[:m]
+        uniform[:m] += item.uniform[:m]
         n[:m] += 1
     x = np.arange(shown)
     return Lines(

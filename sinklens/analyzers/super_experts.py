@@ -345,8 +345,8 @@ def _figures(trace: Trace, rows: list[dict[str, Any]]) -> list[Figure]:
         Heatmap(
             "experts",
             "Largest down-projection output by layer and expert",
-            f"Maximum over {len(trace)} prompts, routed tokens and dims of |down_proj output| before the routing weight. "
-            "Rings: Super Experts. Hatched: never routed to, or a layer without experts.",
+            f"Maximum over {len(trace)} prompts, routed tokens and dims of |down_proj output|, before the routing "
+            "weight. Rings: Super Experts. Hatched: never routed to, or a layer without experts.",
             largest,
             "abs-max",
             x_label="expert",

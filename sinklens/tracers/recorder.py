@@ -28,6 +28,7 @@ Arrays = dict[str, np.ndarray]
 STATS_OF: dict[Signal, Stat] = {
     sig.ATTENTION_RECEIVED: Stat.RECEIVED,
     sig.ATTENTION_RECEIVED_MEAN: Stat.RECEIVED,
+    sig.ATTENTION_RECEIVED_PEAK: Stat.RECEIVED,
     sig.KEPT_POSITIONS: Stat.RECEIVED,
     sig.VISIBLE_QUERIES: Stat.RECEIVED,
     sig.ATTENTION_SELF: Stat.DIAGONAL,
@@ -52,9 +53,8 @@ class Limits:
 
     Attributes:
         leading: First positions that are always kept per head.
-        strongest: Positions kept besides, those with the most attention averaged over layers and heads. A
-            position left out has at most the mean of the last one kept, so an analyzer can tell whether it
-            could have mattered.
+        strongest: Positions kept besides, those to which any one head gives most. The peak of every position
+            is recorded, so an analyzer can tell whether one that was left out could have mattered.
         ranks: Entries kept per layer in ranked signals.
         min_visible: Queries that must see a position before it can be one of the strongest.
     """
@@ -213,15 +213,16 @@ def _join(by_layer: dict[int, np.ndarray], layers: int) -> np.ndarray:
 
 
 def _keep_positions(arrays: Arrays, limits: Limits) -> None:
-    """Average over heads for every position; per head, keep the leading and the strongest positions only."""
+    """Mean and peak over heads for every position; per head, the leading and the strongest positions only."""
     received = arrays[sig.ATTENTION_RECEIVED.name]
-    by_position = received.mean(1)
-    arrays[sig.ATTENTION_RECEIVED_MEAN.name] = by_position
     # A layer without attention is all NaN and has no say.
-    overall = np.nanmean(by_position, axis=0)
-    enough = arrays[sig.VISIBLE_QUERIES.name].max(0) >= limits.min_visible
-    ranking = np.argsort(np.where(enough, -overall, np.inf), kind="stable")
-    kept = np.union1d(np.arange(min(limits.leading, len(overall))), ranking[: limits.strongest])
+    peak = np.nanmax(received, axis=(0, 1))
+    arrays[sig.ATTENTION_RECEIVED_MEAN.name] = received.mean(1)
+    arrays[sig.ATTENTION_RECEIVED_PEAK.name] = peak
+    visible = arrays[sig.VISIBLE_QUERIES.name].max(0)
+    enough = visible >= min(limits.min_visible, visible.max())
+    ranking = np.argsort(np.where(enough, -peak, np.inf), kind="stable")
+    kept = np.union1d(np.arange(min(limits.leading, len(peak))), ranking[: limits.strongest])
     arrays[sig.KEPT_POSITIONS.name] = kept.astype(np.int32)
     for signal in (sig.ATTENTION_RECEIVED, sig.ATTENTION_SELF, sig.ATTENTION_TOP1):
         if signal.name in arrays:

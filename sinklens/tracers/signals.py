@@ -49,6 +49,13 @@ ATTENTION_RECEIVED_MEAN = Signal(
     "share",
     "the same for every position, averaged over heads",
 )
+ATTENTION_RECEIVED_PEAK = Signal(
+    "attention_received_peak",
+    _A,
+    ("pos",),
+    "share",
+    "the same for every position, largest over layers and heads",
+)
 KEPT_POSITIONS = Signal("kept_positions", _A, ("kept",), "position", "positions stored per head, ascending")
 VISIBLE_QUERIES = Signal(
     "visible_queries",

@@ -56,6 +56,7 @@ def record(
         arrays |= {
             "attention_received": received,
             "attention_received_mean": received.mean(1),
+            "attention_received_peak": np.nanmax(received, axis=(0, 1)),
             "kept_positions": np.arange(length, dtype=np.int32),
             "visible_queries": visible,
             "attention_self": np.diagonal(weights, axis1=2, axis2=3),
@@ -81,8 +82,16 @@ def largest(name: str, values: np.ndarray, ranks: int) -> dict[str, np.ndarray]:
 def trace(records: list[PromptRecord], *, experts: int = 0, **layer: Any) -> Trace:
     """A trace of records with as many equal layers as they have."""
     n = len(records[0].arrays["residual_norm"])
-    kind = {"attention": True, "down_proj": not experts, "experts": bool(experts), "shared_expert": False, **layer}
+    kind = {
+        "attention": True,
+        "down_proj": not experts,
+        "experts": bool(experts),
+        "shared_expert": False,
+        **layer,
+    }
     layers = tuple(LayerInfo(i, residual="block output", **kind) for i in range(n))
-    heads = records[0].arrays["attention_received"].shape[1] if "attention_received" in records[0].arrays else 1
+    heads = (
+        records[0].arrays["attention_received"].shape[1] if "attention_received" in records[0].arrays else 1
+    )
     info = ModelInfo("example/made", None, "made", n, heads, heads, 11, experts, "float32")
     return Trace(info, layers, records)

@@ -11,7 +11,9 @@ from sinklens.tracers.trace import PromptRecord
 from .made import largest, record, trace
 
 
-def flat(median: float, *entries: tuple[int, int, int, float], layers: int = 4, length: int = 7, width: int = 13) -> PromptRecord:
+def flat(
+    median: float, *entries: tuple[int, int, int, float], layers: int = 4, length: int = 7, width: int = 13
+) -> PromptRecord:
     """States whose median magnitude is exactly `median`, with entries (layer, pos, dim, value)."""
     hidden = np.full((layers, length, width), median)
     for layer, pos, dim, value in entries:

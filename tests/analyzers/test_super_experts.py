@@ -15,7 +15,12 @@ from .made import record, trace
 T, D = 7, 13
 
 
-def experts(size: np.ndarray, *, spikes: dict[int, tuple[int, int, float]] | None = None, first: np.ndarray | None = None) -> PromptRecord:
+def experts(
+    size: np.ndarray,
+    *,
+    spikes: dict[int, tuple[int, int, float]] | None = None,
+    first: np.ndarray | None = None,
+) -> PromptRecord:
     """A record with expert maxima `[layer, expert]` (at position 0, dim 5) and residual spikes by layer."""
     layers = len(size)
     hidden = np.random.default_rng(0).normal(size=(layers, T, D))
