@@ -34,7 +34,7 @@ class Family:
         padding: Whether batches may be padded (vision batches are not).
     """
 
-    make: Callable[[], nn.Module]
+    make: Callable[[], Any]
     kind: str = "text"
     towers: tuple[str, ...] = ("text",)
     layers: tuple[int, ...] = (LAYERS,)
@@ -315,7 +315,7 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+def build(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """A tiny model of `family` in eval mode; the same seed gives the same weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -63,8 +63,8 @@ def _hub(chain: list[BaseException], source: Source, part: str) -> ModelError | 
             f"There is no model {name!r} on the hub, or it is private.",
             hint="Check the name (sinklens ls models). Private repository: log in (hf auth login) or set HF_TOKEN.",
         )
-    offline = met(errors.OfflineModeIsEnabled) or _is_offline()
-    if offline or met(errors.LocalEntryNotFoundError):
+    if met(errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError):
+        offline = met(errors.OfflineModeIsEnabled) or _is_offline()
         why = "HF_HUB_OFFLINE is set" if offline else "the hub cannot be reached"
         return ModelError(
             f"The {part} of {name!r} is not on this machine, and {why}.",

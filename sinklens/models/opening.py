@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -99,7 +100,8 @@ def open_model(
     anatomy = find_anatomy(module)
     check_complete(source, anatomy, missing)
     check_finite(module, source.id)
-    info = _info(module, anatomy, source.id, _commit(config), _hashes(source, _commit(config)))
+    commit = _commit(source)
+    info = _info(module, anatomy, source.id, commit, _hashes(source, commit))
     prompts = source.folder / PROMPTS if source.folder is not None else None
     return OpenedModel(
         module, own_tokenizer, anatomy, info, str(prompts) if prompts and prompts.is_file() else None
@@ -125,8 +127,9 @@ def describe_model(
     anatomy = find_anatomy(shell)
     stored_dtype = getattr(config, "dtype", None) or torch.float32
     kept = wanted if isinstance(wanted, torch.dtype) else stored_dtype
-    info = _info(shell, anatomy, source.id, _commit(config), {}, kept)
-    stored = _stored_bytes(source, _commit(config))
+    commit = _commit(source)
+    info = _info(shell, anatomy, source.id, commit, {}, kept)
+    stored = _stored_bytes(source, commit)
     return ModelDescription(
         info=info,
         anatomy=anatomy,
@@ -183,8 +186,14 @@ def _reads_text(anatomy: Anatomy | None) -> bool:
     return anatomy is None or any(tower.embedding for tower in anatomy.towers)
 
 
-def _commit(config: Any) -> str | None:
-    return getattr(config, "_commit_hash", None)
+def _commit(source: Source) -> str | None:
+    """The commit that the hub's cache holds for the revision asked for: the name of its snapshot folder."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if source.folder is not None:
+        return None
+    path = try_to_load_from_cache(source.location, "config.json", revision=source.revision)
+    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def _info(

@@ -19,6 +19,8 @@ from typing import Any
 from torch import nn
 
 ATTENDING = {"softmax", "scaled_dot_product_attention"}
+MENTIONS = {"dtype", "device", "shape", "in_features", "out_features", "config"}
+"""Attributes that are asked for without computing with their owner."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,8 @@ def _walk(node: Any, me: str) -> Iterator[Step]:
         for item in node:
             yield from _walk(item, me)
     elif isinstance(node, ast.If | ast.IfExp):
-        yield from _walk(node.test, me)
+        calls = [part for part in ast.walk(node.test) if isinstance(part, ast.Call)]
+        yield from _walk(calls, me)  # `if self.extra is not None` does not use it
         then, otherwise = tuple(_walk(node.body, me)), tuple(_walk(node.orelse, me))
         yield Step("branch", test=node.test, then=then, otherwise=otherwise)
     elif isinstance(node, ast.Call):
@@ -100,6 +103,8 @@ def _walk(node: Any, me: str) -> Iterator[Step]:
             yield Step("use", node.attr)
     elif isinstance(node, ast.FunctionDef | ast.Lambda | ast.ClassDef):
         return
+    elif isinstance(node, ast.Attribute) and node.attr in MENTIONS:
+        return  # `x.to(self.o_proj.weight.dtype)` does not use it either
     elif isinstance(node, ast.AST):
         children = list(ast.iter_child_nodes(node))
         if isinstance(node, ast.Assign | ast.AnnAssign | ast.For):

@@ -54,7 +54,8 @@ def verify_anatomy(model: nn.Module, anatomy: Anatomy, run: Callable[[], Any]) -
     """Runs the model at most seven times and returns the checks; fills in the norm roles of `anatomy`.
 
     Args:
-        run: Runs one forward pass of `model` on inputs without padding on the right, two or more tokens long.
+        run: Runs one forward pass of `model`, the same each time, on two or more tokens. Rows may be padded, but
+            not the first (fully masked rows of some families look at every key).
 
     Returns:
         Checks for every tower that `run` reaches; the main tower must be reached. Nothing stays on the model.
@@ -200,8 +201,9 @@ class _Silenced:
         return _with_input(args, kwargs, self.seen.values[self.block.path][0])
 
     def silence(self, _: nn.Module, args: Any, output: Any) -> Any:
-        self.written = _first(output)
-        return _replaced(output, torch.zeros_like(self.written))
+        written = _first(output)
+        self.written = written
+        return _replaced(output, torch.zeros_like(written))
 
     def before_norm(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         """Post-LayerNorm blocks are compared before their last norm, where the sum is still a sum."""
@@ -349,7 +351,7 @@ def _direction(model: nn.Module, tower: Tower, seen: Seen, run: Callable[[], Any
 
     def hook(_: nn.Module, args: Any, output: Any) -> None:
         made = _first(output)
-        measured.append(float((made - usual)[:, :-1].abs().max() / usual.abs().max().clamp_min(1e-30)))
+        measured.append(float((made - usual)[0, :-1].abs().max() / usual[0].abs().max().clamp_min(1e-30)))
 
     def put(_: nn.Module, args: Any, kwargs: Any) -> Any:
         return _with_input(args, kwargs, changed)
