@@ -72,6 +72,8 @@ class PrimarySinks(Analyzer):
             sig.ATTENTION_ENTROPY,
             sig.FIRST_MASS,
             sig.LEARNED_SINK_MASS,
+            sig.VALUE_NORM,
+            sig.VALUE_NORM_MEAN,
             sig.RESIDUAL_NORM,
         }
     )
@@ -191,6 +193,7 @@ class PrimarySinks(Analyzer):
             "heads": [list(head) for head in self._sink_heads(strongest)],
             "dormant_heads": _dormant_heads(records) if strongest.position == 0 else [],
             "learned_sink_mass": _learned_mass(trace),
+            "value_drain": _smallest_drain(evidence, strongest.position),
             "norm_sink_positions": sorted(norm),
             "agree": sorted(by_attention & norm),
             "attention_only": sorted(by_attention - norm),
@@ -221,6 +224,19 @@ class PrimarySinks(Analyzer):
             ),
             _profile(evidence),
         ]
+        drain = value_drain(evidence, strongest.position)
+        if drain is not None:
+            figures.append(
+                Heatmap(
+                    "drain",
+                    f"Value norm of {where} against the other positions",
+                    f"Mean over prompts of the norm of the value states of {where} over the mean norm of all others; "
+                    "below 1 is value drain.",
+                    drain,
+                    "ratio",
+                    x_label="key-value head",
+                )
+            )
         if strongest.position == 0 and all(sig.FIRST_MASS.name in item.record.arrays for item in evidence):
             figures.append(_dormancy(evidence, strongest))
         return figures
@@ -255,6 +271,24 @@ UNITS = {
     "top1_share": "share of queries whose largest weight is here",
     "same_token_share": "share of prompts with this token at this position",
 }
+
+
+def value_drain(evidence: list[SinkEvidence], position: int) -> Float[np.ndarray, "layer kv_head"] | None:
+    """Norm of the position's value states over the mean norm of the others; None if values were not seen."""
+    ratios = []
+    for item in evidence:
+        at = np.flatnonzero(item.positions == position)
+        if sig.VALUE_NORM.name not in item.record.arrays or not len(at):
+            continue
+        here, mean = item.record[sig.VALUE_NORM][:, :, at[0]], item.record[sig.VALUE_NORM_MEAN]
+        others = (mean * item.length - here) / (item.length - 1)
+        ratios.append(here / np.maximum(others, np.finfo(np.float32).tiny))
+    return np.mean(ratios, axis=0) if ratios else None
+
+
+def _smallest_drain(evidence: list[SinkEvidence], position: int) -> float | None:
+    drain = value_drain(evidence, position)
+    return float(np.nanmin(drain)) if drain is not None else None
 
 
 def _learned_mass(trace: Trace) -> float | None:

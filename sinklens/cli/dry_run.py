@@ -22,7 +22,11 @@ def print_plan(model: str | None, options: ProfileOptions, *, as_json: bool) -> 
     free = f" of {size(predicted.available)} free: {fits}" if predicted.available is not None else f": {fits}"
     about = "about " if described.estimated else ""
     counts = f"{said['n_prompts']} prompts, {said['n_tokens']} tokens, {predicted.batches} batches"
-    time = "not predicted for this device" if predicted.seconds is None else f"about {duration(predicted.seconds)}"
+    time = (
+        "not predicted for this device"
+        if predicted.seconds is None
+        else f"about {duration(predicted.seconds)}"
+    )
     lines = {
         "Model": f"{info.id}  {info.family} · {info.layers} layers x {info.heads} heads · {info.dtype}",
         "Inputs": f"{said['source']}: {counts}",

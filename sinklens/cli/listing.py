@@ -59,7 +59,12 @@ def corpora() -> Rows:
     from sinklens.inputs import list_corpora
 
     return [
-        {"name": c.name, "prompts": str(c.n_prompts), "characters": str(c.n_characters), "about": c.description}
+        {
+            "name": c.name,
+            "prompts": str(c.n_prompts),
+            "characters": str(c.n_characters),
+            "about": c.description,
+        }
         for c in list_corpora()
     ]
 

@@ -13,7 +13,7 @@ from typer.exceptions import TyperException
 
 from sinklens.core.errors import SinklensError
 
-from . import doctor, listing, profile, report
+from . import compare, doctor, listing, profile, report, testbed
 
 app = typer.Typer(
     name="sinklens",
@@ -23,8 +23,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Find attention sinks, massive activations and Super Experts in a transformer, and say how sure that is.",
 )
-for module in (profile, report, doctor, listing):
+for module in (profile, report, compare, doctor, listing):
     app.command(module.NAME, help=module.HELP, epilog=module.EXAMPLES)(module.command)
+app.add_typer(testbed.app, name="testbed")
 
 
 @app.callback(invoke_without_command=True)

@@ -65,7 +65,9 @@ def predict(model: str | None, options: ProfileOptions) -> tuple[ModelDescriptio
     return described, prompts, prediction(described, prompts, plan, on_cpu=options.device in (None, "cpu"))
 
 
-def prediction(described: ModelDescription, prompts: PromptSet, plan: TracePlan, *, on_cpu: bool) -> Prediction:
+def prediction(
+    described: ModelDescription, prompts: PromptSet, plan: TracePlan, *, on_cpu: bool
+) -> Prediction:
     """The cost of tracing these prompts with this plan."""
     batches = partition(prompts.prompts, most=plan.batch_prompts, tokens=plan.batch_tokens)
     widest = max(len(batch) * len(batch[0]) for batch in batches)
@@ -87,6 +89,7 @@ def record_bytes(described: ModelDescription, length: int, plan: TracePlan) -> i
     sizes = {
         "layer": len(tower.blocks),
         "head": tower.heads,
+        "kv_head": tower.kv_heads,
         "pos": length,
         "kept": min(length, plan.limits.leading + plan.limits.strongest),
         "rank": plan.limits.ranks,

@@ -190,7 +190,8 @@ def weights_as_call(weights: Tensor, valid: Tensor | None, *, causal: bool) -> A
     mask = weights.float().log().clamp(min=_NEGLIGIBLE).masked_fill(~seen, float("-inf"))
     zeros = torch.zeros(batch, heads, max(queries, keys), 1, device=weights.device)
     query, key = zeros[:, :, :queries], zeros[:, :, :keys]
-    return AttentionCall(query, key, key, scale=1.0, causal=False, mask=mask, counted=valid)
+    # The values are not known here: a width of 0 says so.
+    return AttentionCall(query, key, key[..., :0], scale=1.0, causal=False, mask=mask, counted=valid)
 
 
 def _hook(tap: WeightsTap, layer: int) -> Any:

@@ -108,6 +108,10 @@ class Recorder:
             if Stat.GROUP_MASS in statistics.values:
                 mass = statistics[Stat.GROUP_MASS][row, :, places[1:], 0]
                 self._put(row, sig.FIRST_MASS.name, site.layer, _histogram(mass))
+            if sig.VALUE_NORM in self.wanted and call.value.shape[-1]:
+                norms = torch.linalg.vector_norm(call.value[row][:, places].float(), dim=-1)
+                self._put(row, sig.VALUE_NORM.name, site.layer, norms)
+                self._put(row, sig.VALUE_NORM_MEAN.name, site.layer, norms.mean(-1))
             if Stat.LEARNED_SINK in statistics.values:
                 mass = statistics[Stat.LEARNED_SINK][row][:, places].mean(-1)
                 self._put(row, sig.LEARNED_SINK_MASS.name, site.layer, mass)
@@ -224,7 +228,7 @@ def _keep_positions(arrays: Arrays, limits: Limits) -> None:
     ranking = np.argsort(np.where(enough, -peak, np.inf), kind="stable")
     kept = np.union1d(np.arange(min(limits.leading, len(peak))), ranking[: limits.strongest])
     arrays[sig.KEPT_POSITIONS.name] = kept.astype(np.int32)
-    for signal in (sig.ATTENTION_RECEIVED, sig.ATTENTION_SELF, sig.ATTENTION_TOP1):
+    for signal in (sig.ATTENTION_RECEIVED, sig.ATTENTION_SELF, sig.ATTENTION_TOP1, sig.VALUE_NORM):
         if signal.name in arrays:
             arrays[signal.name] = np.ascontiguousarray(arrays[signal.name][:, :, kept])
 

@@ -87,6 +87,16 @@ FIRST_MASS = Signal(
 LEARNED_SINK_MASS = Signal(
     "learned_sink_mass", _A, ("layer", "head"), "share", "mass on a learned sink logit, mean over queries"
 )
+VALUE_NORM = Signal(
+    "value_norm",
+    _A,
+    ("layer", "kv_head", "kept"),
+    "L2 norm",
+    "norm of the value states of the kept positions",
+)
+VALUE_NORM_MEAN = Signal(
+    "value_norm_mean", _A, ("layer", "kv_head"), "L2 norm", "mean norm of the value states over all positions"
+)
 RESIDUAL_NORM = Signal(
     "residual_norm", _R, ("layer", "pos"), "L2 norm", "norm of the residual stream after a block"
 )

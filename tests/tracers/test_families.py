@@ -41,13 +41,19 @@ def batch_of(family: str, length: int, padding: str | None = None, batch: int = 
 
 
 def real(output: Tensor, batch: Batch) -> Tensor:
-    return output[batch.valid] if batch.valid is not None and output.shape[:2] == batch.valid.shape else output
+    return (
+        output[batch.valid] if batch.valid is not None and output.shape[:2] == batch.valid.shape else output
+    )
 
 
 def settings(model: nn.Module) -> list[Any]:
     """All that tracing may touch: hooks, implementations, modes."""
     configs = [getattr(m, "config", None) for m in model.modules()]
-    names = [(c._attn_implementation, c._experts_implementation) for c in configs if c is not None and hasattr(c, "_attn_implementation")]
+    names = [
+        (c._attn_implementation, c._experts_implementation)
+        for c in configs
+        if c is not None and hasattr(c, "_attn_implementation")
+    ]
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks), m.training) for m in model.modules()]
     return [names, hooks]
 
@@ -68,7 +74,9 @@ def test_faithful_tracing_leaves_the_output_bit_identical(family: str, length: i
 def test_faithful_tracing_is_bit_identical_on_padded_batches(family: str, padding: str) -> None:
     model, batch = opened(family), batch_of(family, 23, padding)
     before = first_tensor(forward(model.module, batch))
-    assert torch.equal(real(first_tensor(trace_batch(model, batch, TracePlan()).output), batch), real(before, batch))
+    assert torch.equal(
+        real(first_tensor(trace_batch(model, batch, TracePlan()).output), batch), real(before, batch)
+    )
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -100,7 +108,9 @@ def test_blocked_statistics_equal_the_dense_reference(family: str, length: int, 
             worst[stat] = max(worst.get(stat, 0.0), float((found[stat] - dense[stat]).abs().max() / scale))
 
     recorder = Recorder(batch, len(model.anatomy.main.blocks), TracePlan().signals, TracePlan().limits)
-    tap = AttentionTap(sites(model.module, model.anatomy.main, "attention"), recorder.asks, compare, mode=mode)
+    tap = AttentionTap(
+        sites(model.module, model.anatomy.main, "attention"), recorder.asks, compare, mode=mode
+    )
     tap.counted = batch.valid
     with tap.attached(model.module):
         forward(model.module, batch)
@@ -133,7 +143,9 @@ def test_a_batch_gives_what_one_by_one_gives(family: str) -> None:
     together = trace_batch(model, both, TracePlan()).records
     for row in range(2):
         n = int(both.valid[row].sum())  # type: ignore[index]
-        alone = Batch({"input_ids": both.inputs["input_ids"][row : row + 1, :n]}, torch.ones(1, n, dtype=torch.bool))
+        alone = Batch(
+            {"input_ids": both.inputs["input_ids"][row : row + 1, :n]}, torch.ones(1, n, dtype=torch.bool)
+        )
         record = trace_batch(model, alone, TracePlan()).records[0]
         assert record.arrays.keys() == together[row].arrays.keys()
         for name, array in record.arrays.items():
@@ -165,6 +177,7 @@ def test_families_that_multiply_by_hand_are_read_from_their_own_weights(family: 
     with torch.no_grad():
         maps = model.module(**batch.inputs, output_attentions=True).attentions
     check_received(record, [weights[1] for weights in maps])
+    assert sig.VALUE_NORM.name not in record.arrays
 
 
 @pytest.mark.parametrize("family", DIRECT)
@@ -176,7 +189,9 @@ def test_families_that_call_the_kernel_are_read_from_its_arguments(family: str, 
     def dense(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **other: Any) -> Tensor:
         scores = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).double()
         assert attn_mask is not None
-        scores = scores.masked_fill(~attn_mask, -1e300) if attn_mask.dtype == torch.bool else scores + attn_mask
+        scores = (
+            scores.masked_fill(~attn_mask, -1e300) if attn_mask.dtype == torch.bool else scores + attn_mask
+        )
         maps.append(scores.softmax(-1))
         return (maps[-1].to(v.dtype) @ v).to(v.dtype)
 
