@@ -22,7 +22,11 @@ help:  ## List the targets
 profile: $(RUN_STAMP)  ## Profile the bundled checkpoint, offline
 	HF_HUB_OFFLINE=1 $(BIN)/sinklens profile $(PROFILE_ARGS)
 
-test: lint typecheck unit  ## Format, lint, types, then all tests
+# All three run even if one fails, so that one look at the log shows everything there is to mend.
+test: $(DEV_STAMP)  ## Format, lint, types and all tests
+	@failed=; for step in lint typecheck unit; do \
+	  $(MAKE) --no-print-directory $$step || failed="$$failed $$step"; done; \
+	if [ -n "$$failed" ]; then echo "Failed:$$failed" >&2; exit 1; fi
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff format --check .

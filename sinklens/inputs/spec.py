@@ -32,9 +32,9 @@ class Prompt:
 class PromptSet:
     """Prompts and how they were made; `description` goes into the manifest as it is.
 
-    `description` has: `source, n_prompts, n_tokens, seq_len, truncated, dropped_short, packed, bos,
-    bos_added, first_tokens, chat_template, tokenizer, sha256` and `warnings` (sentences that change how
-    numbers are read).
+    `description` has: `source, n_prompts, n_tokens, shortest, longest, domains, seq_len, min_tokens, truncated,
+    dropped_short, packed, leftover_tokens, seed, bos, bos_added, first_tokens, chat_template, tokenizer, sha256`
+    and `warnings` (sentences that change how numbers are read).
     """
 
     prompts: tuple[Prompt, ...]
