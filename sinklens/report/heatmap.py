@@ -51,7 +51,7 @@ class _Plot:
 
 
 def draw(
-    figure: Heatmap, *, figure_id: str, width: int = 578, height: int = 380, cap: tuple[int, int] = (64, 32)
+    figure: Heatmap, *, figure_id: str, width: int = 578, height: int = 380, cap: tuple[int, int] = (80, 40)
 ) -> Drawing:
     """The map with axes, colour bar, marks and, for maps by layer, the mean of each row.
 
@@ -227,7 +227,7 @@ def _row_means(values: np.ndarray, plot: _Plot) -> Markup:
         label("row mean", x, plot.y - 8, "t axis"),
         tag("path", d=f"M{x:g} {plot.y:g}v{plot.height:g}", class_="rule"),
         *bars,
-        label(f"to {brief(top)}", x, plot.y + plot.height + 14, "t tick"),
+        label(f"max {brief(top)}", x, plot.y + plot.height + 14, "t tick"),
         class_="means",
     )
 

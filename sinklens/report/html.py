@@ -225,7 +225,7 @@ def _first_screen(
         name, figure = main
         identifier = f"{ids[name]}--{text.slug(figure.key)}"
         flat = samples.rate_map(figure) if isinstance(figure, Samples) else figure
-        drawing = heatmap.draw(flat, figure_id=identifier, width=660, height=396, cap=(72, 44))
+        drawing = heatmap.draw(flat, figure_id=identifier, width=660, height=396, cap=(120, 64))
         shown["map"] = FigureView(
             identifier, flat.title, flat.caption, flat.unit, _svgs(drawing), drawing.notes
         )
@@ -260,9 +260,10 @@ def _method(method: Mapping[str, Any]) -> dict[str, Any]:
     blank = dict.fromkeys(("title", "authors", "year", "url", "section", "code", "bibtex"))
     reference = {**blank, **(method.get("reference") or {})}
     return {
+        **{key: method.get(key) or "" for key in ("title", "source_file")},
         **{
-            key: method.get(key) or ""
-            for key in ("title", "first_line", "how", "compared", "not_trust", "source_file")
+            key: text.prose(str(method.get(key) or ""))
+            for key in ("first_line", "how", "compared", "not_trust")
         },
         "name": str(method["name"]),
         "id": "method-" + text.slug(str(method["name"])),

@@ -220,7 +220,7 @@ def _thresholds(rows: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any]
     if not any({"value", "ratio_to_median"} <= set(row) for row in rows):
         return None
     numbers = {k: v for k, v in parameters.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    ratio = next((v for k, v in numbers.items() if "ratio" in k or "median" in k), 0)
+    ratio = next((v for k, v in numbers.items() if any(w in k for w in ("ratio", "relative", "median"))), 0)
     words = ("abs", "floor", "magnitude", "value", "minimum")
     floor = next((v for k, v in numbers.items() if any(w in k for w in words) and v is not ratio), 0)
     return f"{floor:g}", f"{ratio:g}"
@@ -319,8 +319,9 @@ def _words(key: Any) -> str:
 
 
 def _short(value: Any, limit: int = 300) -> str:
-    if isinstance(value, list | tuple) and all(not isinstance(v, list | tuple | Mapping) for v in value):
-        return text.shorten(", ".join(_short(v) for v in value), limit) or "none"
-    if isinstance(value, list | tuple | Mapping):
+    if isinstance(value, list | tuple):
+        parts = [f"({_short(v)})" if isinstance(v, list | tuple) else _short(v) for v in value]
+        return text.shorten(", ".join(parts), limit) or "none"
+    if isinstance(value, Mapping):
         return text.shorten(json.dumps(value, ensure_ascii=False, default=str), limit)
     return text.shorten(value, limit) if isinstance(value, str) else brief(value)

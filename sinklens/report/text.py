@@ -80,6 +80,15 @@ def finalize(value: Any) -> Any:
     return visible(value)
 
 
+def prose(value: str) -> Markup:
+    """A paragraph in which `names` between backticks are set as code."""
+    parts = re.split(r"`([^`\n]+)`", value)
+    shown = [
+        Markup("<code>{}</code>").format(visible(p)) if i % 2 else escaped(p) for i, p in enumerate(parts)
+    ]
+    return Markup("").join(shown)
+
+
 def slug(name: str) -> str:
     """A name as an HTML id: letters, digits, `-` and `_`; never empty."""
     return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "unnamed"

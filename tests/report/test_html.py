@@ -287,6 +287,22 @@ def test_twenty_rows_first_then_the_rest() -> None:
     assert 'value="1000"' in section
 
 
+@pytest.mark.parametrize(
+    ("parameters", "fields"),
+    [
+        ({"absolute": 100.0, "relative": 1000.0, "recipe": "paper"}, ["100", "1000"]),
+        ({"floor": 17, "ratio": 250.5}, ["17", "250.5"]),
+        ({"recipe": "paper"}, ["0", "0"]),
+    ],
+)
+def test_threshold_fields_start_at_the_runs_own(parameters: dict[str, Any], fields: list[str]) -> None:
+    run = factory.make()
+    run.document["findings"]["massive-activations"]["parameters"] = parameters
+    page = _page(run)
+    shown = [a["value"] for tag, a in page.elements if tag == "input" and a.get("type") == "number"]
+    assert shown == fields
+
+
 def test_tokens_at_sink_positions_are_marked(html: str, run: factory.Run) -> None:
     section = html[html.index('id="prompts"') : html.index('id="methods"')]
     viewers = re.findall(r'<p class="tokens" data-prompt="\d+">(.*?)</p>', section, flags=re.DOTALL)
