@@ -18,8 +18,8 @@ def explain(error: BaseException, source: Source, part: str) -> SinklensError:
     chain = list(_chain(error))
     known = _hub(chain, source, part) or _memory(chain, source) or _library(chain, source)
     return known or ModelError(
-        f"The {part} of {source.id!r} cannot be read: {_first_line(error)}",
-        detail=f"{type(error).__name__} in transformers." if part != "config" else None,
+        f"The {part} of {source.id!r} cannot be used: {_in_a_line(error)}",
+        detail=f"transformers raised {type(error).__name__}.",
         hint="If the files came from elsewhere, copy or download them again.",
     )
 
@@ -32,9 +32,9 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip() or type(error).__name__
-    line = text.splitlines()[0]
+def _in_a_line(error: BaseException) -> str:
+    """The message on one line of at most 200 characters."""
+    line = " ".join(str(error).split()) or type(error).__name__
     return line if len(line) <= 200 else f"{line[:199]}…"
 
 
@@ -105,6 +105,6 @@ def _library(chain: list[BaseException], source: Source) -> ModelError | None:
     if missing is None:
         return None
     return ModelError(
-        f"{source.id!r} needs a library that is not installed: {_first_line(missing)}",
+        f"{source.id!r} needs a library that is not installed: {_in_a_line(missing)}",
         hint="Install it in this environment, or use an unquantised version of the model.",
     )

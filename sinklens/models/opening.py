@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from sinklens.core.errors import ModelError, UsageError
+from sinklens.core.errors import ModelError, SinklensError, UsageError
 
 from .anatomy import find_anatomy
 from .catalog import Source, locate
 from .checkpoint import INDEX, SINGLE, cache_hashes, check_weights, folder_hashes
+from .failures import explain
 from .loading import (
     check_complete,
     check_finite,
@@ -87,7 +88,7 @@ def open_model(
     source = locate(_name(spec), revision)
     wanted, where, quantised = parse_dtype(dtype), placement(device, device_map), quantisation(quantization)
     config = load_config(source, trust_remote_code)
-    anatomy = _refuse_early(config, trust_remote_code)
+    anatomy = _refuse_early(source, config, trust_remote_code)
     own_tokenizer = load_tokenizer(source, tokenizer, _reads_text(anatomy), trust_remote_code)
     module, missing = load_weights(
         source,
@@ -123,9 +124,11 @@ def describe_model(
         return ModelDescription(opened.info, opened.anatomy, held, held)
     source = locate(_name(spec), revision)
     config = load_config(source, trust_remote_code)
-    shell = without_weights(config, trust_remote_code)
+    shell = _shell(source, config, trust_remote_code)
     anatomy = find_anatomy(shell)
-    stored_dtype = getattr(config, "dtype", None) or torch.float32
+    stored_dtype = next(
+        (c.dtype for c in (config, _text(config)) if getattr(c, "dtype", None)), torch.float32
+    )
     kept = wanted if isinstance(wanted, torch.dtype) else stored_dtype
     commit = _commit(source)
     info = _info(shell, anatomy, source.id, commit, {}, kept)
@@ -167,19 +170,28 @@ def _in_memory(module: nn.Module, tokenizer: Any) -> OpenedModel:
     return OpenedModel(module.eval(), own, anatomy, _info(module, anatomy, name, None, {}))
 
 
-def _refuse_early(config: Any, trust_remote_code: bool) -> Anatomy | None:
+def _shell(source: Source, config: Any, trust_remote_code: bool) -> nn.Module:
+    """The model without weights, or a message why its config cannot be built."""
+    try:
+        return without_weights(config, trust_remote_code)
+    except SinklensError:
+        raise
+    except Exception as error:
+        raise explain(error, source, "config") from error
+
+
+def _refuse_early(source: Source, config: Any, trust_remote_code: bool) -> Anatomy | None:
     """The anatomy without weights, so that an unreadable family is refused before gigabytes are loaded.
 
     Code that comes with a model may not be able to build on the meta device; it is then judged after loading.
     """
     try:
-        return find_anatomy(without_weights(config, trust_remote_code))
+        shell = _shell(source, config, trust_remote_code)
     except ModelError:
-        raise
-    except Exception:
         if trust_remote_code:
             return None
         raise
+    return find_anatomy(shell)
 
 
 def _reads_text(anatomy: Anatomy | None) -> bool:
@@ -205,7 +217,6 @@ def _info(
     dtype: torch.dtype | None = None,
 ) -> ModelInfo:
     tower, config = anatomy.main, module.config
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config  # pyright: ignore
     kept = dtype or _dtype(module.parameters())
     return ModelInfo(
         id=name,
@@ -218,9 +229,14 @@ def _info(
         experts=tower.n_experts,
         dtype=str(kept).removeprefix("torch."),
         parameters=sum(parameter.numel() for parameter in module.parameters()),
-        vocab_size=getattr(text, "vocab_size", None) or 0,
+        vocab_size=getattr(_text(config), "vocab_size", None) or 0,
         files_sha256=hashes,
     )
+
+
+def _text(config: Any) -> Any:
+    """The config of the language model inside a config, or the config itself."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _dtype(parameters: Iterable[nn.Parameter]) -> torch.dtype:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,7 +141,9 @@ CASES: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         lambda f: edit_config(f, num_hidden_layers=5),
         ["9 parameters are missing", "model.layers.4.", "belong together"],
     ),
-    "wrong shape": (wrong_shape, ["weights", "cannot be read"]),
+    "wrong shape": (wrong_shape, ["The weights of", "cannot be used"]),
+    "contradiction": (lambda f: edit_config(f, num_attention_heads=7), ["The config of", "not a multiple"]),
+    "unbuildable": (lambda f: edit_config(f, hidden_act="nope"), ["The config of", "cannot be used", "nope"]),
     "encoder-decoder": (
         lambda f: edit_config(f, model_type="t5", architectures=None),
         ["t5", "encoder-decoder"],
@@ -215,6 +218,31 @@ def test_quantised_without_its_library(how: str, folder: Path) -> None:
 def test_a_random_thing_is_no_model() -> None:
     assert "cannot be opened from a dict" in str(refusal({"a": 1}))
     assert "Linear is not a transformers model" in str(refusal_in_memory(torch.nn.Linear(3, 5)))
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+class OwnConfig(LlamaConfig):
+    model_type = "own_llama"
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_a_model_runs_only_if_trusted(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers.dynamic_module_utils as dynamic
+
+    monkeypatch.setattr(dynamic, "HF_MODULES_CACHE", str(folder.parent / "modules"))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (folder / "own.py").write_text(OWN_CODE)
+    classes = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    edit_config(folder, model_type="own_llama", architectures=["OwnForCausalLM"], auto_map=classes)
+    assert "--trust-remote-code" in str(refusal(folder))
+    opened = open_model(folder, device="cpu", trust_remote_code=True)
+    assert type(opened.module).__name__ == "OwnForCausalLM"
+    assert opened.anatomy.main == open_model(build("llama")).anatomy.main
 
 
 def response(status: int) -> Any:
