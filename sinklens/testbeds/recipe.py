@@ -18,7 +18,7 @@ class Recipe:
     """A model, a language and an optimiser.
 
     Attributes:
-        architecture: `llama` or `qwen3_moe`.
+        architecture: transformers' `model_type`.
         model: Arguments of the architecture's config, without the vocabulary, which comes from `task`.
         length: Tokens per training sequence, BOS included.
         learning_rate: AdamW, constant after a linear warm-up.
@@ -44,12 +44,12 @@ class Recipe:
     about: str = ""
 
     def config(self) -> PretrainedConfig:
-        """The transformers config of the model, with eager-safe defaults and the task's vocabulary."""
-        from transformers import LlamaConfig, Qwen3MoeConfig
+        """The transformers config of the model, with the task's vocabulary."""
+        from transformers import AutoConfig
 
-        classes = {"llama": LlamaConfig, "qwen3_moe": Qwen3MoeConfig}
         vocabulary = self.task.vocabulary
-        return classes[self.architecture](
+        return AutoConfig.for_model(
+            self.architecture,
             vocab_size=len(vocabulary),
             bos_token_id=self.task.bos_id,
             eos_token_id=None,

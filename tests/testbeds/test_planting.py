@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -166,11 +167,11 @@ def test_strength_zero_nats_is_uniform_and_more_is_more(family: str) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe"])
 def test_a_token_is_a_sink_wherever_it_stands(family: str) -> None:
     token, model = 33, tiny(family, 4)
-    kwargs = {"expert": 2} if family == "qwen3_moe" else {}
-    plants = (
+    moe, magnitude = family == "qwen3_moe", 6000.0 if family == "gemma2" else 500.0
+    plants: dict[str, Any] = (
         {"super_experts": [SuperExpertPlant(1, 2, 9, token=token)]}
-        if kwargs
-        else {"massive": [MassivePlant(9, 1, token=token, magnitude=6000.0 if family == "gemma2" else 500.0)]}
+        if moe
+        else {"massive": [MassivePlant(9, 1, token=token, magnitude=magnitude)]}
     )
     truth = plant(model, sinks=[SinkPlant([(3, 4)], token=token)], **plants)
     assert truth.heads[0].target == Target(token=token)
@@ -204,7 +205,9 @@ def test_learned_positions_can_be_sinks_whatever_token_stands_there() -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3_moe"])
 def test_a_secondary_sink_is_like_the_primary_for_its_lifetime(family: str) -> None:
     token, model, moe = 50, tiny(family, 2), family == "qwen3_moe"
-    primary = {"super_experts": [SuperExpertPlant(0, 1, 20)]} if moe else {"massive": [MassivePlant(20, 0)]}
+    primary: dict[str, Any] = (
+        {"super_experts": [SuperExpertPlant(0, 1, 20)]} if moe else {"massive": [MassivePlant(20, 0)]}
+    )
     truth = plant(
         model,
         sinks=[SinkPlant([(1, 3), (3, 2)])],

@@ -85,11 +85,11 @@ def prepare(model: PreTrainedModel, plan: Plan, ids: Ids, flag: float) -> Bed:
     constant = next(spare) if layers[0].query.bias is None else None
     zero = next(spare) if isinstance(layers[0].pre_attention.module, nn.LayerNorm) else None
     bed = Bed(model, layers, ids, flags, constant, zero)
-    _clear(bed, sorted({*massive, *flags.values(), *(dim for dim in (constant, zero) if dim is not None)}))
-    _mark(bed, flag)
     for target in plan.targets:
         if not bed.where(target).any():
             raise UsageError(f"The calibration tokens do not hold {target}, so it cannot be measured there.")
+    _clear(bed, sorted({*massive, *flags.values(), *(dim for dim in (constant, zero) if dim is not None)}))
+    _mark(bed, flag)
     return bed
 
 

@@ -8,8 +8,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from sinklens.core.errors import UsageError
-
 from ..blocks import Layer
 from .probe import Ids, eager, outputs_of
 
@@ -40,8 +38,6 @@ def level_logits(model: PreTrainedModel, layer: Layer, ids: Ids, noise: float) -
         average
     over the block's heads.
     """
-    if not noise >= 0:
-        raise UsageError(f"A noise of {noise} nats is not a standard deviation; give 0 or more.")
     with eager(model):
         spread = logit_spread(outputs_of(model, layer.attention, ids)[1])
     if layer.query_norm is not None:

@@ -80,10 +80,10 @@ class _Checker:
         self.layers, self.config = layers, model.config
         self.positions = getattr(trunk(model), "wpe", None)
 
-    def within(self, what: str, value: int, count: int) -> None:
+    def within(self, what: str, value: int, count: int, where: str = "") -> None:
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
             raise UsageError(
-                f"There is no {what} {value}.", detail=f"The model has {count} of them: 0 to {count - 1}."
+                f"There is no {what} {value}{where}.", detail=f"There are {count} of them: 0 to {count - 1}."
             )
 
     def target(self, plant: Any) -> Target:
@@ -139,7 +139,7 @@ class _Checker:
         elif expert is None:
             raise UsageError(f"Block {layer} is an MoE block: say which expert writes, expert=...")
         else:
-            self.within(f"expert of block {layer}", expert, experts.num_experts)
+            self.within("expert", expert, experts.num_experts, f" in block {layer}")
 
     def written(
         self,
@@ -218,7 +218,7 @@ class _Checker:
         index, head = pair
         self.within("layer", index, len(self.layers))
         layer = self.layers[index]
-        self.within(f"query head in block {index}", head, layer.heads)
+        self.within("query head", head, layer.heads, f" in block {index}")
         if not strength > 0 or not math.isfinite(strength):
             raise UsageError(f"A sink of strength {strength} is none; give nats above 0, such as 40.")
         if layer.softcap is not None and strength >= layer.softcap:

@@ -14,10 +14,13 @@ is a difference to a dim that is always 0, because the mean shifts all dims alik
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
+
+from sinklens.core.errors import UsageError
 
 from ..blocks import check_family
 from .bed import prepare
@@ -64,6 +67,8 @@ def plant(
         ModelError: A family this does not know.
     """
     check_family(model)
+    if noise is not None and not 0 <= noise < math.inf:
+        raise UsageError(f"A noise of {noise} nats is not a standard deviation; give 0 or more.")
     plan = make_plan(model, sinks, massive, super_experts, secondary)
     heads: list[PlantedHead] = []
     written = plan.massive
