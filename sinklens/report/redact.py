@@ -32,7 +32,7 @@ def _secret(key: Any, item: Any) -> bool:
     """Fields named after tokens when they hold text or ids; counts and shares of tokens stay."""
     if not isinstance(key, str) or not _SECRET.search(key):
         return False
-    return isinstance(item, str | list | tuple) or (item is not None and "token_id" in key)
+    return isinstance(item, str | list | tuple | Mapping) or (item is not None and "token_id" in key)
 
 
 def _token_texts(value: Any) -> Iterator[str]:
@@ -40,7 +40,7 @@ def _token_texts(value: Any) -> Iterator[str]:
     if isinstance(value, Mapping):
         for key, item in value.items():
             if _secret(key, item):
-                yield from (str(part) for part in (item if isinstance(item, list | tuple) else [item]))
+                yield from (str(part) for part in ([item] if isinstance(item, str | int) else item))
             else:
                 yield from _token_texts(item)
     elif isinstance(value, list | tuple):

@@ -70,7 +70,7 @@ def test_without_text_no_token_is_left(tmp_path: Path) -> None:
         "The sink is 'Zanzibar' (\"Zanzibar\", ' Zanzibar', `Zanzibar`, “Zanzibar”); 'other' stays."
     )
     run.document["verdict"]["text"] = "Sink on ' Zanzibar'."
-    run.document["manifest"]["inputs"]["first_tokens"] = [secret]
+    run.document["manifest"]["inputs"]["first_tokens"] = {secret: 3}
     run.document["manifest"]["command"] = [
         "sinklens",
         "profile",
