@@ -112,11 +112,11 @@ def self_check(opened: OpenedModel, prompts: Iterable[Prompt], plan: TracePlan) 
 def sliding_window(model: nn.Module) -> int | None:
     """The sliding window of the text config, if the model has one that is switched on."""
     config = text_config(model)
-    window = getattr(config, "sliding_window", None)
-    if not window or getattr(config, "use_sliding_window", True) is False:
+    window = getattr(config, "sliding_window", None) or getattr(config, "window_size", None)
+    if not isinstance(window, int) or getattr(config, "use_sliding_window", True) is False:
         return None
-    kinds = getattr(config, "layer_types", None)
-    return int(window) if kinds is None or any("sliding" in kind for kind in kinds) else None
+    kinds = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None)
+    return window if kinds is None or any("sliding" in kind or "local" in kind for kind in kinds) else None
 
 
 def _tracing_checks(opened: OpenedModel, batch: Batch, plan: TracePlan) -> list[Check]:
