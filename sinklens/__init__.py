@@ -1,9 +1,9 @@
 """sinklens: attention sinks and massive activations in transformers, measured and explained.
 
-    import sinklens as sl
-    run = sl.profile("gpt2")
-    run.primary_sinks.to_frame()
-    run.report("gpt2.html")
+import sinklens as sl
+run = sl.profile("gpt2")
+run.primary_sinks.to_frame()
+run.report("gpt2.html")
 """
 
 from __future__ import annotations

@@ -46,7 +46,14 @@ def test_the_default_run_gives_a_verdict_a_folder_and_a_report(tmp_path: Path, c
     assert main(["profile", "--out", str(out), "-q"]) == 0
     assert "attention sink on position 0" in capsys.readouterr().out
     names = {path.name for path in out.iterdir()}
-    assert names >= {"manifest.json", "prompts.jsonl", "arrays.safetensors", "tables", "summary.json", "report.html"}
+    assert names >= {
+        "manifest.json",
+        "prompts.jsonl",
+        "arrays.safetensors",
+        "tables",
+        "summary.json",
+        "report.html",
+    }
     assert "shards" not in names
     assert "<svg" in (out / "report.html").read_text(encoding="utf-8")
 
@@ -113,7 +120,9 @@ def test_resume_refuses_a_changed_model(folder: Path, tmp_path: Path, monkeypatc
     assert main(["profile", "-q", "-m", str(folder), "--out", str(out)]) == 130
     monkeypatch.undo()
     weights = load_file(folder / "model.safetensors")
-    save_file({k: v * 1.01 for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k: v * 1.01 for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"}
+    )
     message = fails(capsys, 3, "--resume", str(out))
     assert "the model" in message
     assert "changed" in message
@@ -186,16 +195,36 @@ def test_an_existing_run_is_not_overwritten(tmp_path: Path, capsys: Any) -> None
         (("--resume", "nowhere"), 3, "not a run folder"),
     ],
 )
-def test_wrong_names_and_values(arguments: tuple[str, ...], code: int, says: str, tmp_path: Path, capsys: Any) -> None:
+def test_wrong_names_and_values(
+    arguments: tuple[str, ...], code: int, says: str, tmp_path: Path, capsys: Any
+) -> None:
     out = () if "--resume" in arguments else ("--out", str(tmp_path / "run"))
     assert says in fails(capsys, code, *arguments, *out)
 
 
 def test_fail_if_prints_the_value_and_exits_with_six(tmp_path: Path, capsys: Any) -> None:
-    message = fails(capsys, 6, "-n", "4", "--fail-if", "primary-sinks.sink_rate > 1", "--out", str(tmp_path / "a"))
+    message = fails(
+        capsys, 6, "-n", "4", "--fail-if", "primary-sinks.sink_rate > 1", "--out", str(tmp_path / "a")
+    )
     assert "primary-sinks.sink_rate is" in message
-    assert main(["profile", "-q", "-n", "4", "--fail-if", "verdict.status == no-sink", "--out", str(tmp_path / "b")]) == 0
-    said = fails(capsys, 2, "-n", "4", "--fail-if", "primary-sinks.sink_rat > 1", "--out", str(tmp_path / "c"))
+    assert (
+        main(
+            [
+                "profile",
+                "-q",
+                "-n",
+                "4",
+                "--fail-if",
+                "verdict.status == no-sink",
+                "--out",
+                str(tmp_path / "b"),
+            ]
+        )
+        == 0
+    )
+    said = fails(
+        capsys, 2, "-n", "4", "--fail-if", "primary-sinks.sink_rat > 1", "--out", str(tmp_path / "c")
+    )
     assert "sink_rate" in said
 
 
@@ -250,7 +279,9 @@ def test_hostile_tokens_do_not_reach_the_report_as_markup(folder: Path, tmp_path
     word = next(word for word in vocabulary if word.isalpha())
     vocabulary[hostile] = vocabulary.pop(word)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
-    prompts = (folder / "sinklens_prompts.jsonl").read_text(encoding="utf-8").replace(f"{word} ", f"{hostile} ")
+    prompts = (
+        (folder / "sinklens_prompts.jsonl").read_text(encoding="utf-8").replace(f"{word} ", f"{hostile} ")
+    )
     (folder / "sinklens_prompts.jsonl").write_text(prompts, encoding="utf-8")
     run = sinklens.profile(str(folder), out=tmp_path / "run", n=8)
     assert any(hostile in record.pieces for record in run.trace)
@@ -262,5 +293,14 @@ def test_hostile_tokens_do_not_reach_the_report_as_markup(folder: Path, tmp_path
 def test_help_needs_no_heavy_import() -> None:
     code = "import sys; from sinklens.cli.main import main; main(['--help']); print(sorted(sys.modules), file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    heavy = {"torch", "transformers", "numpy", "pandas", "plotly", "matplotlib", "transformer_lens", "nnsight"}
+    heavy = {
+        "torch",
+        "transformers",
+        "numpy",
+        "pandas",
+        "plotly",
+        "matplotlib",
+        "transformer_lens",
+        "nnsight",
+    }
     assert not heavy & set(done.stderr.strip("[]\n").replace("'", "").split(", "))
