@@ -49,7 +49,7 @@ def find_anatomy(model: nn.Module) -> Anatomy:
     if not stacks:
         raise _nothing_found(model, family)
     towers: list[Tower] = []
-    skipped: list[str] = []
+    failed: dict[str, tuple[str, ModelError]] = {}
     for stack in sorted(stacks, key=lambda name: -_size(model.get_submodule(name))):
         kind = _kind(model, stack, list(stacks), [tower.name for tower in towers])
         try:
@@ -57,16 +57,15 @@ def find_anatomy(model: nn.Module) -> Anatomy:
                 raise ModelError(f"{family} {problems[stack]}. sinklens does not read that.", hint=READS)
             towers.append(_tower(model, kind, stack, stacks[stack], attentions, list(stacks)))
         except ModelError as error:
-            if kind == "text" or len(stacks) == 1:
-                raise
-            skipped.append(f"{stack}: {error.what}")
-    if not towers:
-        raise ModelError(f"{family}: no stack of blocks can be read.", detail=skipped[0], hint=READS)
-    towers.sort(
-        key=lambda tower: ("text", "vision").index(tower.name) if tower.name in ("text", "vision") else 2
-    )
-    routed = all(tower.routed for tower in towers)
-    return Anatomy(family=family, towers=tuple(towers), routed=routed, skipped=tuple(skipped))
+            failed[stack] = (kind, error)
+    # A vision encoder alone is not what was asked for if the language model beside it cannot be read.
+    needed = not any(tower.name == "text" for tower in towers)
+    for kind, error in failed.values():
+        if not towers or (kind == "text" and needed):
+            raise error
+    towers.sort(key=lambda tower: {"text": 0, "vision": 1}.get(tower.name, 2))
+    skipped = tuple(f"{stack}: {error.what}" for stack, (_, error) in failed.items())
+    return Anatomy(family, tuple(towers), all(tower.routed for tower in towers), skipped)
 
 
 def _size(module: nn.Module) -> int:
@@ -235,6 +234,7 @@ def _tower(
         like = blocks[0] if attention is None else None
         blocks.append(read_block(model.get_submodule(path), path, items.index(path), attention, hidden, like))
     blocks.sort(key=lambda block: block.index)
+    _same_width(model, blocks, hidden)
     heads, kv_heads = head_counts(model.get_submodule(paths[first]), config)
     experts = max((expert_count(model.get_submodule(b.experts)) for b in blocks if b.experts), default=0)
     if not experts and not any(block.down_proj for block in blocks):
@@ -265,6 +265,17 @@ def _count(model: nn.Module, stack: str, items: list[str], config: Any) -> None:
             else f"{type(model).__name__} has blocks that its config does not know.",
             hint=READS,
         )
+
+
+def _same_width(model: nn.Module, blocks: list[Block], hidden: int) -> None:
+    for block in blocks:
+        shape = linear_shape(model.get_submodule(block.attention_output)) if block.attention_output else None
+        if shape is not None and shape[1] != hidden:
+            raise ModelError(
+                f"{_family(model)} changes its width between blocks, which sinklens does not read.",
+                detail=f"Block 0 writes {hidden} values, {block.path!r} writes {shape[1]}.",
+                hint=READS,
+            )
 
 
 def _hidden(model: nn.Module, block: str, attention: str) -> int:

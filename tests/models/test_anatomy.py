@@ -323,3 +323,24 @@ def test_an_unreadable_side_stack_is_reported_and_the_text_is_read() -> None:
     assert len(anatomy.skipped) == 1
     assert "qformer" in anatomy.skipped[0]
     assert "two attentions per block" in anatomy.skipped[0]
+
+
+def test_a_text_stack_beside_the_language_model_does_not_hide_it() -> None:
+    """InstructBLIP's Q-Former has a vocabulary and cross attention; the language model is the text tower."""
+    import transformers
+
+    with torch.device("meta"):
+        anatomy = find_anatomy(
+            transformers.InstructBlipForConditionalGeneration(transformers.InstructBlipConfig())
+        )
+    assert anatomy.main.blocks[0].path.startswith("language_model.")
+    assert any("qformer" in reason for reason in anatomy.skipped)
+
+
+def test_blocks_of_different_widths_are_refused() -> None:
+    import transformers
+
+    with torch.device("meta"):
+        model = transformers.Sam2HieraDetModel(transformers.Sam2HieraDetConfig())
+    with pytest.raises(ModelError, match=r"changes its width between blocks[\s\S]*writes 96 values"):
+        find_anatomy(model)
