@@ -51,21 +51,24 @@ def reference_model(dtype: torch.dtype) -> LlamaForCausalLM:
         num_key_value_heads=4,
         vocab_size=8192,
         max_position_embeddings=131072,
-        attn_implementation="sdpa",
     )
-    return LlamaForCausalLM(config).to(dtype).eval()
+    config._attn_implementation = "sdpa"
+    return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
 
 
-def tap(model: LlamaForCausalLM, mode: Mode, stats: frozenset[Stat]) -> Callable[[], AbstractContextManager[object]]:
+def tap(
+    model: LlamaForCausalLM, mode: Mode, stats: frozenset[Stat]
+) -> Callable[[], AbstractContextManager[object]]:
     """Attention statistics of every layer while attached; they are computed and dropped."""
-    sites = {layer.self_attn: Site("text", i) for i, layer in enumerate(model.model.layers)}
+    attention = [module for name, module in model.named_modules() if name.endswith("self_attn")]
+    sites: dict[torch.nn.Module, Site] = {module: Site("text", i) for i, module in enumerate(attention)}
 
     def asks(_site: Site, call: AttentionCall) -> Want:
         groups = torch.zeros(1, call.key.shape[0], call.key.shape[2], dtype=torch.bool)
         groups[..., 0] = True
         return Want(stats, groups=groups)
 
-    observed = AttentionTap(dict(sites), asks, lambda *_: None, mode=mode)
+    observed = AttentionTap(sites, asks, lambda *_: None, mode=mode)
     return lambda: observed.attached(model)
 
 
@@ -97,7 +100,9 @@ def _status(key: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(key + ":"))
 
 
-def measure(model: LlamaForCausalLM, length: int, names: list[str], repeats: int) -> list[dict[str, float | str]]:
+def measure(
+    model: LlamaForCausalLM, length: int, names: list[str], repeats: int
+) -> list[dict[str, float | str]]:
     """One row per variant: CPU and wall seconds, ratio to the first, peak memory."""
     ids = torch.randint(0, 8192, (1, length))
     ways = {name: way for name, way in variants(model).items() if name in names}
@@ -134,7 +139,9 @@ def measure(model: LlamaForCausalLM, length: int, names: list[str], repeats: int
 def memory_exponent(rows: list[dict[str, float | str]], variant: str) -> float:
     """Slope of log peak memory over log length (1 is linear), or NaN with fewer than two lengths."""
     points = [
-        (math.log(float(row["length"])), math.log(float(row["peak_mb"]))) for row in rows if row["variant"] == variant
+        (math.log(float(row["length"])), math.log(float(row["peak_mb"])))
+        for row in rows
+        if row["variant"] == variant
     ]
     if len(points) < 2:
         return math.nan
@@ -143,10 +150,14 @@ def memory_exponent(rows: list[dict[str, float | str]], variant: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--lengths", default="512,1024,2048", help="comma-separated, up to 8192 and more")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--variants", default="plain,fused,sweep", help="the first is the floor of the ratios")
+    parser.add_argument(
+        "--variants", default="plain,fused,sweep", help="the first is the floor of the ratios"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")

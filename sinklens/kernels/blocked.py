@@ -14,17 +14,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import UsageError
-from .reduce import Accumulator, Block, needs_norm, needs_peak, row_peaks
+from .groups import KeyGroups
+from .reduce import PER_KEY, Accumulator, Block, needs_peak, row_peaks
 from .scores import Scores
-from .shapes import Sizes, sizes_of
-from .spec import AttentionCall, AttentionStatistics, BlockPlan, Want
-from .visibility import Visibility, visibility
+from .shapes import sizes_of
+from .spec import AttentionCall, AttentionStatistics, BlockPlan, Stat, Want
+from .visibility import tail_rows, visibility
 from .walk import Chunk, chunks, row_blocks
 from .workspace import workspace
 
@@ -52,7 +54,8 @@ def attention_fused(
             "The fused attention pass has no gradient, and a gradient is expected here.",
             hint="Run under torch.no_grad(), or trace in faithful mode.",
         )
-    return _Pass(call, want, plan).fused()
+    with _quietly(call):
+        return _Pass(call, want, plan).fused()
 
 
 def attention_sweep(
@@ -73,146 +76,154 @@ def attention_sweep(
     Raises:
         UsageError: The tensors do not fit together.
     """
-    return _Pass(call, want, plan).sweep(lse)
+    with _quietly(call):
+        return _Pass(call, want, plan).sweep(lse)
+
+
+@contextmanager
+def _quietly(call: AttentionCall) -> Iterator[None]:
+    """No gradients, and no rounding by an autocast of the caller."""
+    with torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
+        yield
 
 
 class _Pass:
     """One walk over the blocks of one call."""
 
     def __init__(self, call: AttentionCall, want: Want, plan: BlockPlan) -> None:
-        self.sizes: Sizes = sizes_of(call, want)
+        self.sizes = sizes_of(call, want)
         self.call, self.want, self.plan = call, want, plan
         self.blocks = row_blocks(self.sizes, plan)
-        self.device = call.query.device
+        self.chunks = list(chunks(self.sizes, plan, self.blocks[0][1]))
+        self.view = visibility(call, self.sizes, self.blocks)
+        self.result = torch.promote_types(call.query.dtype, torch.float32)
+        self.values = {stat: self._zeros(stat) for stat in want.stats}
+        self.live = self._live_rows()
+        self.tail = tail_rows(self.view.rows, want.tail) if Stat.RECEIVED_TAIL in want.stats else None
 
     def fused(self) -> tuple[Tensor, AttentionStatistics]:
-        call, sizes = self.call, self.sizes
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            view = visibility(call, sizes, self.blocks)
-            scores = Scores(call, sizes, self.plan)
-            values = Values(call)
-            shape = (sizes.batch, sizes.queries, sizes.heads, sizes.value_dim)
-            output = torch.empty(shape, dtype=call.query.dtype, device=self.device)
-            found = Accumulator(call, self.want, sizes, view, values.exact)
-            for chunk, rows, keys in self._walk(view):
-                into = output[chunk.batch, rows, chunk.heads].transpose(1, 2)
-                if keys.start == keys.stop:
-                    into.zero_()
-                    continue
-                block = self._softmax(scores, chunk, rows, keys, view)
-                mixed = values.mix(block.weights, chunk, keys)
-                into.copy_(mixed if block.factor is None else mixed * block.factor[..., None])
-                found.add(block)
-        return output, found.finish()
+        sizes = self.sizes
+        shape = (sizes.batch, sizes.queries, sizes.heads, sizes.value_dim)
+        output = torch.empty(shape, dtype=self.call.query.dtype, device=self.call.query.device)
+        for chunk in self.chunks:
+            self._softmax(chunk, output[chunk.batch, :, chunk.heads].transpose(1, 2))
+        return output, self._statistics()
 
     def sweep(self, lse: Tensor | None) -> AttentionStatistics:
-        call, sizes = self.call, self.sizes
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            view = visibility(call, sizes, self.blocks)
-            if lse is not None:
-                lse = _defined(lse.detach(), view)
-            known = {"shifted": True, "base": 2.0} if lse is not None else {}
-            scores = Scores(call, sizes, self.plan, **known)
-            exact = Values(call).exact
-            found = Accumulator(call, self.want, sizes, view, exact)
-            for chunk, rows, keys in self._walk(view):
-                if keys.start == keys.stop:
-                    continue
+        if self.want.stats:
+            for chunk in self.chunks:
                 if lse is None:
-                    found.add(self._softmax(scores, chunk, rows, keys, view))
+                    self._softmax(chunk, None)
                 else:
-                    found.add(self._known(scores, chunk, rows, keys, view, lse))
-        return found.finish()
+                    self._known(chunk, lse[chunk.batch, chunk.heads].detach())
+        return self._statistics()
 
-    def _walk(self, view: Visibility) -> Iterator[tuple[Chunk, slice, slice]]:
-        """Chunks and blocks of rows, with the keys each block needs."""
-        tallest = max(e - s for s, e in self.blocks)
-        for chunk in chunks(self.sizes, self.plan, tallest):
-            for (start, end), (first, last) in zip(self.blocks, view.spans, strict=True):
-                yield chunk, slice(start, end), slice(first, last)
+    def _softmax(self, chunk: Chunk, output: Float[Tensor, "b h q value_dim"] | None) -> None:
+        """Weights normalised over the visible keys; learned sinks are a factor per row."""
+        call = chunk.call(self.call)
+        scores = Scores(call, self.plan)
+        value = None if output is None else Values(call.value)
+        found = self._accumulator(chunk, call)
+        peaks = needs_peak(self.want.stats, known=False) or call.learned_sinks is not None
+        seen = None if self.view.seen is None else chunk.of(self.view.seen).to(self.result)
+        for rows, keys in self._walk():
+            logits = scores.block(rows, keys)
+            weights = self._buffer(logits)
+            torch.softmax(logits, -1, out=weights)
+            peak, factor = row_peaks(logits, weights) if peaks else None, None
+            if call.learned_sinks is not None and peak is not None:
+                factor = torch.sigmoid(peak.norm - call.learned_sinks[:, None].to(weights.dtype))
+            if output is not None and value is not None:
+                mixed = value.mix(weights, keys)
+                for scale in (factor, None if seen is None else seen[:, :, rows]):
+                    mixed = mixed if scale is None else mixed * scale[..., None]
+                output[:, :, rows] = mixed
+            found.add(Block(rows, keys, weights, logits, peak, factor))
+        found.finish()
 
-    def _softmax(self, scores: Scores, chunk: Chunk, rows: slice, keys: slice, view: Visibility) -> Block:
-        """Weights normalised over the visible keys; learned sinks and unseen rows are in the factor."""
-        stats, sinks = self.want.stats, self.call.learned_sinks
-        logits = scores.block(chunk, rows, keys)
-        weights = workspace().take("weights", tuple(logits.shape), logits.dtype, self.device)
-        torch.softmax(logits, -1, out=weights)
-        block = Block(chunk, rows, keys, weights, logits)
-        if needs_peak(stats) or needs_norm(stats) or sinks is not None:
-            block.peak = row_peaks(logits, weights)
-            block.norm = block.lse = block.peak.logit - block.peak.weight.log()
-        if sinks is not None and block.norm is not None:
-            sink = sinks[chunk.heads, None].to(block.norm.dtype)
-            block.factor = torch.sigmoid(block.norm - sink)
-            block.sink = torch.sigmoid(sink - block.norm)
-            block.lse = torch.logaddexp(block.norm, sink)
-        seen = _of_block(view.seen, chunk, rows)
-        if seen is not None:
-            seen = seen.to(weights.dtype)
-            block.factor = seen.expand(weights.shape[:3]) if block.factor is None else block.factor * seen
-        return block
-
-    def _known(
-        self, scores: Scores, chunk: Chunk, rows: slice, keys: slice, view: Visibility, lse: Tensor
-    ) -> Block:
+    def _known(self, chunk: Chunk, lse: Float[Tensor, "b h q"]) -> None:
         """Weights from a known log-sum-exp: they are `A` itself."""
-        sinks = self.call.learned_sinks
-        norm = lse[chunk.batch, chunk.heads, rows]
-        logits = scores.block(chunk, rows, keys, norm)
-        weights = workspace().take("weights", tuple(logits.shape), logits.dtype, self.device)
-        # exp2 rather than exp, whose CPU kernel is several times slower where it underflows.
-        torch.exp2(logits, out=weights)
-        block = Block(chunk, rows, keys, weights, logits, lse=norm, unit=math.log(2.0))
-        if needs_peak(self.want.stats):
-            block.peak = row_peaks(logits, weights)
-        if sinks is not None:
-            block.sink = torch.exp(sinks[chunk.heads, None].to(norm.dtype) - norm)
-            block.mass = 1.0 - block.sink
-        seen = _of_block(view.seen, chunk, rows)
+        if self.view.seen is not None:
+            # Kernels disagree on the log-sum-exp of a row that sees nothing: 0, -inf, inf, nan.
+            lse = torch.where(chunk.of(self.view.seen), lse, 0.0)
+        call = chunk.call(self.call)
+        scores = Scores(call, self.plan, shift=lse, base=2.0)
+        found = self._accumulator(chunk, call, lse, unit=math.log(2.0))
+        peaks = needs_peak(self.want.stats, known=True)
+        for rows, keys in self._walk():
+            logits = scores.block(rows, keys)
+            weights = self._buffer(logits)
+            # exp2 rather than exp, whose CPU kernel is several times slower where it underflows.
+            torch.exp2(logits, out=weights)
+            peak = row_peaks(logits, weights) if peaks else None
+            found.add(Block(rows, keys, weights, logits, peak))
+        found.finish()
+
+    def _walk(self) -> Iterator[tuple[slice, slice]]:
+        """Blocks of rows, with the keys each of them needs."""
+        for (start, end), (first, last) in zip(self.blocks, self.view.spans, strict=True):
+            yield slice(start, end), slice(first, last)
+
+    def _buffer(self, logits: Tensor) -> Tensor:
+        return workspace().take("weights", tuple(logits.shape), logits.dtype, logits.device)
+
+    def _accumulator(
+        self, chunk: Chunk, call: AttentionCall, lse: Tensor | None = None, unit: float = 1.0
+    ) -> Accumulator:
+        return Accumulator(
+            call,
+            self.want,
+            {stat: value[chunk.batch, chunk.heads] for stat, value in self.values.items()},
+            live=None if self.live is None else chunk.of(self.live),
+            tail=None if self.tail is None else self.tail[chunk.batch],
+            groups=self._groups(chunk, call),
+            lse=lse,
+            unit=unit,
+        )
+
+    def _groups(self, chunk: Chunk, call: AttentionCall) -> KeyGroups | None:
+        groups = self.want.groups
+        if groups is None or not self.want.stats & {Stat.GROUP_MASS, Stat.GROUP_OUTPUT}:
+            return None
+        member = (groups if groups.ndim == 4 else groups[:, :, None]).permute(1, 2, 0, 3)
+        value = call.value.to(self.result) if Stat.GROUP_OUTPUT in self.want.stats else None
+        return KeyGroups(chunk.of(member), value)
+
+    def _zeros(self, stat: Stat) -> Tensor:
+        sizes, groups = self.sizes, self.want.groups
+        shape: tuple[int, ...] = (sizes.batch, sizes.heads, sizes.keys if stat in PER_KEY else sizes.queries)
+        if stat in (Stat.GROUP_MASS, Stat.GROUP_OUTPUT) and groups is not None:
+            shape += (groups.shape[0],)
+        if stat is Stat.GROUP_OUTPUT:
+            shape += (sizes.value_dim,)
+        return torch.zeros(shape, dtype=self.result, device=self.call.query.device)
+
+    def _live_rows(self) -> Tensor | None:
+        """Rows that count, by head if the mask differs; None for all, which spares the bookkeeping."""
+        rows, seen = self.view.rows[:, None], self.view.seen
         if seen is not None:
-            block.factor = seen.to(weights.dtype).expand(weights.shape[:3])
-        return block
+            return rows & seen
+        return None if self.call.counted is None else rows
+
+    def _statistics(self) -> AttentionStatistics:
+        values = {stat: value.to(torch.float32) for stat, value in self.values.items()}
+        return AttentionStatistics(values, self.view.counts, self.view.rows)
 
 
 class Values:
-    """The value operand: as the output needs it, and exact for `GROUP_OUTPUT`."""
+    """The value operand as the output needs it: in a half-precision model in half precision, as its own kernel."""
 
-    def __init__(self, call: AttentionCall) -> None:
-        self._value = call.value
-        half = call.value.dtype == torch.bfloat16 or (
-            call.value.dtype == torch.float16 and call.value.is_cuda
-        )
-        self._dtype = call.value.dtype if half else torch.promote_types(call.value.dtype, torch.float32)
-        self._mixed = _mergeable(call.value.to(self._dtype))
+    def __init__(self, value: Float[Tensor, "b kv_head key value_dim"]) -> None:
+        half = value.dtype == torch.bfloat16 or (value.dtype == torch.float16 and value.is_cuda)
+        self._dtype = value.dtype if half else torch.promote_types(value.dtype, torch.float32)
+        value = value.to(self._dtype)
+        self._value = value if value.shape[0] == 1 and value.stride(-1) == 1 else value.contiguous()
 
-    @property
-    def exact(self) -> Tensor:
-        """In float32 or better."""
-        return _mergeable(self._value.to(torch.promote_types(self._value.dtype, torch.float32)))
-
-    def mix(self, weights: Tensor, chunk: Chunk, keys: slice) -> Float[Tensor, "b h r value_dim"]:
-        """`P v`. In a half-precision model the product is made in half precision, as its own kernel does."""
-        b, h, r, k = weights.shape
-        value = self._mixed[chunk.batch, chunk.kv_heads, keys]
+    def mix(self, weights: Float[Tensor, "b h r k"], keys: slice) -> Float[Tensor, "b h r value_dim"]:
+        """`P v`."""
         if weights.dtype != self._dtype:
             half = workspace().take("half weights", tuple(weights.shape), self._dtype, weights.device)
             weights = half.copy_(weights)
-        value = value.reshape(-1, k, value.shape[-1])
+        b, h, r, k = weights.shape
+        value = self._value[:, :, keys].flatten(0, 1)
         return torch.bmm(weights.view(value.shape[0], -1, k), value).view(b, h, r, -1)
-
-
-def _mergeable(tensor: Tensor) -> Tensor:
-    """A layout in which the first two axes are one without a copy per block."""
-    return tensor if tensor.shape[0] == 1 and tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _defined(lse: Tensor, view: Visibility) -> Tensor:
-    """Kernels disagree on the log-sum-exp of a row that sees nothing (0, -inf, inf, nan): make it 0."""
-    return lse if view.seen is None else torch.where(view.seen, lse, 0.0)
-
-
-def _of_block(seen: Tensor | None, chunk: Chunk, rows: slice) -> Tensor | None:
-    if seen is None:
-        return None
-    seen = seen[chunk.batch if seen.shape[0] > 1 else slice(None), :, rows]
-    return seen[:, chunk.heads] if seen.shape[1] > 1 else seen

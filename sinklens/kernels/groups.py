@@ -9,74 +9,68 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .shapes import Sizes
-from .spec import Stat, Want
-from .walk import Chunk
-
 # Gathering costs one memory access per row and column, a product one pass over all columns.
 _MOST_GATHERED = 32
 
 
 class KeyGroups:
-    """The `groups` of a `Want`, prepared once per call.
+    """Key sets, prepared once for all blocks of rows.
 
-    Attributes:
-        n: Number of groups.
+    Args:
+        groups: Membership `[batch, 1|head, group, key]`.
+        value: `[batch, kv_head, key, value_dim]`, in the precision of the result; None if only masses are
+        wanted.
     """
 
-    def __init__(self, want: Want, sizes: Sizes, value: Float[Tensor, "batch kv_head key value_dim"]) -> None:
-        assert want.groups is not None  # sizes_of refuses such a call
-        groups = want.groups if want.groups.ndim == 4 else want.groups[:, :, None]
-        self.n, self._group_size = groups.shape[0], sizes.group
-        self._member = groups.permute(1, 2, 0, 3)  # batch 1|head group key
-        self._value = value if Stat.GROUP_OUTPUT in want.stats else None
+    def __init__(self, groups: Tensor, value: Tensor | None) -> None:
+        self._member, self._value = groups, value
+        self.n = groups.shape[2]
         widest = int(groups.sum(-1).max()) if groups.numel() else 0
         self._width = widest if self.n * widest <= _MOST_GATHERED else None
         if self._width is not None:
-            found = self._member.to(torch.float32).topk(self._width, dim=-1)
-            self._columns, self._valid = found.indices, found.values > 0  # batch 1|head group width
+            found = groups.to(torch.float32).topk(self._width, dim=-1)
+            self._columns, self._valid = found.indices.flatten(2), (found.values > 0).flatten(2)
+            full = self._width and bool(self._valid.all())
+            # Range of columns if all groups are equally wide, which spares the ordinary case its bookkeeping.
+            self._range = (int(self._columns.min()), int(self._columns.max())) if full else None
 
-    def mass(self, weights: Tensor, chunk: Chunk, keys: slice) -> Float[Tensor, "b h r group"]:
-        """`sum_{k in group} weights` for a block of weights `[b, h, r, keys]`."""
+    def mass(self, weights: Float[Tensor, "b h r k"], keys: slice) -> Float[Tensor, "b h r group"]:
+        """`sum_{k in group} weights` for weights of the keys in `keys`."""
+        b, h, r, k = weights.shape
         if self._width is not None:
-            return self._gathered(weights, chunk, keys).sum(-1)
-        member = self._of(self._member, chunk)[..., keys].mT.to(weights.dtype)  # b 1|h key group
+            found = self._gathered(weights, keys)
+            return found if self._width == 1 else found.unflatten(-1, (self.n, self._width)).sum(-1)
+        member = self._member[..., keys].mT.to(weights.dtype)  # b 1|h key group
         if member.shape[1] == 1:
-            b, h, r, k = weights.shape
             return (weights.reshape(b, h * r, k) @ member[:, 0]).view(b, h, r, self.n)
         return weights @ member
 
     def output(
-        self, weights: Tensor, chunk: Chunk, keys: slice, scratch: Tensor
+        self, weights: Float[Tensor, "b h r k"], keys: slice, scratch: Float[Tensor, "b h r k"]
     ) -> Float[Tensor, "b h r group value_dim"]:
-        """`sum_{k in group} weights v_k`. Overwrites `scratch`, which has the shape of `weights`."""
-        assert self._value is not None  # only called if GROUP_OUTPUT is wanted
-        value = self._value[chunk.batch, chunk.kv_heads]
+        """`sum_{k in group} weights v_k`. Overwrites `scratch`."""
+        assert self._value is not None  # only asked for with a value
         b, h, r, k = weights.shape
-        u, d = value.shape[1], value.shape[3]
+        kv_heads, d = self._value.shape[1], self._value.shape[3]
         if self._width is not None:
-            picked = self._gathered(weights, chunk, keys)
-            columns = self._of(self._columns, chunk).expand(-1, h, -1, -1)
-            columns = columns.reshape(b, h, -1, 1).expand(-1, -1, -1, d)
-            per_head = value[:, :, None].expand(-1, -1, self._group_size, -1, -1).flatten(1, 2)
-            values = per_head.gather(2, columns).view(b, h, self.n, self._width, d)
+            picked = self._gathered(weights, keys).unflatten(-1, (self.n, self._width))
+            columns = self._columns.expand(b, h, -1)[..., None].expand(-1, -1, -1, d)
+            per_head = self._value[:, :, None].expand(-1, -1, h // kv_heads, -1, -1).flatten(1, 2)
+            values = per_head.gather(2, columns).unflatten(2, (self.n, self._width))
             return torch.einsum("bhrgm,bhgmd->bhrgd", picked, values)
-        value = value[:, :, keys].reshape(b * u, k, d)
-        member = self._of(self._member, chunk)[..., keys]
+        value = self._value[:, :, keys].reshape(b * kv_heads, k, d)
+        member = self._member[..., keys]
         parts = []
         for group in range(self.n):
             torch.mul(weights, member[:, :, group, None], out=scratch)
-            parts.append(torch.bmm(scratch.view(b * u, -1, k), value).view(b, h, r, d))
+            parts.append(torch.bmm(scratch.view(b * kv_heads, -1, k), value).view(b, h, r, d))
         return torch.stack(parts, 3)
 
-    def _of(self, table: Tensor, chunk: Chunk) -> Tensor:
-        return table[chunk.batch, chunk.heads if table.shape[1] > 1 else slice(None)]
-
-    def _gathered(self, weights: Tensor, chunk: Chunk, keys: slice) -> Float[Tensor, "b h r group width"]:
-        """The groups' columns; 0 where a group is narrower, and where a column lies outside the block."""
-        b, h, r, _ = weights.shape
-        columns = self._of(self._columns, chunk)
-        inside = self._of(self._valid, chunk) & (columns >= keys.start) & (columns < keys.stop)
-        local = torch.where(inside, columns - keys.start, 0).flatten(2)[:, :, None]
-        found = weights.gather(3, local.expand(b, h, r, -1)) * inside.flatten(2)[:, :, None]
-        return found.view(b, h, r, self.n, -1) if self._width else found.new_zeros(b, h, r, self.n, 0)
+    def _gathered(self, weights: Tensor, keys: slice) -> Float[Tensor, "b h r columns"]:
+        """The groups' columns, 0 where a group is narrower and where a column lies outside of `keys`."""
+        if self._range is not None and keys.start <= self._range[0] and self._range[1] < keys.stop:
+            local = (self._columns - keys.start)[:, :, None]
+            return weights.gather(3, local.expand(*weights.shape[:3], -1))
+        inside = self._valid & (self._columns >= keys.start) & (self._columns < keys.stop)
+        local = torch.where(inside, self._columns - keys.start, 0)[:, :, None]
+        return weights.gather(3, local.expand(*weights.shape[:3], -1)) * inside[:, :, None]

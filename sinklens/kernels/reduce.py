@@ -1,28 +1,30 @@
-"""From a block of attention weights to the statistics. One pass per statistic, and only for those asked for.
+"""From blocks of attention weights to the statistics. One pass per statistic, and only for those asked for.
 
-Every formula works on weights `P` with `log P = logits - norm` and `A = factor * P`, so that the same code
-serves a softmax over visible keys (`sum P = 1`, `factor` carries learned sinks) and weights that are `A`.
+Every formula works on weights `P` with `A = factor * P`, so that the same code serves a softmax over the
+visible keys (`sum P = 1`, `factor` carries learned sinks) and weights that are `A` already. Numbers per row
+are collected raw and turned into statistics once, at the end: a block costs few calls besides its passes over
+the weights.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .groups import KeyGroups
-from .shapes import Sizes
-from .spec import AttentionCall, AttentionStatistics, Stat, Want
-from .visibility import Visibility
-from .walk import Chunk
+from .spec import AttentionCall, Stat, Want
 from .workspace import workspace
 
 PER_KEY = frozenset(stat for stat in Stat if stat.startswith("received")) | {Stat.TOP1}
-_NEED_PEAK = frozenset({Stat.TOP1, Stat.ROW_MAX})
-_NEED_NORM = frozenset({Stat.LSE, Stat.ENTROPY, Stat.RECEIVED_LOG, Stat.LEARNED_SINK})
+_FROM_PEAK = frozenset({Stat.TOP1, Stat.ROW_MAX})
+_FROM_NORM = frozenset({Stat.LSE, Stat.ENTROPY, Stat.RECEIVED_LOG, Stat.LEARNED_SINK})
+_FROM_PRODUCT = frozenset({Stat.ENTROPY, Stat.RECEIVED_LOG})
 _CHUNK = 64
+_TINY = 1e-38
 
 
 @dataclass(frozen=True)
@@ -33,52 +35,41 @@ class Peak:
     logit: Float[Tensor, "b h r"]
     weight: Float[Tensor, "b h r"]
 
+    @property
+    def norm(self) -> Float[Tensor, "b h r"]:
+        """Log-sum-exp (nats) of the row's logits, if its weights are their softmax."""
+        return self.logit - self.weight.log()
 
-@dataclass
+
+@dataclass(frozen=True)
 class Block:
-    """Some rows of some heads. The logits are scratch once their statistics are taken.
+    """Some rows of some heads; keys outside of `keys` have weight 0.
 
     Attributes:
-        rows, keys: The ranges covered; keys outside have weight 0.
         weights: `P`, `[b, h, r, k]`.
-        logits: `(log P + norm) / unit`, hidden keys very negative but finite.
-        norm: `[b, h, r]`; None if 0.
+        logits: `log P` plus a constant per row, hidden keys very negative but finite. Overwritten.
+        peak: If `needs_peak`.
         factor: `A / P`, `[b, h, r]`; None if 1.
-        mass: `sum_k P`, `[b, h, r]`; None if 1.
-        sink: Mass on the learned sink, `[b, h, r]`; None without.
-        lse: Log-sum-exp with learned sinks; None if nobody asks.
-        unit: Nats per unit of the logits: 1, or ln 2 where they are logarithms to base 2.
     """
 
-    chunk: Chunk
     rows: slice
     keys: slice
     weights: Float[Tensor, "b h r k"]
     logits: Float[Tensor, "b h r k"]
-    peak: Peak | None = None
-    norm: Float[Tensor, "b h r"] | None = None
+    peak: Peak | None
     factor: Float[Tensor, "b h r"] | None = None
-    mass: Float[Tensor, "b h r"] | None = None
-    sink: Float[Tensor, "b h r"] | None = None
-    lse: Float[Tensor, "b h r"] | None = None
-    unit: float = 1.0
 
 
-def needs_peak(stats: frozenset[Stat]) -> bool:
-    """Whether `Block.peak` is read."""
-    return bool(stats & _NEED_PEAK)
-
-
-def needs_norm(stats: frozenset[Stat]) -> bool:
-    """Whether `Block.norm` is read."""
-    return bool(stats & _NEED_NORM)
+def needs_peak(stats: frozenset[Stat], *, known: bool) -> bool:
+    """Whether `Block.peak` is read; `known` says that the log-sum-exp was given."""
+    return bool(stats & _FROM_PEAK) or (not known and bool(stats & _FROM_NORM))
 
 
 def row_peaks(logits: Float[Tensor, "b h r k"], weights: Float[Tensor, "b h r k"]) -> Peak:
     """Largest logit of each row, the first on ties, and the weight there.
 
-    On CPU a plain maximum is vectorised and an arg-max is not, so the arg-max runs over the maxima of 64 keys
-    each, and then over the 64 keys of the winner.
+    On CPU a plain maximum is vectorised and one with its place is not, so the place is searched among the
+    maxima of 64 keys each, and then among the 64 keys of the winner.
     """
     keys = logits.shape[3]
     if logits.device.type != "cpu" or keys < 4 * _CHUNK:
@@ -92,11 +83,11 @@ def row_peaks(logits: Float[Tensor, "b h r k"], weights: Float[Tensor, "b h r k"
     if rest:
         # The last chunk is short: its last key is then looked at repeatedly, which changes no arg-max.
         columns = chunk[..., None] * _CHUNK + torch.arange(_CHUNK, device=logits.device)
-        inner = logits.gather(-1, columns.clamp_(max=keys - 1)).argmax(-1)
+        inner = logits.gather(-1, columns.clamp_(max=keys - 1)).max(-1).indices
     else:
         each = torch.arange(chunk.numel(), device=logits.device) * tops.shape[-1]
-        inner = logits.view(-1, _CHUNK).index_select(0, each + chunk.flatten()).max(-1).indices
-    index = chunk * _CHUNK + inner.view_as(chunk)
+        inner = logits.view(-1, _CHUNK).index_select(0, each.add_(chunk.flatten())).max(-1).indices
+    index = chunk.mul_(_CHUNK).add_(inner.view_as(chunk))
     return Peak(index, logit, _pick(weights, index))
 
 
@@ -104,186 +95,212 @@ def _pick(table: Tensor, index: Tensor) -> Tensor:
     return table.gather(-1, index[..., None])[..., 0]
 
 
+def _row_products(
+    weights: Float[Tensor, "b h r k"], logits: Float[Tensor, "b h r k"]
+) -> Float[Tensor, "b h r"]:
+    """`sum_k weights logits` of each row; may overwrite the logits.
+
+    On CPU as the diagonal of the product of each pair of rows with itself: twice the arithmetic, but no pass
+    that writes, and torch has no row-wise dot product.
+    """
+    b, h, r, k = weights.shape
+    if weights.device.type != "cpu" or b * h * r % 2 or k < 256:
+        return logits.mul_(weights).sum(-1)
+    pairs = torch.bmm(weights.view(-1, 2, k), logits.view(-1, 2, k).mT)
+    return pairs.diagonal(dim1=1, dim2=2).reshape(b, h, r)
+
+
 class Accumulator:
-    """Collects the statistics of one call, block by block, in any order."""
+    """Collects the statistics of a call (or a chunk of one) from its blocks of rows, first to last.
+
+    Args:
+        call: The call; of its rows, `live` count.
+        want: The statistics.
+        into: Where results go: zeros, shaped as `Stat` says.
+        live: Rows that count, by head if that differs; None for all.
+        tail: Rows of `RECEIVED_TAIL`, None without.
+        groups: Key sets of `GROUP_*`, None without.
+        lse: Log-sum-exp with learned sinks (nats), if it was known: then `P` is `A`.
+        unit: Nats per unit of the logits: 1, or ln 2 where they are logarithms to base 2.
+    """
 
     def __init__(
-        self, call: AttentionCall, want: Want, sizes: Sizes, view: Visibility, value: Tensor
+        self,
+        call: AttentionCall,
+        want: Want,
+        into: dict[Stat, Tensor],
+        *,
+        live: Bool[Tensor, "b visible_head q"] | None = None,
+        tail: Bool[Tensor, "b q"] | None = None,
+        groups: KeyGroups | None = None,
+        lse: Float[Tensor, "b h q"] | None = None,
+        unit: float = 1.0,
     ) -> None:
-        self.want, self.sizes, self.view = want, sizes, view
-        self.values = {stat: self._empty(stat, value) for stat in want.stats}
-        grouped = want.stats & {Stat.GROUP_MASS, Stat.GROUP_OUTPUT}
-        self.groups = KeyGroups(want, sizes, value) if grouped else None
-        # Where a row of a head does not count. None spares all the bookkeeping in the ordinary case.
-        self._live: Tensor | None = None
-        if call.counted is not None or view.seen is not None:
-            self._live = view.rows[:, None] if view.seen is None else view.rows[:, None] & view.seen
-        self._tail, self._tail_start = self._tail_rows()
+        self.want, self.into, self.groups, self.unit = want, into, groups, unit
+        self._sinks, self._lse, self._tail = call.learned_sinks, lse, tail
+        self._queries, self._offset = call.query.shape[2], call.key.shape[2] - call.query.shape[2]
+        self._heads = call.query.shape[1]
+        self._dtype = next(iter(into.values())).dtype if into else torch.float32
+        self._live = None if live is None else live.expand(-1, self._heads, -1)
+        self._weight = None if self._live is None else self._live.to(self._dtype)
+        self._raw: dict[str, list[Tensor]] = defaultdict(list)
+        self._heights: list[int] = []
+        device = call.query.device
+        # Descending from `keys`: of any block, `first row - key` is a slice of it.
+        keys = call.key.shape[2]
+        self._ruler = torch.arange(keys, -keys - self._queries, -1, device=device).to(self._dtype)
 
     def add(self, block: Block) -> None:
-        """Take all statistics of a block."""
-        live = None
-        if self._live is not None:
-            live = self._live[block.chunk.batch, :, block.rows]
-            live = live[:, block.chunk.heads] if live.shape[1] > 1 else live
-            live = live.expand(block.weights.shape[:3])
-        weight = torch.ones_like(block.weights[..., 0]) if block.factor is None else block.factor
-        if live is not None:
-            weight = torch.where(live, weight, 0.0)
-        self._rows(block, live)
-        self._columns(block, weight)
-        if Stat.TOP1 in self.values and block.peak is not None:
-            votes = torch.ones_like(weight) if live is None else live.to(weight.dtype)
-            self._into(Stat.TOP1, block).scatter_add_(-1, block.peak.index, votes)
-        self._products(block, live, weight)
-        self._squares(block, weight)
-        if self.groups is not None and Stat.GROUP_OUTPUT in self.values:
-            found = self.groups.output(block.weights, block.chunk, block.keys, block.logits)
-            self._put(Stat.GROUP_OUTPUT, block, live, found)
-
-    def finish(self) -> AttentionStatistics:
-        """The statistics, all blocks being in."""
-        values = {stat: value.to(torch.float32) for stat, value in self.values.items()}
-        return AttentionStatistics(values, self.view.counts, self.view.rows)
-
-    def _empty(self, stat: Stat, like: Tensor) -> Tensor:
-        sizes, groups = self.sizes, self.want.groups
-        shape: tuple[int, ...] = (sizes.batch, sizes.heads, sizes.keys if stat in PER_KEY else sizes.queries)
-        if stat in (Stat.GROUP_MASS, Stat.GROUP_OUTPUT) and groups is not None:
-            shape += (groups.shape[0],)
-        if stat is Stat.GROUP_OUTPUT:
-            shape += (sizes.value_dim,)
-        return like.new_zeros(shape)
-
-    def _tail_rows(self) -> tuple[Tensor | None, int]:
-        """The last `tail` counted rows of each batch row, and the first row that is one of them anywhere."""
-        if Stat.RECEIVED_TAIL not in self.values:
-            return None, 0
-        rows = self.view.rows
-        tail = rows & (rows.flip(1).cumsum(1).flip(1) <= self.want.tail)
-        some = tail.any(0)
-        return tail, int(some.to(torch.uint8).argmax()) if bool(some.any()) else self.sizes.queries
-
-    def _into(self, stat: Stat, block: Block) -> Tensor:
-        """The part of a per-key statistic that a block adds to."""
-        return self.values[stat][block.chunk.batch, block.chunk.heads, block.keys]
-
-    def _put(
-        self, stat: Stat, block: Block, live: Tensor | None, found: Tensor, *, scaled: bool = True
-    ) -> None:
-        """Store a per-row statistic of `P`; `scaled` says that it is linear in the weights."""
-        more = (None,) * (found.ndim - 3)
-        if scaled and block.factor is not None:
-            found = found * block.factor[(..., *more)]
-        if live is not None:
-            found = torch.where(live[(..., *more)], found, 0.0)
-        self.values[stat][block.chunk.batch, block.chunk.heads, block.rows] = found
-
-    def _rows(self, block: Block, live: Tensor | None) -> None:
-        """Per-row statistics that leave weights and logits alone."""
-        wanted = self.values
-        if Stat.ROW_MAX in wanted and block.peak is not None:
-            self._put(Stat.ROW_MAX, block, live, block.peak.weight)
-        if Stat.DIAGONAL in wanted:
-            self._put(Stat.DIAGONAL, block, live, self._diagonal(block))
-        if Stat.DISTANCE in wanted:
-            self._put(Stat.DISTANCE, block, live, self._distance(block))
-        if Stat.DISTANCE_WINDOWED in wanted:
-            self._put(Stat.DISTANCE_WINDOWED, block, live, self._distance_windowed(block))
-        if Stat.LSE in wanted and block.lse is not None:
-            self._put(Stat.LSE, block, live, block.lse, scaled=False)
-        if Stat.LEARNED_SINK in wanted and block.sink is not None:
-            self._put(Stat.LEARNED_SINK, block, live, block.sink, scaled=False)
-        if Stat.GROUP_MASS in wanted and self.groups is not None:
-            self._put(Stat.GROUP_MASS, block, live, self.groups.mass(block.weights, block.chunk, block.keys))
-
-    def _columns(self, block: Block, weight: Tensor) -> None:
-        """Weighted sums over rows. A product with a vector of weights is faster than a reduction."""
-        wanted: list[tuple[Stat, Tensor]] = []
-        if Stat.RECEIVED in self.values:
-            wanted.append((Stat.RECEIVED, weight))
-        if self._tail is not None and block.rows.stop > self._tail_start:
-            tail = self._tail[block.chunk.batch, None, block.rows]
-            wanted.append((Stat.RECEIVED_TAIL, torch.where(tail, weight, 0.0)))
-        if wanted:
-            sums = _sum_rows(torch.stack([rows for _, rows in wanted], 2), block.weights)
-            for i, (stat, _) in enumerate(wanted):
-                self._into(stat, block).add_(sums[:, :, i])
-
-    def _products(self, block: Block, live: Tensor | None, weight: Tensor) -> None:
-        """Entropy of rows and columns: both are sums of `P log P`. Overwrites the logits."""
-        if not self.values.keys() & {Stat.ENTROPY, Stat.RECEIVED_LOG}:
-            return
-        log_factor = None if block.factor is None else block.factor.clamp_min(1e-38).log()
-        norm = block.norm
-        if Stat.RECEIVED_LOG in self.values and norm is not None:
-            block.logits.sub_(norm[..., None] / block.unit)  # log P before the product: subtracting sums would cancel
-            norm = None
-        product = block.logits.mul_(block.weights)
-        if Stat.RECEIVED_LOG in self.values:
-            into = self._into(Stat.RECEIVED_LOG, block)
-            into.add_(_sum_rows(weight[:, :, None], product)[:, :, 0], alpha=block.unit)
-            if log_factor is not None:
-                into.add_(_sum_rows((weight * log_factor)[:, :, None], block.weights)[:, :, 0])
-        if Stat.ENTROPY in self.values:
-            surprise = product.sum(-1) * -block.unit
-            if norm is not None:
-                surprise = surprise + (norm if block.mass is None else norm * block.mass)
-            if log_factor is not None:
-                surprise = surprise - (log_factor if block.mass is None else log_factor * block.mass)
-            self._put(Stat.ENTROPY, block, live, surprise)
-
-    def _squares(self, block: Block, weight: Tensor) -> None:
-        """Second moments and maxima over rows. Overwrites the logits."""
-        if Stat.RECEIVED_SQUARED in self.values:
+        """Take all statistics of a block; it must follow the block before."""
+        stats = self.want.stats
+        self._heights.append(block.weights.shape[2])
+        if block.peak is not None:
+            self._raw["index"].append(block.peak.index + block.keys.start)
+            self._raw["logit"].append(block.peak.logit)
+            self._raw["top"].append(block.peak.weight)
+        if block.factor is not None:
+            self._raw["factor"].append(block.factor)
+        weight = self._row_weights(block)
+        if Stat.RECEIVED in stats:
+            self._add_sum(Stat.RECEIVED, block, weight, block.weights)
+        if self._tail is not None:
+            tail = self._tail[:, None, block.rows]
+            if bool(tail.any()):
+                self._add_sum(Stat.RECEIVED_TAIL, block, torch.where(tail, weight, 0.0), block.weights)
+        if Stat.DISTANCE in stats:
+            self._raw["back"].append(self._mean_back(block))
+        if Stat.DISTANCE_WINDOWED in stats:
+            self._raw["near"].append(self._nearness(block))
+        if Stat.DIAGONAL in stats:
+            self._diagonal(block)
+        if Stat.GROUP_MASS in stats and self.groups is not None:
+            self.into[Stat.GROUP_MASS][:, :, block.rows] = self.groups.mass(block.weights, block.keys)
+        if stats & _FROM_PRODUCT:
+            self._products(block, weight)
+        if Stat.RECEIVED_SQUARED in stats:
             square = torch.mul(block.weights, block.weights, out=block.logits)
-            found = _sum_rows(weight.square()[:, :, None], square)
-            self._into(Stat.RECEIVED_SQUARED, block).add_(found[:, :, 0])
-        if Stat.RECEIVED_MAX in self.values:
-            weights = block.weights
-            if block.factor is not None or self._live is not None:
-                weights = torch.mul(weights, weight[..., None], out=block.logits)
-            into = self._into(Stat.RECEIVED_MAX, block)
-            torch.maximum(into, weights.amax(2), out=into)
+            self._add_sum(Stat.RECEIVED_SQUARED, block, weight.square(), square)
+        if Stat.RECEIVED_MAX in stats:
+            into = self.into[Stat.RECEIVED_MAX][:, :, block.keys]
+            plain = block.factor is None and self._live is None
+            found = block.weights if plain else torch.mul(block.weights, weight[..., None], out=block.logits)
+            torch.maximum(into, found.amax(2), out=into)
+        if Stat.GROUP_OUTPUT in stats and self.groups is not None:
+            found = self.groups.output(block.weights, block.keys, block.logits)
+            self.into[Stat.GROUP_OUTPUT][:, :, block.rows] = found
 
-    def _diagonal(self, block: Block) -> Tensor:
-        """`P` at each row's own key, 0 where the block does not hold it."""
-        b, h, r, k = block.weights.shape
-        shift = block.rows.start + self.sizes.offset - block.keys.start
-        found = block.weights.new_zeros(b, h, r)
+    def _row_weights(self, block: Block) -> Float[Tensor, "b h r"]:
+        """`A / P` of the rows that count, 0 of the others."""
+        if self._weight is None:
+            return torch.ones_like(block.weights[..., 0]) if block.factor is None else block.factor
+        weight = self._weight[:, :, block.rows]
+        return weight if block.factor is None else weight * block.factor
+
+    def _add_sum(self, stat: Stat, block: Block, weight: Tensor, matrix: Tensor, scale: float = 1.0) -> None:
+        """Add `sum_r weight[r] matrix[r, k]`. A product with a vector is faster than a reduction."""
+        b, h, r, k = matrix.shape
+        out = workspace().take("row sums", (b * h, 1, k), matrix.dtype, matrix.device)
+        torch.bmm(weight.reshape(b * h, 1, r), matrix.view(b * h, r, k), out=out)
+        self.into[stat][:, :, block.keys].add_(out.view(b, h, k), alpha=scale)
+
+    def _products(self, block: Block, weight: Tensor) -> None:
+        """Entropy of rows and columns: both are sums of `P log P`."""
+        if Stat.RECEIVED_LOG in self.want.stats and self._lse is None and block.peak is not None:
+            block.logits.sub_(block.peak.norm[..., None])  # before the product: sums of it would cancel
+        if Stat.RECEIVED_LOG not in self.want.stats:
+            self._raw["product"].append(_row_products(block.weights, block.logits))
+            return
+        product = block.logits.mul_(block.weights)
+        if Stat.ENTROPY in self.want.stats:
+            self._raw["product"].append(product.sum(-1))
+        if Stat.RECEIVED_LOG in self.want.stats:
+            self._add_sum(Stat.RECEIVED_LOG, block, weight, product, self.unit)
+            if block.factor is not None:
+                log_factor = block.factor.clamp_min(_TINY).log()
+                self._add_sum(Stat.RECEIVED_LOG, block, weight * log_factor, block.weights)
+
+    def _diagonal(self, block: Block) -> None:
+        """`P` at each row's own key; stays 0 where the block does not hold it."""
+        r, k = block.weights.shape[2:]
+        shift = block.rows.start + self._offset - block.keys.start
         if -r < shift < k:
             line = block.weights.diagonal(shift, 2, 3)
-            first = max(0, -shift)
-            found[..., first : first + line.shape[-1]] = line
+            first = block.rows.start + max(0, -shift)
+            self.into[Stat.DIAGONAL][:, :, first : first + line.shape[-1]] = line
+
+    def _mean_back(self, block: Block) -> Float[Tensor, "b h r"]:
+        """Weighted sum of (the block's first row less key): relative to the block, near keys stay exact."""
+        first = block.keys.start + self._queries - block.rows.start
+        back = self._ruler[first : first + block.weights.shape[3]]
+        return (block.weights.view(-1, back.shape[0]) @ back).view(block.weights.shape[:3])
+
+    def _nearness(self, block: Block) -> Float[Tensor, "b h r"]:
+        """`sum_k P relu(w - d)`, for `min(d, w) = w - relu(w - d)`: only keys nearer than the window matter."""
+        window, device = self.want.window, block.weights.device
+        place = torch.arange(block.rows.start, block.rows.stop, device=device)[:, None] + self._offset
+        first = max(block.keys.start, block.rows.start + self._offset - window + 1)
+        key = torch.arange(first, max(first, block.keys.stop), device=device)
+        near = block.weights[..., first - block.keys.start :]
+        return torch.einsum("bhrk,rk->bhr", near, (window - (place - key)).clamp_min(0).to(near.dtype))
+
+    def finish(self) -> None:
+        """Turn what was collected per row into statistics; all blocks are in."""
+        raw = {name: torch.cat(parts, 2) for name, parts in self._raw.items()}
+        factor = raw.get("factor")
+        for stat, found in self._linear(raw).items():
+            self.into[stat].copy_(found if factor is None else found * factor)
+        for stat in {Stat.DIAGONAL, Stat.GROUP_MASS, Stat.GROUP_OUTPUT} & self.want.stats:
+            if factor is not None:
+                self.into[stat].mul_(factor[(..., *(None,) * (self.into[stat].ndim - 3))])
+        for stat, found in self._logarithmic(raw).items():
+            self.into[stat].copy_(found)
+        if Stat.TOP1 in self.want.stats:
+            votes = torch.ones_like(raw["top"]) if self._weight is None else self._weight
+            self.into[Stat.TOP1].scatter_add_(-1, raw["index"], votes)
+        if self._live is not None:
+            for stat in self.want.stats - PER_KEY:
+                dead = ~self._live[(..., *(None,) * (self.into[stat].ndim - 3))]
+                self.into[stat].masked_fill_(dead, 0.0)
+
+    def _linear(self, raw: dict[str, Tensor]) -> dict[Stat, Tensor]:
+        """Per-row statistics that are sums over `P`."""
+        stats, found = self.want.stats, {}
+        mass = 1.0 if self._lse is None or self._sinks is None else 1.0 - self._sink_mass(self._lse)
+        if Stat.ROW_MAX in stats:
+            found[Stat.ROW_MAX] = raw["top"]
+        if Stat.DISTANCE in stats:
+            ahead = torch.cat([self._ruler.new_tensor(range(rows)) for rows in self._heights])
+            found[Stat.DISTANCE] = raw["back"] + ahead * mass
+        if Stat.DISTANCE_WINDOWED in stats:
+            found[Stat.DISTANCE_WINDOWED] = self.want.window * mass - raw["near"]
         return found
 
-    def _distance(self, block: Block) -> Tensor:
-        """Mean of row less key position, taken relative to the block so that near keys stay exact."""
-        weights, origin = block.weights, block.rows.start + self.sizes.offset
-        back = origin - torch.arange(
-            block.keys.start, block.keys.stop, device=weights.device, dtype=weights.dtype
-        )
-        mean = (weights.view(-1, weights.shape[-1]) @ back).view(weights.shape[:3])
-        ahead = torch.arange(weights.shape[2], device=weights.device, dtype=weights.dtype)
-        return mean + (ahead if block.mass is None else ahead * block.mass)
+    def _logarithmic(self, raw: dict[str, Tensor]) -> dict[Stat, Tensor]:
+        """Per-row statistics that need the log-sum-exp."""
+        stats, found = self.want.stats & _FROM_NORM, {}
+        norm = raw["logit"] - raw["top"].log() if self._lse is None and stats else self._lse
+        if norm is None or not stats:
+            return found
+        lse = norm
+        if self._lse is None and self._sinks is not None:
+            lse = torch.logaddexp(norm, self._sinks[:, None].to(norm.dtype))
+        if Stat.LSE in stats:
+            found[Stat.LSE] = lse
+        if Stat.LEARNED_SINK in stats:
+            found[Stat.LEARNED_SINK] = torch.zeros_like(lse) if self._sinks is None else self._sink_mass(lse)
+        if Stat.ENTROPY in stats:
+            found[Stat.ENTROPY] = self._entropy(raw, norm)
+        return found
 
-    def _distance_windowed(self, block: Block) -> Tensor:
-        """`min(d, w) = w - relu(w - d)`: only keys nearer than the window have to be looked at."""
-        window, device = self.want.window, block.weights.device
-        first = max(block.keys.start, block.rows.start + self.sizes.offset - window + 1)
-        total = torch.ones((), device=device) if block.mass is None else block.mass
-        if first >= block.keys.stop:
-            return (window * total).expand(block.weights.shape[:3])
-        place = torch.arange(block.rows.start, block.rows.stop, device=device)[:, None] + self.sizes.offset
-        key = torch.arange(first, block.keys.stop, device=device)
-        short = (window - (place - key)).clamp_min(0).to(block.weights.dtype)
-        near = block.weights[..., first - block.keys.start :]
-        return window * total - torch.einsum("bhrk,rk->bhr", near, short)
+    def _entropy(self, raw: dict[str, Tensor], norm: Tensor) -> Float[Tensor, "b h q"]:
+        """`-sum A log A` from `sum P logits`; where `P` was `A`, the logits were `log A`."""
+        entropy = raw["product"] * -self.unit
+        if self._lse is None and Stat.RECEIVED_LOG not in self.want.stats:
+            entropy += norm
+        if "factor" in raw:
+            entropy = (entropy - raw["factor"].clamp_min(_TINY).log()) * raw["factor"]
+        return entropy
 
-
-def _sum_rows(weight: Float[Tensor, "b h m r"], matrix: Float[Tensor, "b h r k"]) -> Float[Tensor, "b h m k"]:
-    """`sum_r weight[r] matrix[r, k]` for `m` sets of weights, in a buffer that the next call overwrites."""
-    b, h, r, k = matrix.shape
-    out = workspace().take("row sums", (b * h, weight.shape[2], k), matrix.dtype, matrix.device)
-    torch.bmm(weight.reshape(b * h, -1, r), matrix.view(b * h, r, k), out=out)
-    return out.view(b, h, -1, k)
+    def _sink_mass(self, lse: Tensor) -> Float[Tensor, "b h q"]:
+        assert self._sinks is not None  # the callers have looked
+        return torch.exp(self._sinks[:, None].to(lse.dtype) - lse)

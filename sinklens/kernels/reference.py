@@ -28,7 +28,7 @@ def attention_reference(
     """
     sizes = sizes_of(call, want)
     visible = dense_visibility(call, sizes)
-    logits = _logits(call, sizes, visible)
+    logits = dense_logits(call, sizes, visible)
     norm = torch.logsumexp(logits, -1)
     if call.learned_sinks is not None:
         norm = torch.logaddexp(norm, call.learned_sinks.double()[:, None])
@@ -65,7 +65,10 @@ def _places(sizes: Sizes, device: torch.device) -> tuple[Tensor, Tensor]:
     return torch.arange(sizes.queries, device=device)[:, None] + sizes.offset, key
 
 
-def _logits(call: AttentionCall, sizes: Sizes, visible: Tensor) -> Float[Tensor, "batch head query key"]:
+def dense_logits(
+    call: AttentionCall, sizes: Sizes, visible: Bool[Tensor, "batch head query key"]
+) -> Float[Tensor, "batch head query key"]:
+    """Scaled, capped and masked logits in float64; hidden ones are -inf."""
     key = call.key.double().repeat_interleave(sizes.group, 1)
     logits = call.query.double() @ key.mT * call.scale
     if call.softcap is not None:
@@ -115,6 +118,6 @@ def _statistic(
         case Stat.GROUP_MASS | Stat.GROUP_OUTPUT:
             assert want.groups is not None  # sizes_of has refused the call otherwise
             groups = want.groups[:, :, None] if want.groups.ndim == 3 else want.groups
-            inside = A * groups[:, :, :, None].double()
-            found = inside.sum(-1) if stat is Stat.GROUP_MASS else inside @ value
-            return torch.moveaxis(found, 0, 3)
+            if stat is Stat.GROUP_MASS:
+                return A @ groups.double().permute(1, 2, 3, 0)
+            return torch.stack([(A * group[:, :, None]) @ value for group in groups], 3)

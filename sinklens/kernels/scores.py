@@ -10,9 +10,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from .shapes import Sizes, four_axes, visible_of
+from .shapes import four_axes, visible_of
 from .spec import AttentionCall, BlockPlan
-from .walk import Chunk
 from .workspace import workspace
 
 # Hidden logits are this instead of -inf: exp gives 0 all the same, and 0 * logit stays 0 instead of NaN.
@@ -23,50 +22,54 @@ class Scores:
     """Logits of a call, block by block, in a buffer that the next block overwrites.
 
     Args:
-        call, sizes, plan: The call and how it is walked.
-        shifted: Blocks will be asked for with a `shift`.
+        call: The call, or a chunk of one.
+        plan: Type of the `q·k` product.
+        shift: Per row `[batch, head, query]`, in nats, taken off the logits.
         base: The logits are logarithms to this base; 2 where `exp2` follows.
     """
 
-    def __init__(self, call: AttentionCall, sizes: Sizes, plan: BlockPlan, *, shifted: bool = False, base: float = math.e) -> None:
-        self.call, self.sizes = call, sizes
-        self.device = call.query.device
+    def __init__(
+        self, call: AttentionCall, plan: BlockPlan, *, shift: Tensor | None = None, base: float = math.e
+    ) -> None:
+        self.call, self.device, self._shift = call, call.query.device, shift
         self.result = torch.promote_types(call.query.dtype, torch.float32)
         self._product = plan.score_dtype if plan.score_dtype.itemsize < 4 else self.result
         self._exact_half = _exact_half(call, plan)
         self._unit = 1.0 / math.log(base)
         linear = call.softcap is None
         factor = call.scale * (self._unit if linear else 1.0)
-        # The factor goes into the query, where it costs no pass over the logits, unless that would round them.
+        # The factor goes into the query, where it costs no pass over the logits, unless that would round
+        # them.
         rounds = self._exact_half or self._product.itemsize < 4
         before = not rounds or abs(math.frexp(factor)[0]) == 0.5
         self._before, self._after = (factor, 1.0) if before else (1.0, factor)
-        # log-sum-exp as one more column of the product: [q, -lse]·[k, 1].
-        self._column = shifted and linear and not rounds
+        # The shift as one more column of the product: [q, -shift]·[k, 1].
+        self._column = shift is not None and linear and not rounds
         self._key = self._keys()
-        self._mask = None if call.mask is None else four_axes(call.mask, sizes.queries, sizes.keys)
+        queries, keys = call.query.shape[2], call.key.shape[2]
+        self._offset = keys - queries
+        self._mask = None if call.mask is None else four_axes(call.mask, queries, keys)
+        self._triangle: Tensor | None = None
 
-    def _keys(self) -> Tensor:
-        key, sizes = self.call.key, self.sizes
+    def _keys(self) -> Float[Tensor, "batch kv_head key width"]:
+        key = self.call.key
         if not self._column:
             key = key.to(self._product)
-            return key if sizes.batch == 1 and key.stride(-1) == 1 else key.contiguous()
-        shape = (sizes.batch, sizes.kv_heads, sizes.keys, sizes.dim + 1)
-        wide = torch.empty(shape, dtype=self._product, device=self.device)
-        wide[..., : sizes.dim].copy_(key)
-        wide[..., sizes.dim :] = 1.0
+            return key if key.shape[0] == 1 and key.stride(-1) == 1 else key.contiguous()
+        wide = torch.empty(*key.shape[:3], key.shape[3] + 1, dtype=self._product, device=self.device)
+        wide[..., :-1].copy_(key)
+        wide[..., -1:] = 1.0
         return wide
 
-    def block(
-        self, chunk: Chunk, rows: slice, keys: slice, shift: Float[Tensor, "b h r"] | None = None
-    ) -> Float[Tensor, "b h r k"]:
-        """Logits of a block, less `shift` per row; hidden keys are `HIDDEN`."""
-        key = self._key[chunk.batch, chunk.kv_heads, keys]
-        query = self._query(chunk, rows, shift)
+    def block(self, rows: slice, keys: slice) -> Float[Tensor, "b h r k"]:
+        """Logits of some rows and keys; hidden ones are `HIDDEN`."""
+        key = self._key[:, :, keys].flatten(0, 1)
+        query = self._query(rows)
         b, h, r, width = query.shape
-        key = key.reshape(-1, key.shape[2], width)
         logits = self._multiply(query.view(key.shape[0], -1, width), key).view(b, h, r, -1)
-        late = None if shift is None or self._column else (shift * -self._unit)[..., None]
+        late = None
+        if self._shift is not None and not self._column:
+            late = (self._shift[:, :, rows] * -self._unit)[..., None]
         if self.call.softcap is not None:
             logits.mul_(self._after / self.call.softcap).tanh_().mul_(self.call.softcap * self._unit)
             if late is not None:
@@ -76,20 +79,22 @@ class Scores:
         elif self._after != 1.0:
             logits.mul_(self._after)
         if self._mask is not None:
-            self._add_mask(logits, chunk, rows, keys)
+            self._add_mask(logits, self._mask[:, :, rows, keys])
         elif self.call.causal:
             self._hide_future(logits, rows, keys)
         return logits
 
-    def _query(self, chunk: Chunk, rows: slice, shift: Tensor | None) -> Float[Tensor, "b h r width"]:
-        query, dim = self.call.query[chunk.batch, chunk.heads, rows], self.sizes.dim
-        shape = (*query.shape[:3], dim + self._column)
-        buffer = workspace().take("query", shape, self._product, self.device)
-        buffer[..., :dim].copy_(query)
-        if self._before != 1.0:
-            buffer[..., :dim].mul_(self._before)
-        if self._column and shift is not None:
-            torch.mul(shift, -self._unit, out=buffer[..., dim])
+    def _query(self, rows: slice) -> Float[Tensor, "b h r width"]:
+        query = self.call.query[:, :, rows]
+        b, h, r, dim = query.shape
+        buffer = workspace().take("query", (b, h, r, dim + self._column), self._product, self.device)
+        into = buffer[..., :dim] if self._column else buffer
+        if query.dtype == self._product:
+            torch.mul(query, self._before, out=into)
+        else:  # converted first: the product of a half-precision number and a scalar would be rounded to half
+            into.copy_(query).mul_(self._before)
+        if self._column and self._shift is not None:
+            torch.mul(self._shift[:, :, rows], -self._unit, out=buffer[..., dim])
         return buffer
 
     def _multiply(self, query: Float[Tensor, "u r d"], key: Float[Tensor, "u k d"]) -> Float[Tensor, "u r k"]:
@@ -105,22 +110,21 @@ class Scores:
 
     def _hide_future(self, logits: Tensor, rows: slice, keys: slice) -> None:
         """Key `k` is hidden from row `q` if `k > q + offset`: a triangle at the end of the block."""
-        place = rows.start + self.sizes.offset
+        place = rows.start + self._offset
         first = max(place, keys.start)
         count, height = keys.stop - first, rows.stop - rows.start
         if count <= 0:
             return
-        triangle = torch.full((height, count), HIDDEN, dtype=logits.dtype, device=self.device)
-        logits[..., first - keys.start :].add_(triangle.triu_(1 + place - first))
+        # Rows before the first key see nothing, however far before.
+        size, skipped = max(count, height), min(first - place, height)
+        if self._triangle is None or self._triangle.shape[0] < size + skipped:
+            square = (size + skipped, size + skipped)
+            self._triangle = torch.full(square, HIDDEN, dtype=logits.dtype, device=self.device).triu_(1)
+        logits[..., first - keys.start :].add_(self._triangle[:height, skipped : skipped + count])
 
-    def _add_mask(self, logits: Tensor, chunk: Chunk, rows: slice, keys: slice) -> None:
-        assert self._mask is not None  # the caller has looked
-        batch = chunk.batch if self._mask.shape[0] > 1 else slice(None)
-        heads = chunk.heads if self._mask.shape[1] > 1 else slice(None)
-        mask = self._mask[batch, heads, rows, keys]
-        visible = visible_of(mask)
+    def _add_mask(self, logits: Tensor, mask: Tensor) -> None:
         bias = 0.0 if mask.dtype == torch.bool else mask.to(logits.dtype) * self._unit
-        logits.add_(torch.where(visible, bias, HIDDEN))
+        logits.add_(torch.where(visible_of(mask), bias, HIDDEN))
 
 
 def _exact_half(call: AttentionCall, plan: BlockPlan) -> bool:

@@ -24,6 +24,8 @@ class Visibility:
         counts: Counted rows that see each key; the head axis is 1 unless the mask differs by head.
         seen: Rows that see a key, per head of the mask; None when every row does.
         spans: Per block of rows, the range of keys `[first, last)` outside of which no row sees anything.
+        Never
+            empty: rows that see nothing get some key, hidden from them.
     """
 
     rows: Bool[Tensor, "batch query"]
@@ -59,7 +61,7 @@ def _of_causal(sizes: Sizes, counted: Tensor, blocks: Sequence[RowRange], *, unp
     else:
         first_row = (torch.arange(sizes.keys, device=device) - offset).clamp(min=0)
         counts = counted.flip(1).cumsum(1).flip(1)[:, None, first_row]
-    spans = tuple((0, max(0, min(sizes.keys, end + offset))) for _, end in blocks)
+    spans = tuple((0, max(1, min(sizes.keys, end + offset))) for _, end in blocks)
     return Visibility(counted, counts, seen, spans)
 
 
@@ -80,9 +82,14 @@ def _of_mask(mask: Tensor, counted: Tensor, blocks: Sequence[RowRange]) -> Visib
 
 
 def _spans(touched: Tensor) -> tuple[RowRange, ...]:
-    """First and one past the last True of each row of `[block, key]`; `(0, 0)` where there is none."""
-    some = touched.any(1)
+    """First and one past the last True of each row of `[block, key]`; the first key where there is none."""
     first = touched.to(torch.uint8).argmax(1)
     last = touched.shape[1] - touched.flip(1).to(torch.uint8).argmax(1)
-    ranges = torch.stack([first * some, last * some], 1)
+    last = torch.where(touched.any(1), last, 1)
+    ranges = torch.stack([first, last], 1)
     return tuple((int(a), int(b)) for a, b in ranges.tolist())
+
+
+def tail_rows(rows: Bool[Tensor, "batch query"], tail: int) -> Bool[Tensor, "batch query"]:
+    """The last `tail` of the rows that count."""
+    return rows & (rows.flip(1).cumsum(1).flip(1) <= tail)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from torch import Tensor
 
 from .shapes import Sizes
-from .spec import BlockPlan
+from .spec import AttentionCall, BlockPlan
 
 # Below this many rows a matrix product no longer runs at full speed, so the budget gives way to it.
 _LEAST_ROWS = 32
@@ -19,11 +21,28 @@ _ALIGNED = 16
 
 @dataclass(frozen=True)
 class Chunk:
-    """Batch rows and key heads that are computed together."""
+    """Batch rows and key heads that are computed together: whole batch rows, or some key heads of one."""
 
     batch: slice
     kv_heads: slice
     heads: slice
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The chunk of a tensor `[1|batch, 1|head, ...]`, as a view."""
+        tensor = tensor[self.batch] if tensor.shape[0] > 1 else tensor
+        return tensor[:, self.heads] if tensor.shape[1] > 1 else tensor
+
+    def call(self, call: AttentionCall) -> AttentionCall:
+        """The chunk's own attention call; all its tensors are views. Rows that count are left to the caller."""
+        return replace(
+            call,
+            query=call.query[self.batch, self.heads],
+            key=call.key[self.batch, self.kv_heads],
+            value=call.value[self.batch, self.kv_heads],
+            mask=None if call.mask is None else self.of(call.mask[(None,) * (4 - call.mask.ndim)]),
+            learned_sinks=None if call.learned_sinks is None else call.learned_sinks[self.heads],
+            counted=None,
+        )
 
 
 def row_blocks(sizes: Sizes, plan: BlockPlan) -> list[tuple[int, int]]:
@@ -39,7 +58,7 @@ def row_blocks(sizes: Sizes, plan: BlockPlan) -> list[tuple[int, int]]:
 
 
 def chunks(sizes: Sizes, plan: BlockPlan, rows: int) -> Iterator[Chunk]:
-    """Pieces of `batch x key head` that fit the budget: some batch rows, or some key heads of one."""
+    """Pieces of `batch x key head` whose blocks of `rows` rows fit the budget."""
     units = max(1, plan.scores // (rows * sizes.group * sizes.keys))
     pieces = -(-sizes.kv_heads // units)
     heads_each = -(-sizes.kv_heads // pieces)  # pieces of equal size
