@@ -1,8 +1,8 @@
 """Tests what was read about a model by running it: order, widths, causes, norm roles, direction of attention.
 
-`find_anatomy` is a hypothesis. Here each claim meets an experiment that would fail if the claim were wrong: a part
-that is said to write into a block's residual stream is silenced, and the block's output has to change while its
-input is held fixed; a causal tower must not look at a changed last token, a bidirectional one must.
+`find_anatomy` is a hypothesis. Here each claim meets an experiment that would fail if the claim were wrong. Noise
+is added to a part that is said to write into a block's residual stream, and the block's output has to move by that
+noise. A causal tower must not look at a changed last token, a bidirectional one must.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WRITERS = ("attention_output", *FEEDERS)
 CAUSAL_LIMIT = 1e-6
 """Relative change of earlier rows. Masked keys have weight exactly 0, so exact kernels give 0."""
 WRITES_LIMIT = 0.3
-"""Mean cosine over rows; unrelated directions give about 0."""
+"""Cosine of noise and effect; a writer behind a norm or a gate gives less than 1, unrelated directions 0."""
 
 
 class AnatomyCheck(NamedTuple):
@@ -51,7 +51,7 @@ class Seen:
 
 @torch.no_grad()
 def verify_anatomy(model: nn.Module, anatomy: Anatomy, run: Callable[[], Any]) -> list[AnatomyCheck]:
-    """Runs the model at most seven times and returns the checks; fills in the norm roles of `anatomy`.
+    """Runs the model once, and at most five times more for each tower; returns checks and fills in the norm roles of `anatomy`.
 
     Args:
         run: Runs one forward pass of `model`, the same each time, on two or more tokens. Rows may be padded, but
@@ -188,22 +188,28 @@ def _width(tower: Tower, seen: Seen) -> AnatomyCheck:
 
 
 @dataclass
-class _Silenced:
-    """One block on the input it had, with one part silenced: how far its loss points where the part pointed."""
+class _Nudged:
+    """One block on the input it had, with noise added to one part: does the block's output move by that noise?
+
+    Noise of the size of a typical row is used and not silence, because what a dormant layer writes may be
+    smaller than the rounding of a bfloat16 residual stream.
+    """
 
     block: Block
     part: str
     seen: Seen
-    written: Tensor | None = None
+    noise: Tensor | None = None
     agreement: float = 0.0
 
     def restore(self, _: nn.Module, args: Any, kwargs: Any) -> Any:
         return _with_input(args, kwargs, self.seen.values[self.block.path][0])
 
-    def silence(self, _: nn.Module, args: Any, output: Any) -> Any:
-        written = _first(output)
-        self.written = written
-        return _replaced(output, torch.zeros_like(written))
+    def nudge(self, _: nn.Module, args: Any, output: Any) -> Any:
+        made: Tensor = _first(output)
+        rows = self.seen.values[self.block.path][1].float().square().mean(-1).sqrt()
+        noise = torch.randn(made.shape, generator=torch.Generator().manual_seed(self.block.index))
+        self.noise = noise.to(made.device) * rows.median()
+        return _replaced(output, made + self.noise.to(made.dtype))
 
     def before_norm(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         """Post-LayerNorm blocks are compared before their last norm, where the sum is still a sum."""
@@ -216,17 +222,16 @@ class _Silenced:
         return _replaced(output, usual)
 
     def measure(self, usual: Tensor, now: Tensor | None) -> None:
-        if now is None or self.written is None or self.written.numel() != now.numel():
+        if now is None or self.noise is None or self.noise.numel() != now.numel():
             return
-        lost = usual.float() - now.float()
-        rows = nn.functional.cosine_similarity(lost, self.written.float().reshape(lost.shape), dim=-1)
-        self.agreement = float(rows.mean())
+        moved = (now.float() - usual.float()).flatten()
+        self.agreement = float(nn.functional.cosine_similarity(moved, self.noise.flatten(), dim=0))
 
     def attach(self, model: nn.Module, stack: ExitStack) -> None:
         module = model.get_submodule(self.block.path)
         stack.callback(module.register_forward_pre_hook(self.restore, with_kwargs=True).remove)
         stack.callback(module.register_forward_hook(self.after_block).remove)
-        stack.callback(model.get_submodule(self.part).register_forward_hook(self.silence).remove)
+        stack.callback(model.get_submodule(self.part).register_forward_hook(self.nudge).remove)
         if self.block.residual_norm is not None:
             norm = model.get_submodule(self.block.residual_norm)
             stack.callback(norm.register_forward_pre_hook(self.before_norm, with_kwargs=True).remove)
@@ -235,13 +240,13 @@ class _Silenced:
 def _writes(
     model: nn.Module, tower: Tower, role: str, seen: Seen, run: Callable[[], Any]
 ) -> AnatomyCheck | None:
-    """Silences one role in every block at once, each block on the input it had, and compares what is lost.
+    """Adds noise to one role in every block at once, each block on the input it had, and looks at the outputs.
 
-    What a block loses has to point where the silenced part pointed. So it does behind a norm or a gate, but not
-    if the part is a map further inside (a gate, a value projection) that was mistaken for the writer. The
-    feed-forward part would answer to a silenced attention, so it is held to what it wrote before.
+    A block's output has to move where the noise points. So it does behind a norm or a gate, but not if the part
+    is a map further inside (a gate, a value projection) that was mistaken for the writer. The feed-forward part
+    would answer to a changed attention, so it is held to what it wrote before.
     """
-    tests = [_Silenced(block, part, seen) for block in tower.blocks if (part := getattr(block, role))]
+    tests = [_Nudged(block, part, seen) for block in tower.blocks if (part := getattr(block, role))]
     if not tests:
         return None
 
@@ -261,7 +266,7 @@ def _writes(
         least.agreement > WRITES_LIMIT,
         least.agreement,
         WRITES_LIMIT,
-        f"cosine of what it wrote with what its block lost when silenced; least in block {least.block.index}",
+        f"cosine of noise added to it with the change of its block's output; least in block {least.block.index}",
     )
 
 
