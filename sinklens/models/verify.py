@@ -51,7 +51,7 @@ class Seen:
 
 @torch.no_grad()
 def verify_anatomy(model: nn.Module, anatomy: Anatomy, run: Callable[[], Any]) -> list[AnatomyCheck]:
-    """Runs the model once, and at most five times more for each tower; returns checks and fills in the norm roles of `anatomy`.
+    """Runs the model once, and up to five times more per tower; fills in the norm roles of `anatomy`.
 
     Args:
         run: Runs one forward pass of `model`, the same each time, on two or more tokens. Rows may be padded, but
