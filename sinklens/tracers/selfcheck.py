@@ -17,6 +17,7 @@ from sinklens.inputs.spec import Prompt
 from sinklens.kernels.reference import attention_reference
 from sinklens.kernels.spec import AttentionCall, AttentionStatistics, Stat
 from sinklens.models.spec import OpenedModel
+from sinklens.models.verify import verify_anatomy
 
 from .attention import AttentionTap, Mode, Site
 from .batch import Batch, collate, first_tensor, forward, text_config
@@ -96,7 +97,7 @@ def self_check(opened: OpenedModel, prompts: Iterable[Prompt], plan: TracePlan) 
         batches.append(_batch(opened, [_cut(prompt, window + 8) for prompt in chosen]))
     elif len(chosen) > 1:
         batches.append(_batch(opened, [_cut(chosen[0], 24), _cut(chosen[1], 17)]))
-    checks = [_eval_mode(opened.module)]
+    checks = [_eval_mode(opened.module), _parts(opened, short)]
     checks += _tracing_checks(opened, batches[-1], plan)
     if opened.anatomy.routed and Source.ATTENTION in plan.sources():
         checks += [_agreement(opened, batch, plan) for batch in batches[:1]]
@@ -242,6 +243,23 @@ def _window_seen(window: int, longest: int) -> Check:
     how = "engages" if engaged else "never engages: nothing is said about longer inputs"
     detail = f"sliding window of {window} tokens; the longest prompt has {longest}, so the window {how}"
     return Check("sliding window", True, float(longest), float(window), detail)
+
+
+def _parts(opened: OpenedModel, batch: Batch) -> Check:
+    """Whether blocks, writers, norms and the direction of attention are what the anatomy says, by experiment."""
+    found = verify_anatomy(opened.module, opened.anatomy, lambda: forward(opened.module, batch))
+    wrong = [check for check in found if not check.passed]
+    if wrong:
+        detail = "; ".join(f"{check.name}: {check.detail}" for check in wrong)
+    else:
+        detail = f"confirmed by running: {', '.join(check.name.partition(': ')[2] for check in found)}"
+    return Check(
+        "parts are where they are said to be",
+        not wrong,
+        float(len(found) - len(wrong)),
+        float(len(found)),
+        detail,
+    )
 
 
 def _eval_mode(model: nn.Module) -> Check:
