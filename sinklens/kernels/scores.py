@@ -104,6 +104,8 @@ class Scores:
             half = workspace().take("half logits", shape, self._product, self.device)
             return logits.copy_(torch.bmm(query, key.mT, out=half))
         if self._exact_half:
+            if not key.is_contiguous():  # else this kind of product silently takes the slow way
+                key = workspace().take("keys", tuple(key.shape), key.dtype, key.device).copy_(key)
             with _bfloat16_products():
                 return torch.bmm(query, key.mT, out=logits)
         return torch.bmm(query, key.mT, out=logits)
