@@ -2,52 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
-import numpy as np
 from markupsafe import Markup
 
 from sinklens.core.canonical import plain
 from sinklens.core.errors import DataError
-from sinklens.core.figures import Figure, Heatmap, Lines, Samples, Tile
+from sinklens.core.figures import Figure, Samples, Tile
 
-from . import colour, embed, heatmap, lines, page, redact, samples, tables, text
+from . import assets, colour, embed, heatmap, lines, page, redact, samples, tables, text, views
 from .mathml import formula
+from .views import FigureView, svgs
 
-_HERE = Path(__file__).parent
-_SCRIPTS = ("data", "maps", "samples", "tables", "tokens", "page")
-
-_HALF_WIDTH, _FULL_WIDTH, _WIDE_COLUMNS = 578, 1180, 64
 STATIC_TOKENS, STATIC_PER_PROMPT = 20_000, 512
 """Tokens written into the page in all and per prompt; the script shows the others from the embedded data."""
-
-
-@dataclass(frozen=True)
-class FigureView:
-    """A figure as the template prints it.
-
-    Attributes:
-        svg: Drawings, one or (for `Samples`) two; empty if there is nothing to draw.
-        notes: Sentences about the drawing.
-        wide: Whether it takes the whole width of the page.
-        slider: For `Samples`: number of thresholds, index of the finding's own, the sentence at it.
-    """
-
-    id: str
-    title: str
-    caption: str
-    unit: str
-    svg: tuple[Markup, ...]
-    notes: tuple[str, ...]
-    slider: dict[str, Any] | None = None
-    wide: bool = False
 
 
 def render_report(
@@ -98,21 +69,7 @@ def render_report(
 
 def write_report(path: str | os.PathLike[str], *args: Any, **options: Any) -> Path:
     """`render_report` into a file; an older report stays until the new one is complete. Returns the path."""
-    target = Path(path)
-    html = render_report(*args, **options)
-    unfinished = target.with_name(target.name + ".part")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(html, encoding="utf-8", newline="\n")
-        os.replace(unfinished, target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        raise DataError(
-            f"Cannot write the report {str(target)!r}: {error.strerror}.",
-            hint="Choose another place with --out.",
-        ) from error
-    return target
+    return assets.write(path, render_report(*args, **options))
 
 
 def _render(
@@ -128,7 +85,7 @@ def _render(
     found = page.sections(document, methods)
     ids = {section.analyzer: section.id for section in found}
     data: dict[str, Any] = {}
-    views = {s.analyzer: _figures(s.id, figures.get(s.analyzer, ()), data) for s in found}
+    drawings = {s.analyzer: views.draw_all(s.id, figures.get(s.analyzer, ()), data) for s in found}
     boxes = page.tile_views(tiles, ids, methods)
     payload = {
         "schema": embed.SCHEMA,
@@ -138,13 +95,13 @@ def _render(
         "text": include_text,
     }
     described = [_method(method) for method in methods if method.get("name")]
-    script = _script()
-    return _template().render(
+    script = assets.script()
+    return assets.template("report.html").render(
         **_facts(document, title),
         tiles=boxes[: page.FIRST_TILES],
         more_tiles=boxes[page.FIRST_TILES :],
         first=_first_screen(figures, ids),
-        sections=[(s, views[s.analyzer], tables.table(s.rows, s.units)) for s in found],
+        sections=[(s, drawings[s.analyzer], tables.table(s.rows, s.units)) for s in found],
         prompts=[redact.bare_prompt(prompt) for prompt in prompts],
         viewer=_viewer(prompts) if include_text else [],
         include_text=include_text,
@@ -153,8 +110,9 @@ def _render(
         paragraph=paragraph,
         script=Markup(script),
         script_hash=embed.script_hash(script),
-        style=Markup(_stylesheet()),
+        style=Markup(assets.stylesheet()),
         payload=Markup(embed.script_json(payload)),
+        block=embed.BLOCK,
         levels=colour.LEVELS,
     )
 
@@ -162,57 +120,19 @@ def _render(
 def _facts(document: Mapping[str, Any], title: str | None) -> dict[str, Any]:
     """What the page says straight from the document."""
     model, manifest = document.get("model") or {}, document.get("manifest") or {}
+    verdict = page.verdict(document)
     return {
         "title": title or f"{model.get('id') or 'Model'} · sinklens",
         "model": {"id": None, "revision": None, **model},
         "chips": page.chips(document),
-        "verdict": page.verdict(document),
+        "verdict": verdict,
+        "body_class": "trusted" if verdict.trusted else "untrusted",
         "checks": page.checks(document),
         "warnings": page.warnings(document),
         "sinks": _sink_positions(document),
         "groups": page.manifest_groups(manifest),
         "command": page.command(manifest),
     }
-
-
-def _figures(section: str, figures: Sequence[Figure], data: dict[str, Any]) -> list[FigureView]:
-    """Draws a section's figures and adds their values to `data` under the figure's id."""
-    views, taken = [], set()
-    for figure in figures:
-        identifier = f"{section}--{text.slug(figure.key)}"
-        while identifier in taken:
-            identifier += "-2"
-        taken.add(identifier)
-        values, view = _figure(figure, identifier)
-        views.append(view)
-        if values is not None:
-            data[identifier] = values
-    return views
-
-
-def _figure(figure: Figure, identifier: str) -> tuple[dict[str, Any] | None, FigureView]:
-    parts: dict[str, Any] = {"id": identifier, "title": figure.title, "caption": figure.caption}
-    if isinstance(figure, Lines):
-        drawing = lines.draw(figure, figure_id=identifier)
-        return embed.lines(figure), FigureView(**parts, unit="", svg=_svgs(drawing), notes=drawing.notes)
-    if isinstance(figure, Heatmap):
-        wide = np.ndim(figure.values) == 2 and np.shape(figure.values)[1] > _WIDE_COLUMNS
-        drawing = heatmap.draw(figure, figure_id=identifier, width=_FULL_WIDTH if wide else _HALF_WIDTH)
-        view = FigureView(**parts, unit=figure.unit, svg=_svgs(drawing), notes=drawing.notes, wide=wide)
-        return embed.heatmap(figure), view
-    if np.ndim(figure.values) != 3 or not np.size(figure.values) or not np.isfinite(figure.values).any():
-        return None, FigureView(**parts, unit="", svg=(), notes=("There are no values to draw.",))
-    counts = samples.count(figure)
-    drawings = samples.draw(figure, counts, figure_id=identifier)
-    own = int(np.argmin(np.abs(counts.thresholds - figure.threshold)))
-    slider = {"last": len(counts.thresholds) - 1, "own": own, "sentence": samples.sentence(figure, counts)}
-    notes = tuple(note for drawing in drawings for note in drawing.notes)
-    view = FigureView(**parts, unit="% of prompts", svg=_svgs(*drawings), notes=notes, slider=slider)
-    return embed.samples(figure, counts), view
-
-
-def _svgs(*drawings: heatmap.Drawing) -> tuple[Markup, ...]:
-    return tuple(drawing.svg for drawing in drawings if drawing.svg is not None)
 
 
 def _first_screen(
@@ -227,13 +147,13 @@ def _first_screen(
         flat = samples.rate_map(figure) if isinstance(figure, Samples) else figure
         drawing = heatmap.draw(flat, figure_id=identifier, width=660, height=396, cap=(120, 64))
         shown["map"] = FigureView(
-            identifier, flat.title, flat.caption, flat.unit, _svgs(drawing), drawing.notes
+            identifier, flat.title, flat.caption, flat.unit, svgs(drawing), drawing.notes
         )
     if (curve := page.norm_curve(known)) is not None:
         name, line = curve
         identifier = f"{ids[name]}--{text.slug(line.key)}"
         drawing = lines.draw(line, figure_id=identifier, width=536, height=378)
-        shown["norms"] = FigureView(identifier, line.title, line.caption, "", _svgs(drawing), drawing.notes)
+        shown["norms"] = FigureView(identifier, line.title, line.caption, "", svgs(drawing), drawing.notes)
     return shown
 
 
@@ -285,29 +205,3 @@ def _paragraph(methods: Sequence[Mapping[str, Any]]) -> str:
     return "\n\n".join(
         dict.fromkeys(str(m["methods_paragraph"]) for m in methods if m.get("methods_paragraph"))
     )
-
-
-@cache
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE / "templates"),
-        autoescape=True,
-        finalize=text.finalize,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html")
-
-
-@cache
-def _script() -> str:
-    """The page's script: the files of `static/` in one function, so that nothing is global."""
-    parts = [(_HERE / "static" / f"{name}.js").read_text(encoding="utf-8") for name in _SCRIPTS]
-    return '"use strict";(() => {\n' + "\n".join(parts) + "\n})();"
-
-
-@cache
-def _stylesheet() -> str:
-    own = (_HERE / "static" / "report.css").read_text(encoding="utf-8")
-    return own + colour.stylesheet()

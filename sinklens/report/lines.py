@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 from markupsafe import Markup
@@ -19,6 +20,7 @@ STYLES = 6
 _LEFT, _RIGHT, _BOTTOM, _LEGEND = 62, 16, 38, 18
 _MOST_POINTS = 1200
 _MOST_MARKERS = 40
+_SHORTEST_NAME = 6
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,30 @@ class _Axes:
         return self.box[1] + self.box[3] * (1 - part)
 
 
-def draw(figure: Lines, *, figure_id: str, width: int = 578, height: int = 300) -> Drawing:
+@dataclass(frozen=True)
+class XAxis:
+    """A common horizontal axis for drawings that stand side by side.
+
+    Attributes:
+        limits: First and last value of the axis, whatever the curves reach.
+        names: Words in place of numbers at some values; left out where they have no room.
+        joined: False draws points without lines, for values that have no order.
+    """
+
+    limits: tuple[float, float]
+    names: Mapping[float, str] = field(default_factory=dict)
+    joined: bool = True
+
+
+def draw(
+    figure: Lines, *, figure_id: str, width: int = 578, height: int = 300, x_axis: XAxis | None = None
+) -> Drawing:
     """The curves with axes, a legend above and labelled vertical marks; NaN breaks a line.
 
     Args:
         figure_id: Ties the drawing to its embedded values.
         width, height: Size in px.
+        x_axis: The axis of all drawings beside this one; by default what the curves reach.
     """
     series = [_usable(s, figure.log_y) for s in figure.series]
     if not any(np.isfinite(s.y).any() for s in series):
@@ -53,14 +73,17 @@ def draw(figure: Lines, *, figure_id: str, width: int = 578, height: int = 300) 
     legend, rows = _legend(series, width - _LEFT - _RIGHT, bars=figure.bars)
     mark_rows = _mark_rows(figure)
     top = 8 + _LEGEND * rows + 13 * mark_rows
-    axes = _axes(figure, series, (_LEFT, top, width - _LEFT - _RIGHT, height - top - _BOTTOM))
-    body = _bars(series, axes) if figure.bars else [_curve(s, i, axes) for i, s in enumerate(series)]
+    box = (_LEFT, top, width - _LEFT - _RIGHT, height - top - _BOTTOM)
+    axes = _axes(figure, series, box, x_axis.limits if x_axis else None)
+    joined = x_axis is None or x_axis.joined
+    body = _bars(series, axes) if figure.bars else [_curve(s, i, axes, joined) for i, s in enumerate(series)]
     order = sorted(range(len(body)), key=lambda i: series[i].emphasis if i < len(series) else False)
     svg = canvas(
         width,
         height,
         legend,
         *_grid(figure, axes),
+        *_x_ticks(figure, axes, x_axis.names if x_axis else {}),
         *_marks(figure, axes, mark_rows),
         *(body if figure.bars else [body[i] for i in order]),
         description=describe(figure),
@@ -80,7 +103,7 @@ def describe(figure: Lines) -> str:
         if np.isfinite(y).any():
             at = int(np.nanargmax(np.where(np.isfinite(y), y, -np.inf)))
             peak = f"{number(float(y[at]))} at {figure.x_label} {number(float(s.x[at]))}"
-            parts.append(f"{s.name} reaches {peak}")
+            parts.append(f"{s.name or 'the curve'} reaches {peak}")
     return f"{figure.title} ({figure.y_label} by {figure.x_label}): {'; '.join(parts)}."
 
 
@@ -90,7 +113,12 @@ def _usable(series: Series, log: bool) -> Series:
     return Series(series.name, x, np.where(known, y, np.nan), series.emphasis)
 
 
-def _axes(figure: Lines, series: list[Series], box: tuple[float, float, float, float]) -> _Axes:
+def _axes(
+    figure: Lines,
+    series: list[Series],
+    box: tuple[float, float, float, float],
+    limits: tuple[float, float] | None,
+) -> _Axes:
     known = [np.isfinite(s.y) for s in series]
     xs = np.concatenate([s.x[k] for s, k in zip(series, known, strict=True)])
     ys = np.concatenate([s.y[k] for s, k in zip(series, known, strict=True)])
@@ -100,7 +128,9 @@ def _axes(figure: Lines, series: list[Series], box: tuple[float, float, float, f
         if marked
         else (float(xs.min()), float(xs.max()))
     )
-    if figure.bars:
+    if limits is not None:
+        x = limits
+    elif figure.bars:
         half = _spacing(series) / 2
         x = (x[0] - half, x[1] + half)
     low, high = float(ys.min()), float(ys.max())
@@ -119,14 +149,6 @@ def _grid(figure: Lines, axes: _Axes) -> list[Markup]:
         y = axes.py(value)
         parts.append(tag("path", d=f"M{left:g} {y:.1f}h{width:g}", class_="grid"))
         parts.append(label(brief(float(value)), left - 7, y + 4, "t tick", text_anchor="end"))
-    whole = all(
-        float(v).is_integer() for s in figure.series for v in np.asarray(s.x, dtype=float) if math.isfinite(v)
-    )
-    for value in ticks(*axes.x, most=max(2, int(width / 62))):
-        if float(value).is_integer() or not whole:
-            parts.append(
-                label(brief(float(value)), axes.px(value), top + height + 15, "t tick", text_anchor="middle")
-            )
     parts.append(tag("path", d=f"M{left:g} {top + height:g}h{width:g}", class_="rule"))
     parts.append(label(f"{figure.x_label} →", left, top + height + 31, "t axis"))
     middle = top + height / 2
@@ -137,7 +159,28 @@ def _grid(figure: Lines, axes: _Axes) -> list[Markup]:
     return parts
 
 
-def _curve(series: Series, index: int, axes: _Axes) -> Markup:
+def _x_ticks(figure: Lines, axes: _Axes, names: Mapping[float, str]) -> list[Markup]:
+    """Names where they have room, else round numbers: whole ones if all values are whole."""
+    _, top, width, height = axes.box
+    y = top + height + 15
+    room = width * (min(np.diff(sorted(names)), default=1.0) / (axes.x[1] - axes.x[0])) if names else 0.0
+    most = int(room / text_width("x")) - 1
+    if most >= _SHORTEST_NAME:
+        return [
+            label(shorten(name, most), axes.px(x), y, "t tick", text_anchor="middle")
+            for x, name in names.items()
+        ]
+    whole = all(
+        float(v).is_integer() for s in figure.series for v in np.asarray(s.x, dtype=float) if math.isfinite(v)
+    )
+    parts = []
+    for value in ticks(*axes.x, most=max(2, int(width / 62))):
+        if float(value).is_integer() or not whole:
+            parts.append(label(brief(float(value)), axes.px(value), y, "t tick", text_anchor="middle"))
+    return parts
+
+
+def _curve(series: Series, index: int, axes: _Axes, joined: bool = True) -> Markup:
     style = f"s{index % STYLES}"
     x, y = _thinned(series.x, series.y)
     path, pen = [], False
@@ -150,11 +193,11 @@ def _curve(series: Series, index: int, axes: _Axes) -> Markup:
         path.append(("L" if pen else "M") + at)
         points.append(at)
         pen = True
-    markers = points if len(points) <= _MOST_MARKERS else []
+    markers = points if len(points) <= _MOST_MARKERS or not joined else []
     name = style + (" strong" if series.emphasis else "")
     return tag(
         "g",
-        tag("path", d="".join(path), class_="line"),
+        tag("path", d="".join(path), class_="line") if joined else "",
         Markup("").join(_marker(index, *(float(v) for v in at.split())) for at in markers),
         class_=name,
     )

@@ -43,7 +43,12 @@ RESERVED = {
     "help",
 }
 
-_HEADLINES = {"sink": "Attention sink", "no-sink": "No attention sink", "untrusted": "Not trustworthy"}
+_HEADLINES = {
+    "sink": "Attention sink",
+    "no-sink": "No attention sink",
+    "untrusted": "Not trustworthy",
+    "unknown": "Not measured",
+}
 
 
 @dataclass(frozen=True)
@@ -140,9 +145,15 @@ def verdict(document: Mapping[str, Any]) -> Verdict:
         trust = (
             f"All {passed} checks passed." if not skipped else f"{passed} checks passed, {skipped} not run."
         )
-    headline = _HEADLINES.get(status, status.replace("-", " ").capitalize())
     sentence = sentence or "The run gave no verdict."
-    return Verdict(status, headline, sentence, str(given.get("rule") or ""), status != "untrusted", trust)
+    return Verdict(
+        status, headline(status), sentence, str(given.get("rule") or ""), status != "untrusted", trust
+    )
+
+
+def headline(status: str) -> str:
+    """A verdict's status in words."""
+    return _HEADLINES.get(status, status.replace("-", " ").capitalize())
 
 
 def warnings(document: Mapping[str, Any]) -> tuple[str, ...]:
@@ -272,10 +283,10 @@ def tile_views(
 def manifest_groups(manifest: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """The manifest as groups of (name, value): its own scalars first, then each part."""
     own = [(k, v) for k, v in manifest.items() if v is not None and not isinstance(v, Mapping)]
-    groups = [("Run", [(_words(key), _reading(key, value)) for key, value in own])] if own else []
+    groups = [("Run", [(words(key), reading(key, value)) for key, value in own])] if own else []
     for key, value in manifest.items():
         if isinstance(value, Mapping) and value:
-            groups.append((_words(key).capitalize(), [(_words(k), _reading(k, v)) for k, v in _flat(value)]))
+            groups.append((words(key).capitalize(), [(words(k), reading(k, v)) for k, v in _flat(value)]))
     return groups
 
 
@@ -287,7 +298,8 @@ def _flat(part: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-def _reading(key: str, value: Any) -> str:
+def reading(key: str, value: Any) -> str:
+    """A value of the manifest as it is printed; its name tells bytes, seconds, seeds and commands."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         if key.endswith("bytes"):
             return size(value)
@@ -310,11 +322,11 @@ def pairs(values: Mapping[str, Any], units: Mapping[str, str] | None = None) -> 
     """Names and values as they are printed, with the unit where one is known."""
     known = units or {}
     return tuple(
-        (_words(k), f"{_short(v)} {short_unit(known.get(k, ''))}".rstrip()) for k, v in values.items()
+        (words(k), f"{_short(v)} {short_unit(known.get(k, ''))}".rstrip()) for k, v in values.items()
     )
 
 
-def _words(key: Any) -> str:
+def words(key: Any) -> str:
     return str(key).replace("_", " ")
 
 

@@ -45,12 +45,17 @@ class Column:
 
 @dataclass(frozen=True)
 class Cell:
-    """What is shown; `link` leads to a place in the page; `token` asks for a frame and its own direction."""
+    """What is shown; `link` leads to a place in the page; `token` asks for a frame and its own direction.
+
+    `header` makes it the name of its row; `verdict` is the status whose shape stands before the words.
+    """
 
     shown: str
     numeric: bool = False
     token: bool = False
     link: str | None = None
+    header: bool = False
+    verdict: str | None = None
 
 
 @dataclass(frozen=True)

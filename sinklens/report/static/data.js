@@ -1,5 +1,5 @@
 // The embedded data and how numbers read. `numbers.py` has the same rules; a test holds the two together.
-const run = JSON.parse(document.getElementById("sinklens-run").textContent);
+const run = JSON.parse(document.querySelector('script[type="application/json"]').textContent);
 const $ = (selector, inside = document) => inside.querySelector(selector);
 const $$ = (selector, inside = document) => Array.from(inside.querySelectorAll(selector));
 const LEVELS = 64;

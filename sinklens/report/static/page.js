@@ -22,8 +22,10 @@ if (["light", "dark"].includes(remembered())) root.dataset.theme = remembered();
 $("#theme").addEventListener("click", turn);
 
 const help = $("#help");
-$("#open-help").addEventListener("click", () => help.showModal());
-$("#close-help").addEventListener("click", () => help.close());
+if (help) {
+  $("#open-help").addEventListener("click", () => help.showModal());
+  $("#close-help").addEventListener("click", () => help.close());
+}
 
 const keys = {
   j: () => moveTo(cursor.layer + 1, Math.max(cursor.head, 0)),
@@ -31,13 +33,13 @@ const keys = {
   l: () => moveTo(Math.max(cursor.layer, 0), cursor.head + 1),
   h: () => moveTo(Math.max(cursor.layer, 0), cursor.head - 1),
   t: turn,
-  "?": () => help.showModal(),
+  "?": () => { if (help) help.showModal(); },
   "/": () => { if (find) { $("#prompts").scrollIntoView(); find.focus(); } },
 };
 
 document.addEventListener("keydown", (event) => {
   const typing = event.target.closest("input, textarea, select, [contenteditable]");
-  if (typing || event.ctrlKey || event.metaKey || event.altKey || help.open || !keys[event.key]) return;
+  if (typing || event.ctrlKey || event.metaKey || event.altKey || (help && help.open) || !keys[event.key]) return;
   event.preventDefault();
   keys[event.key]();
 });

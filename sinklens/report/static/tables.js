@@ -64,7 +64,7 @@ for (const button of $$("[data-values]")) {
 for (const button of $$("[data-json]")) {
   const name = button.dataset.json;
   const data = name ? run.document.findings[name] : run.document;
-  button.addEventListener("click", () => save(`${name || "summary"}.json`, "application/json", JSON.stringify(data, null, 1)));
+  button.addEventListener("click", () => save(`${name || button.dataset.file || "summary"}.json`, "application/json", JSON.stringify(data, null, 1)));
 }
 
 function selectText(node) {

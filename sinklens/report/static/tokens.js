@@ -1,7 +1,7 @@
 // The token viewer: complete prompts on demand, what a token is, and search.
 const store = run.tokens;
 const sinkPositions = new Set(
-  ((run.document.findings["primary-sinks"] || {}).rows || []).map((row) => row.position).filter(Number.isInteger),
+  (((run.document.findings || {})["primary-sinks"] || {}).rows || []).map((row) => row.position).filter(Number.isInteger),
 );
 const opened_ = new Map();
 
