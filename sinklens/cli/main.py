@@ -54,7 +54,8 @@ def main(arguments: list[str]) -> int:
     except typer.Exit as done:
         return done.exit_code
     except TyperException as error:
-        error.show()
+        show = getattr(error, "show", None)  # usage errors know their command's usage line
+        show() if show is not None else say_error(str(error))
         return 2
     except (KeyboardInterrupt, typer.Abort):
         say_error("Stopped.")

@@ -9,9 +9,13 @@ from collections.abc import Iterable
 def closest(name: str, known: Iterable[str], *, limit: int = 3) -> list[str]:
     """Up to `limit` known names that look like `name`, nearest first."""
     table = {candidate.lower(): candidate for candidate in known}
-    found = difflib.get_close_matches(name.lower(), table, n=limit, cutoff=0.5)
-    inside = [key for key in table if name.lower() in key and key not in found]
-    return [table[key] for key in [*found, *inside][:limit]]
+    wanted = name.lower()
+    longer = sorted((key for key in table if key.startswith(wanted)), key=len)
+    alike = difflib.get_close_matches(wanted, table, n=limit, cutoff=0.5)
+    inside = [key for key in table if wanted in key]
+    # What was typed and goes on is meant more often than what merely looks like it.
+    ranked = dict.fromkeys([*longer[:limit], *alike, *inside])
+    return [table[key] for key in ranked][:limit]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str | None:

@@ -291,7 +291,8 @@ def test_hostile_tokens_do_not_reach_the_report_as_markup(folder: Path, tmp_path
 
 
 def test_help_needs_no_heavy_import() -> None:
-    code = "import sys; from sinklens.cli.main import main; main(['--help']); print(sorted(sys.modules), file=sys.stderr)"
+    listing = "print(sorted(sys.modules), file=sys.stderr)"
+    code = f"import sys; from sinklens.cli.main import main; main(['--help']); {listing}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {
         "torch",

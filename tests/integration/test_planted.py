@@ -28,6 +28,7 @@ COMMON: dict[str, Any] = {
     "num_hidden_layers": 6,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+    "head_dim": 16,
     "max_position_embeddings": 256,
     "bos_token_id": 1,
     "eos_token_id": 2,
@@ -36,7 +37,7 @@ COMMON: dict[str, Any] = {
 
 
 def llama() -> LlamaConfig:
-    return LlamaConfig(**COMMON, intermediate_size=112, head_dim=16)
+    return LlamaConfig(**COMMON, intermediate_size=112)
 
 
 def moe() -> Qwen3MoeConfig:
@@ -44,7 +45,6 @@ def moe() -> Qwen3MoeConfig:
         **COMMON,
         intermediate_size=112,
         moe_intermediate_size=48,
-        head_dim=16,
         num_experts=8,
         num_experts_per_tok=2,
     )

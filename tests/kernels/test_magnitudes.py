@@ -11,7 +11,9 @@ from sinklens.kernels.magnitudes import largest_magnitudes, lower_median_magnitu
 
 
 @given(st.integers(1, 23), st.integers(1, 19), st.integers(1, 40), st.integers(0, 2**16), st.booleans())
-def test_the_largest_entries_are_those_of_a_full_sort(pos: int, dim: int, count: int, seed: int, ties: bool) -> None:
+def test_the_largest_entries_are_those_of_a_full_sort(
+    pos: int, dim: int, count: int, seed: int, ties: bool
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(pos, dim, generator=generator)
     if ties:

@@ -24,10 +24,14 @@ def captured_calls(model: nn.Module, batch: Any) -> dict[int, tuple[Any, Tensor,
     """Module and inputs of every experts call, by layer."""
     calls: dict[int, tuple[Any, Tensor, Tensor, Tensor]] = {}
     where = sites(model, find_anatomy(model).main, "experts")
-    handles = [
-        module.register_forward_pre_hook(lambda m, args, at=site.layer: calls.__setitem__(at, (m, *args)))
-        for module, site in where.items()
-    ]
+
+    def keep(layer: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, Tensor, Tensor]) -> None:
+            calls[layer] = (module, *args)
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(keep(site.layer)) for module, site in where.items()]
     forward(model, batch)
     for handle in handles:
         handle.remove()
