@@ -4,12 +4,11 @@ A sequence wanders inside one of four topics (a sticky Markov chain). Two things
 context and nothing else is:
 
 * after a *trigger* (`again`, `twice`) the word before the trigger comes back ("river again river");
-* a *key* (a name) that has occurred before is followed by what followed it last time.
+* a *key* (a name) that has occurred before is mostly followed by what followed it last time.
 
-A name is always followed by a noun, and a noun never repeats a past, so no sequence falls into a loop. A name
-seen for the first time, or a noun, gives an induction head nothing to do. That pressure, "act only if the
-context allows it", is what attention sinks relieve. The backcopy half follows the Bigram-Backcopy task of Guo
-et al. (arXiv 2410.13835); the topics and the induction keys are this project's own.
+A name seen for the first time, or a noun, gives an induction head nothing to do. That pressure, "act only if the
+context allows it", is what attention sinks relieve. The backcopy half follows the Bigram-Backcopy task of Guo et al.
+(arXiv 2410.13835); the topics and the induction keys are this project's own.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class QueryClass(IntEnum):
 
     BOS = 0  # the first token: nothing
     TRIGGER = 1  # the next word is the word before this one
-    KEY_SEEN = 2  # the next word is what followed this name last time
+    KEY_SEEN = 2  # the next word is mostly what followed this name last time
     KEY_FIRST = 3  # a name without a past: only topic statistics
     PLAIN = 4  # a noun: only topic statistics
 
@@ -54,8 +53,9 @@ class InductionTask:
         topics: Symbol `i` belongs to topic `i mod topics`.
         stay: Probability mass of a word's successors that stays in its topic.
         concentration: Of the Dirichlet from which each word's successors are drawn; small is peaked.
-        trigger_rate: Probability that a noun is followed by a trigger.
-        name_rate: Probability that it is followed by a name, if not by a trigger.
+        trigger_rate: Probability that a name or noun is followed by a trigger, where the step is free.
+        recall: Probability that a known name brings back what followed it; otherwise the step is free. Below 1,
+            so that names which follow each other do not repeat for ever.
         chain_seed: Seed of the transition matrix. The language is the same for every model seed.
     """
 
@@ -63,7 +63,7 @@ class InductionTask:
     stay: float = 0.95
     concentration: float = 0.3
     trigger_rate: float = 0.15
-    name_rate: float = 0.6
+    recall: float = 0.95
     chain_seed: int = 0
 
     @property
@@ -92,20 +92,17 @@ class InductionTask:
     def transition(self) -> Float[np.ndarray, "symbol symbol"]:
         """Probability of the next symbol (column) after a symbol (row) where the context decides nothing."""
         rng = np.random.RandomState(self.chain_seed)
-        n, keys = self.ordinary, self.keys
+        n = self.ordinary
         rows = rng.dirichlet(np.full(n, self.concentration), size=n)
-        rows[:keys, :keys] = 0
+        np.fill_diagonal(rows, 0)
         topic = np.arange(n) % self.topics
         inside = topic[:, None] == topic[None, :]
         rows = self.stay * rows * inside / (rows * inside).sum(1, keepdims=True) + (
             1 - self.stay
         ) * rows * ~inside / (rows * ~inside).sum(1, keepdims=True)
-        for part, rate in ((slice(0, keys), self.name_rate), (slice(keys, n), 1 - self.name_rate)):
-            rows[keys:, part] *= rate / rows[keys:, part].sum(1, keepdims=True)
         matrix = np.zeros((self.symbols, self.symbols))
-        matrix[:keys, :n] = rows[:keys]
-        matrix[keys:n, :n] = (1 - self.trigger_rate) * rows[keys:]
-        matrix[keys:n, n:] = self.trigger_rate / len(TRIGGERS)
+        matrix[:n, :n] = (1 - self.trigger_rate) * rows
+        matrix[:n, n:] = self.trigger_rate / len(TRIGGERS)
         matrix[n:, :n] = 1 / n
         return matrix
 
@@ -121,7 +118,8 @@ class InductionTask:
             last = ids[:, t - 1]
             drawn = (rng.random(count)[:, None] > cumulative[last]).sum(1).clip(max=self.symbols - 1)
             known = successor[rows, last]
-            following = np.where((last < self.keys) & (known >= 0), known, drawn)
+            recalled = (last < self.keys) & (known >= 0) & (rng.random(count) < self.recall)
+            following = np.where(recalled, known, drawn)
             following = np.where(last >= self.ordinary, ids[:, t - 2], following)
             ids[:, t] = following
             successor[rows, last] = following
@@ -141,9 +139,22 @@ class InductionTask:
     def floor(self, ids: Int[np.ndarray, "count length"]) -> float:
         """Mean loss in nats of a reader who knows the language: no model can do better on average."""
         matrix = self.transition()
-        loss = np.zeros((len(ids), ids.shape[1] - 1))
-        loss[:, 0] = np.log(self.ordinary)
         current, following = ids[:, 1:-1], ids[:, 2:]
-        free = np.isin(self.classify(ids)[:, 1:-1], (QueryClass.KEY_FIRST, QueryClass.PLAIN))
-        loss[:, 1:][free] = -np.log(matrix[current[free], following[free]])
-        return float(loss.mean())
+        chance = matrix[current, following]
+        known = self._known_successors(ids)[:, 1:-1]
+        recalled = self.recall * (known == following) + (1 - self.recall) * chance
+        chance = np.where((current < self.keys) & (known >= 0), recalled, chance)
+        chance = np.where(current >= self.ordinary, 1.0, chance)
+        first = np.full((len(ids), 1), 1 / self.ordinary)
+        return float(-np.log(np.concatenate([first, chance], 1)).mean())
+
+    def _known_successors(self, ids: Int[np.ndarray, "count length"]) -> Int[np.ndarray, "count length"]:
+        """What followed each token at its last earlier occurrence, -1 if it did not occur."""
+        rows = np.arange(len(ids))
+        successor = np.full((len(ids), len(self.vocabulary)), -1, dtype=np.int64)
+        known = np.full(ids.shape, -1, dtype=np.int64)
+        for t in range(ids.shape[1]):
+            known[:, t] = successor[rows, ids[:, t]]
+            if t + 1 < ids.shape[1]:
+                successor[rows, ids[:, t]] = ids[:, t + 1]
+        return known

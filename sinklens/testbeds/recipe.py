@@ -36,7 +36,7 @@ class Recipe:
     steps: int = 3000
     seed: int = 1
     learning_rate: float = 3e-3
-    weight_decay: float = 0.1
+    weight_decay: float = 0.3
     betas: tuple[float, float] = (0.9, 0.99)
     warmup: int = 100
     clip: float = 1.0
@@ -74,7 +74,6 @@ recipes.register("dense-ind")(
             "num_attention_heads": 2,
             "num_key_value_heads": 2,
         },
-        steps=5000,
         about="A dense Llama with sink heads that switch by context and one massive dimension on BOS.",
     )
 )
