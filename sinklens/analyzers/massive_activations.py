@@ -53,7 +53,13 @@ class MassiveActivations(Analyzer):
     name = "massive-activations"
     title = "Massive activations"
     place = 20
-    formula = "|h[l,t,j]| > 100 and |h[l,t,j]| ≥ 1000 · median over t, j of |h[l]|"
+    formula = (
+        '<math display="block"><mrow><mo>|</mo><msub><mi>h</mi><mrow><mi>l</mi><mo>,</mo><mi>t</mi><mo>,</mo><mi>j</mi>'
+        "</mrow></msub><mo>|</mo></mrow><mo>&gt;</mo><mn>100</mn><mo>∧</mo><mrow><mo>|</mo><msub><mi>h</mi><mrow>"
+        "<mi>l</mi><mo>,</mo><mi>t</mi><mo>,</mo><mi>j</mi></mrow></msub><mo>|</mo></mrow><mo>≥</mo><mn>1000</mn>"
+        "<mo>·</mo><munder><mi>median</mi><mrow><mi>t</mi><mo>,</mo><mi>j</mi></mrow></munder><mrow><mo>|</mo><msub>"
+        "<mi>h</mi><mi>l</mi></msub><mo>|</mo></mrow></math>"
+    )
     needs = frozenset({sig.RESIDUAL_NORM, sig.RESIDUAL_MEDIAN, sig.RESIDUAL_TOP, sig.DOWN_PROJ_TOP})
     reference = Reference(
         key="sun2024massive",

@@ -59,7 +59,13 @@ class PrimarySinks(Analyzer):
     name = "primary-sinks"
     title = "Primary sinks"
     place = 10
-    formula = "Sink_k = 100 · mean over prompts, layers, heads of [ (Σ_q A[q,k]) / n_vis(k) > ε ]"
+    formula = (
+        '<math display="block"><msubsup><mi>Sink</mi><mi>k</mi><mi>ε</mi></msubsup><mo>=</mo><mn>100</mn><mo>·</mo>'
+        "<munder><mi>mean</mi><mtext>prompts, layers, heads</mtext></munder><mspace width='0.3em'/><mn>1</mn><mrow>"
+        "<mo>[</mo><mfrac><mrow><munder><mo>∑</mo><mi>q</mi></munder><msub><mi>A</mi><mrow><mi>q</mi><mo>,</mo>"
+        "<mi>k</mi></mrow></msub></mrow><mrow><msub><mi>n</mi><mi>vis</mi></msub><mo>(</mo><mi>k</mi><mo>)</mo></mrow>"
+        "</mfrac><mo>&gt;</mo><mi>ε</mi><mo>]</mo></mrow></math>"
+    )
     needs = frozenset(
         {
             sig.ATTENTION_RECEIVED,
@@ -209,7 +215,7 @@ class PrimarySinks(Analyzer):
                 "received",
                 f"Attention received by {where}",
                 f"Mean over {n} prompts of the mean attention from all queries that see {where} (diagonal included). "
-                f"Rings: above {self.epsilon:g} on at least {self.min_prompts:.0%} of the prompts.",
+                f"Rings: above {self.epsilon:g} on at least {100 * self.min_prompts:.0f} % of the prompts.",
                 strongest.alpha.mean(0),
                 "share",
                 marks=heads,
@@ -258,8 +264,8 @@ class PrimarySinks(Analyzer):
             )
         if summary["learned_sink_mass"] is not None:
             notes.append(
-                f"The model has learned sink logits that take {summary['learned_sink_mass']:.1%} of all attention; "
-                "rows are not renormalised."
+                f"The model has learned sink logits that take {100 * summary['learned_sink_mass']:.1f} % of all "
+                "attention; rows are not renormalised."
             )
         return notes
 

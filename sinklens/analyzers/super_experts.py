@@ -80,7 +80,13 @@ class SuperExperts(Analyzer):
     title = "Super Experts"
     place = 30
     formula = (
-        "a(l,e) > P99.5(a) and a(l,e) > 0.1 · max a, with a(l,e) = max over routed t, j of |down_proj(t)[j]|"
+        '<math display="block"><msub><mi>a</mi><mrow><mi>l</mi><mo>,</mo><mi>e</mi></mrow></msub><mo>=</mo><munder>'
+        "<mi>max</mi><mrow><mi>t</mi><mtext>\u00a0routed</mtext><mo>,</mo><mi>j</mi></mrow></munder><mrow><mo>|</mo><msub>"
+        "<mi>down_proj</mi><mrow><mi>l</mi><mo>,</mo><mi>e</mi></mrow></msub><msub><mrow><mo>(</mo><mi>t</mi><mo>)</mo>"
+        "</mrow><mi>j</mi></msub><mo>|</mo></mrow><mo>,</mo><mspace width='2em'/><msub><mi>a</mi><mrow><mi>l</mi>"
+        "<mo>,</mo><mi>e</mi></mrow></msub><mo>&gt;</mo><msub><mi>P</mi><mn>99.5</mn></msub><mo>(</mo><mi>a</mi>"
+        "<mo>)</mo><mo>∧</mo><msub><mi>a</mi><mrow><mi>l</mi><mo>,</mo><mi>e</mi></mrow></msub><mo>&gt;</mo>"
+        "<mn>0.1</mn><mo>·</mo><mi>max</mi><mspace width='0.2em'/><mi>a</mi></math>"
     )
     needs = frozenset(
         {

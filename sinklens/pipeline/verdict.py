@@ -46,7 +46,7 @@ def judge(findings: Mapping[str, Finding], checks: Sequence[Check]) -> Verdict:
         return Verdict("sink", " ".join([_sink_sentence(sinks), *others]), "V2 sink rule met")
     learned = sinks.summary.get("learned_sink_mass")
     if learned is not None and learned >= 0.1:
-        text = f"No token is an attention sink; the learned sink logits take {learned:.0%} of the attention."
+        text = f"No token is an attention sink; the learned sink logits take {100 * learned:.0f} % of the attention."
         return Verdict("no-sink", " ".join([text, *others]), "V3 learned sinks only")
     return Verdict("no-sink", " ".join([sinks.verdict, *others]), "V4 sink rule not met")
 
@@ -61,7 +61,7 @@ def _sink_sentence(finding: Finding) -> str:
     where = span(top["first_layer"], top["last_layer"]) if top["n_heads"] else "no head consistently"
     return (
         f"{strength(top['rate'])} attention sink on position {top['position']} ({top['token']!r}): it receives "
-        f"{top['share']:.1%} of all attention, {top['lift']:.1f} times the uniform share, and more than "
+        f"{100 * top['share']:.1f} % of all attention, {top['lift']:.1f} times the uniform share, and more than "
         f"{summary['epsilon']:g} in {top['rate']:.1f} % of heads ({where})."
     )
 
