@@ -1,4 +1,5 @@
-"""The report: one offline HTML file, the notebook's short form, and figures for papers. Plain data in."""
+"""The report of a run and the comparison of runs, one offline HTML file each; the notebook's short form; figures for
+papers. Plain data in."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ _PLACES = {
     "render_report": "html",
     "write_report": "html",
     "read_report": "embed",
+    "render_comparison": "comparison",
+    "write_comparison": "comparison",
     "run_repr_html": "notebook",
     "draw": "paper",
     "interactive": "paper",

@@ -27,7 +27,8 @@ from .samples import Counts
 
 SCHEMA = "sinklens/report/1"
 RUN_SCHEMA = "sinklens/run/1"
-BLOCK = "sinklens-run"
+COMPARE_SCHEMA = "sinklens/compare/1"
+BLOCK, COMPARE_BLOCK = "sinklens-run", "sinklens-compare"
 _BLOCK = re.compile(rf'<script type="application/json" id="{BLOCK}">([^<]*)</script>')
 MOST_VALUES = 1_000_000
 """A figure with more values is drawn but its values are not embedded (4 MB each as text)."""
@@ -125,6 +126,11 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise DataError(f"Cannot read the report {str(place)!r}: {reason}.") from error
     block = _BLOCK.search(source)
     hint = "Write it again from the run folder: sinklens report RUN"
+    if block is None and f'<script type="application/json" id="{COMPARE_BLOCK}">' in source:
+        raise DataError(
+            f"{str(place)!r} is a comparison of runs, not the report of one run.",
+            hint="Read a run's folder or its own report.html.",
+        )
     if block is None:
         raise DataError(f"{str(place)!r} is not a sinklens report: it has no {BLOCK!r} data.", hint=hint)
     try:

@@ -198,7 +198,9 @@ def _curve(series: Series, index: int, axes: _Axes, joined: bool = True) -> Mark
     return tag(
         "g",
         tag("path", d="".join(path), class_="line") if joined else "",
-        Markup("").join(_marker(index, *(float(v) for v in at.split())) for at in markers),
+        Markup("").join(
+            _marker(index, *(float(v) for v in at.split()), r=2.6 if joined else 4.0) for at in markers
+        ),
         class_=name,
     )
 

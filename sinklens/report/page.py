@@ -11,6 +11,7 @@ from typing import Any
 from sinklens.core.figures import Figure, Heatmap, Lines, Samples, Tile
 
 from . import text
+from .marks import Marks, marks
 from .numbers import brief, duration, number, size
 from .tables import short_unit
 
@@ -90,7 +91,11 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Section:
-    """One finding. `rows` and `units` become a table; `parameters` and `summary` are (name, value) pairs."""
+    """One finding.
+
+    `rows` and `units` become a table; `parameters` and `summary` are (name, value) pairs; `marks` are those parts
+    of the summary that are lists of places.
+    """
 
     id: str
     analyzer: str
@@ -102,6 +107,7 @@ class Section:
     notes: tuple[str, ...]
     parameters: tuple[tuple[str, str], ...]
     summary: tuple[tuple[str, str], ...]
+    marks: tuple[Marks, ...]
     rows: tuple[dict[str, Any], ...]
     units: dict[str, str]
     thresholds: tuple[str, str] | None
@@ -209,6 +215,8 @@ def _section(name: str, identifier: str, titles: tuple[str, str], finding: Mappi
     rows = tuple(finding.get("rows") or ())
     parameters = finding.get("parameters") or {}
     reason = str(finding.get("reason") or "")
+    summary = finding.get("summary") or {}
+    places = {key: found for key, value in summary.items() if (found := marks(str(key), value))}
     return Section(
         id=identifier,
         analyzer=name,
@@ -219,7 +227,8 @@ def _section(name: str, identifier: str, titles: tuple[str, str], finding: Mappi
         reason=reason or "the run gave no reason.",
         notes=tuple(str(note) for note in finding.get("notes") or ()),
         parameters=pairs(parameters),
-        summary=pairs(finding.get("summary") or {}, finding.get("units") or {}),
+        summary=pairs({k: v for k, v in summary.items() if k not in places}, finding.get("units") or {}),
+        marks=tuple(places.values()),
         rows=rows,
         units=dict(finding.get("units") or {}),
         thresholds=_thresholds(rows, parameters),

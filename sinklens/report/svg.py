@@ -84,10 +84,11 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def log_ticks(low: float, high: float, most: int = 7) -> list[float]:
-    """Powers of ten inside [low, high], thinned to `most`, or 1-2-5 steps when there are fewer than two."""
+    """Powers of ten inside [low, high], thinned to `most`; 1-2-5 steps or even steps when there are fewer than two."""
     first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
     powers = [10.0**e for e in range(first, last + 1)]
     if len(powers) >= 2:
         return powers[:: math.ceil(len(powers) / most)]
     fine = [m * 10.0**e for e in range(first - 1, last + 2) for m in (1, 2, 5)]
-    return [value for value in fine if low <= value <= high] or [low, high]
+    inside = [value for value in fine if low <= value <= high]
+    return inside if len(inside) >= 2 else ticks(low, high, 4)
