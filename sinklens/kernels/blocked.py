@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from ..core.errors import UsageError
 from .groups import KeyGroups
-from .reduce import PER_KEY, Accumulator, Block, needs_peak, row_peaks
+from .reduce import PER_KEY, Accumulator, Block, Peak, native_serves, needs_peak, row_peaks
 from .scores import Scores
 from .shapes import sizes_of
 from .spec import AttentionCall, AttentionStatistics, BlockPlan, Stat, Want
@@ -99,6 +100,7 @@ class _Pass:
         self.result = torch.promote_types(call.query.dtype, torch.float32)
         self.values = {stat: self._zeros(stat) for stat in want.stats}
         self.live = self._live_rows()
+        self.native = native_serves(call, want, plan)
         self.tail = tail_rows(self.view.rows, want.tail) if Stat.RECEIVED_TAIL in want.stats else None
 
     def fused(self) -> tuple[Tensor, AttentionStatistics]:
@@ -128,17 +130,17 @@ class _Pass:
         seen = None if self.view.seen is None else chunk.of(self.view.seen).to(self.result)
         for rows, keys in self._walk():
             logits = scores.block(rows, keys)
-            weights = self._buffer(logits)
-            torch.softmax(logits, -1, out=weights)
-            peak, factor = row_peaks(logits, weights) if peaks else None, None
-            if call.learned_sinks is not None and peak is not None:
-                factor = torch.sigmoid(peak.norm - call.learned_sinks[:, None].to(weights.dtype))
+            half = None if value is None or not self.native else value.half_buffer(logits)
+            block = self._weighed(found, logits, rows, keys, peaks, half)
+            if call.learned_sinks is not None and block.peak is not None:
+                factor = torch.sigmoid(block.peak.norm - call.learned_sinks[:, None].to(logits.dtype))
+                block = replace(block, factor=factor)
             if output is not None and value is not None:
-                mixed = value.mix(weights, keys)
-                for scale in (factor, None if seen is None else seen[:, :, rows]):
+                mixed = value.mix(block.weights, keys, half)
+                for scale in (block.factor, None if seen is None else seen[:, :, rows]):
                     mixed = mixed if scale is None else mixed * scale[..., None]
                 output[:, :, rows] = mixed
-            found.add(Block(rows, keys, weights, logits, peak, factor))
+            found.add(block)
         found.finish()
 
     def _known(self, chunk: Chunk, lse: Float[Tensor, "b h q"]) -> None:
@@ -152,12 +154,24 @@ class _Pass:
         peaks = needs_peak(self.want.stats, known=True)
         for rows, keys in self._walk():
             logits = scores.block(rows, keys)
-            weights = self._buffer(logits)
-            # exp2 rather than exp, whose CPU kernel is several times slower where it underflows.
-            torch.exp2(logits, out=weights)
-            peak = row_peaks(logits, weights) if peaks else None
-            found.add(Block(rows, keys, weights, logits, peak))
+            found.add(self._weighed(found, logits, rows, keys, peaks, None))
         found.finish()
+
+    def _weighed(
+        self, found: Accumulator, logits: Tensor, rows: slice, keys: slice, peaks: bool, half: Tensor | None
+    ) -> Block:
+        """A block of weights from one of logits: their softmax, or `2^logits` if the log-sum-exp is known."""
+        buffer = self._buffer(logits)
+        if self.native:
+            done = found.pass_rows(logits, rows, keys, half)
+            peak = Peak(*done.peak) if done.peak is not None else None
+            return Block(rows, keys, logits, buffer, peak, done=done)
+        if found.known:
+            # exp2 rather than exp, whose CPU kernel is several times slower where it underflows.
+            torch.exp2(logits, out=buffer)
+        else:
+            torch.softmax(logits, -1, out=buffer)
+        return Block(rows, keys, buffer, logits, row_peaks(logits, buffer) if peaks else None)
 
     def _walk(self) -> Iterator[tuple[slice, slice]]:
         """Blocks of rows, with the keys each of them needs."""
@@ -219,9 +233,22 @@ class Values:
         value = value.to(self._dtype)
         self._value = value if value.shape[0] == 1 and value.stride(-1) == 1 else value.contiguous()
 
-    def mix(self, weights: Float[Tensor, "b h r k"], keys: slice) -> Float[Tensor, "b h r value_dim"]:
-        """`P v`."""
-        if weights.dtype != self._dtype:
+    def half_buffer(self, logits: Tensor) -> Float[Tensor, "b h r k"] | None:
+        """Room for the weights in bfloat16 if `mix` takes them so, for a pass that can fill it on its way."""
+        if self._dtype != torch.bfloat16:
+            return None
+        return workspace().take("half weights", tuple(logits.shape), self._dtype, logits.device)
+
+    def mix(
+        self,
+        weights: Float[Tensor, "b h r k"],
+        keys: slice,
+        half: Float[Tensor, "b h r k"] | None = None,
+    ) -> Float[Tensor, "b h r value_dim"]:
+        """`P v`; `half` are the weights as `half_buffer` wants them."""
+        if half is not None:
+            weights = half
+        elif weights.dtype != self._dtype:
             half = workspace().take("half weights", tuple(weights.shape), self._dtype, weights.device)
             weights = half.copy_(weights)
         b, h, r, k = weights.shape

@@ -15,8 +15,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from . import native
 from .groups import KeyGroups
-from .spec import AttentionCall, Stat, Want
+from .spec import AttentionCall, BlockPlan, Stat, Want
 from .workspace import workspace
 
 PER_KEY = frozenset(stat for stat in Stat if stat.startswith("received")) | {Stat.TOP1}
@@ -50,6 +51,7 @@ class Block:
         logits: `log P` plus a constant per row, hidden keys very negative but finite. Overwritten.
         peak: If `needs_peak`.
         factor: `A / P`, `[b, h, r]`; None if 1.
+        done: What the compiled row pass has found already; received attention is then added too.
     """
 
     rows: slice
@@ -58,6 +60,13 @@ class Block:
     logits: Float[Tensor, "b h r k"]
     peak: Peak | None
     factor: Float[Tensor, "b h r"] | None = None
+    done: native.RowResults | None = None
+
+
+def native_serves(call: AttentionCall, want: Want, plan: BlockPlan) -> bool:
+    """Whether the compiled row pass can take the place of the torch passes; column entropy needs the logits."""
+    ordinary = call.query.device.type == "cpu" and call.query.dtype != torch.float64
+    return plan.native and ordinary and Stat.RECEIVED_LOG not in want.stats and native.available()
 
 
 def needs_peak(stats: frozenset[Stat], *, known: bool) -> bool:
@@ -161,14 +170,15 @@ class Accumulator:
         if block.factor is not None:
             self._raw["factor"].append(block.factor)
         weight = self._row_weights(block)
-        if Stat.RECEIVED in stats:
+        if Stat.RECEIVED in stats and block.done is None:
             self._add_sum(Stat.RECEIVED, block, weight, block.weights)
         if self._tail is not None:
             tail = self._tail[:, None, block.rows]
             if bool(tail.any()):
                 self._add_sum(Stat.RECEIVED_TAIL, block, torch.where(tail, weight, 0.0), block.weights)
         if Stat.DISTANCE in stats:
-            self._raw["back"].append(self._mean_back(block))
+            done = None if block.done is None else block.done.mean_back
+            self._raw["back"].append(self._mean_back(block) if done is None else done)
         if Stat.DISTANCE_WINDOWED in stats:
             self._raw["near"].append(self._nearness(block))
         if Stat.DIAGONAL in stats:
@@ -189,6 +199,35 @@ class Accumulator:
             found = self.groups.output(block.weights, block.keys, block.logits)
             self.into[Stat.GROUP_OUTPUT][:, :, block.rows] = found
 
+    @property
+    def known(self) -> bool:
+        """Whether the log-sum-exp was known, so that weights are `A` itself."""
+        return self._lse is not None
+
+    def pass_rows(
+        self,
+        logits: Float[Tensor, "b h r k"],
+        rows: slice,
+        keys: slice,
+        half: Float[Tensor, "b h r k"] | None,
+    ) -> native.RowResults:
+        """The compiled row pass: logits become weights in place; received attention is added here and now."""
+        stats, known = self.want.stats, self.known
+        sinks = (
+            None if known or self._sinks is None else self._sinks.to(logits.dtype).expand(logits.shape[:2])
+        )
+        request = native.RowRequest(
+            known=known,
+            peak=needs_peak(stats, known=known) or sinks is not None,
+            product=Stat.ENTROPY in stats,
+            back=self._back(rows, keys) if Stat.DISTANCE in stats else None,
+            received=self.into[Stat.RECEIVED][:, :, keys] if Stat.RECEIVED in stats else None,
+            count=None if self._weight is None else self._weight[:, :, rows],
+            sinks=sinks,
+            half=half,
+        )
+        return native.pass_rows(logits, request)
+
     def _row_weights(self, block: Block) -> Float[Tensor, "b h r"]:
         """`A / P` of the rows that count, 0 of the others."""
         if self._weight is None:
@@ -208,7 +247,8 @@ class Accumulator:
         if Stat.RECEIVED_LOG in self.want.stats and self._lse is None and block.peak is not None:
             block.logits.sub_(block.peak.norm[..., None])  # before the product: sums of it would cancel
         if Stat.RECEIVED_LOG not in self.want.stats:
-            self._raw["product"].append(_row_products(block.weights, block.logits))
+            done = None if block.done is None else block.done.product
+            self._raw["product"].append(_row_products(block.weights, block.logits) if done is None else done)
             return
         product = block.logits.mul_(block.weights)
         if Stat.ENTROPY in self.want.stats:
@@ -228,10 +268,14 @@ class Accumulator:
             first = block.rows.start + max(0, -shift)
             self.into[Stat.DIAGONAL][:, :, first : first + line.shape[-1]] = line
 
+    def _back(self, rows: slice, keys: slice) -> Float[Tensor, " k"]:
+        """The first row's position less each key's."""
+        first = keys.start + self._queries - rows.start
+        return self._ruler[first : first + keys.stop - keys.start]
+
     def _mean_back(self, block: Block) -> Float[Tensor, "b h r"]:
         """Weighted sum of (the block's first row less key): relative to the block, near keys stay exact."""
-        first = block.keys.start + self._queries - block.rows.start
-        back = self._ruler[first : first + block.weights.shape[3]]
+        back = self._back(block.rows, block.keys)
         return (block.weights.view(-1, back.shape[0]) @ back).view(block.weights.shape[:3])
 
     def _nearness(self, block: Block) -> Float[Tensor, "b h r"]:

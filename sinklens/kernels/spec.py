@@ -104,7 +104,14 @@ class AttentionStatistics:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """How a blocked kernel walks the rows. `scores` is the number of logits in flight, all heads together."""
+    """How a blocked kernel walks the rows.
+
+    Attributes:
+        scores: Number of logits in flight, all heads together.
+        score_dtype: Type of the `q·k` product; logits are float32 in any case.
+        native: Use the compiled row pass where it is available (`native.py`); results agree to rounding.
+    """
 
     scores: int = 1_600_000
     score_dtype: torch.dtype = torch.float32
+    native: bool = True

@@ -96,7 +96,8 @@ def build(case: Case) -> tuple[AttentionCall, Want, BlockPlan]:
         learned_sinks=torch.randn(case.heads) if case.sinks else None,
         counted=torch.rand(case.batch, case.queries) > 0.3 if case.counted else None,
     )
-    return call, Want(ALL, groups=_groups(case), tail=3, window=4), BlockPlan(scores=case.scores)
+    want = Want(ALL, groups=_groups(case), tail=3, window=4)
+    return call, want, BlockPlan(scores=case.scores)
 
 
 def _tensor(shape: tuple[int, int, int, int], case: Case) -> Tensor:

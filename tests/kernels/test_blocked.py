@@ -1,4 +1,4 @@
-"""The blocked kernels equal the definition, for every kind of call."""
+"""The blocked kernels equal the definition, for every kind of call; the compiled row pass has its own tests."""
 
 from __future__ import annotations
 
@@ -78,10 +78,11 @@ def test_a_statistic_does_not_depend_on_what_else_is_asked(stat: Stat) -> None:
     call, everything, plan = build(long_case(sinks=True, mask="window", counted=True, queries=301))
     alone = replace(everything, stats=frozenset({stat}))
     truth = expected(call, alone)[1]
+    plans = (plan, replace(plan, native=False))
     for found in (
-        attention_fused(call, alone, plan)[1],
-        attention_sweep(call, alone, None, plan),
-        attention_sweep(call, alone, true_lse(call), plan),
+        *(attention_fused(call, alone, each)[1] for each in plans),
+        *(attention_sweep(call, alone, None, each) for each in plans),
+        *(attention_sweep(call, alone, true_lse(call), each) for each in plans),
     ):
         assert found.values.keys() == {stat}
         assert_close(found, truth, ties=near_ties(call), bound=3 * BOUND)

@@ -17,7 +17,7 @@ from sinklens.kernels.spec import AttentionCall, AttentionStatistics, BlockPlan,
 from .calls import Case, build, cases
 
 Kernel = Callable[[AttentionCall, Want], AttentionStatistics]
-SMALL = BlockPlan(scores=700)
+SMALL = BlockPlan(scores=700, native=False)
 
 
 def _reference(call: AttentionCall, want: Want) -> AttentionStatistics:
@@ -32,7 +32,11 @@ def _sweep(call: AttentionCall, want: Want) -> AttentionStatistics:
     return attention_sweep(call, want, None, SMALL)
 
 
-kernels = pytest.mark.parametrize("kernel", [_reference, _fused, _sweep])
+def _native(call: AttentionCall, want: Want) -> AttentionStatistics:
+    return attention_fused(call, want, replace(SMALL, native=True))[1]
+
+
+kernels = pytest.mark.parametrize("kernel", [_reference, _fused, _sweep, _native])
 
 
 @kernels

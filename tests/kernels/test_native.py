@@ -1,0 +1,166 @@
+"""The compiled row pass: the same results, and no harm where it cannot be had."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+
+from sinklens.kernels import native
+from sinklens.kernels.blocked import attention_fused, attention_sweep
+from sinklens.kernels.reduce import native_serves
+from sinklens.kernels.spec import BlockPlan, Stat
+
+from .calls import ALL, Case, assert_close, build, cases, expected, near_ties, true_lse
+
+compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+needs_compiler = pytest.mark.skipif(compiler is None, reason="no C compiler")
+
+SERVED = ALL - {Stat.RECEIVED_LOG}
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache, and a library that is not loaded yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    native._library.cache_clear()
+    yield tmp_path
+    native._library.cache_clear()
+
+
+def compare(case: Case, output_bound: float = 4e-6) -> None:
+    call, want, plan = build(case)
+    want = replace(want, stats=SERVED)
+    assert native_serves(call, want, plan)
+    true_output, truth = expected(call, want)
+    ties = near_ties(call)
+    output, fused = attention_fused(call, want, plan)
+    assert float((output.double() - true_output).abs().max()) <= output_bound
+    assert_close(fused, truth, ties=ties)
+    assert_close(attention_sweep(call, want, None, plan), truth, ties=ties)
+    assert_close(attention_sweep(call, want, true_lse(call), plan), truth, ties=ties, bound=3e-6)
+
+
+@needs_compiler
+@settings(max_examples=100)
+@given(cases())
+def test_compiled_pass_equals_the_definition(case: Case) -> None:
+    compare(case)
+
+
+@needs_compiler
+@settings(max_examples=25)
+@given(cases(dtype=torch.bfloat16))
+def test_compiled_pass_in_bfloat16(case: Case) -> None:
+    compare(case, 2**-6)
+
+
+@needs_compiler
+@pytest.mark.parametrize("keys", [1, 15, 16, 17, 63, 64, 65, 129, 701])
+def test_every_row_end(keys: int) -> None:
+    compare(Case(1, 2, 3, keys, keys, 8, 5, "causal", None, True, True, False, "few", 90_000, keys))
+
+
+@needs_compiler
+def test_threads_change_nothing() -> None:
+    call, want, plan = build(
+        Case(2, 3, 2, 101, 101, 8, 5, "window", None, True, True, True, "few", 50_000, 4)
+    )
+    want = replace(want, stats=SERVED)
+    _, one = attention_fused(call, want, plan)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        _, three = attention_fused(call, want, plan)
+    finally:
+        torch.set_num_threads(before)
+    for stat in SERVED:
+        torch.testing.assert_close(three[stat], one[stat], atol=1e-6, rtol=1e-6)
+
+
+@needs_compiler
+def test_underflow_is_exactly_zero() -> None:
+    logits = torch.tensor([0.0, -80.0, -87.0, -88.0, -200.0, -1e30]).view(1, 1, 1, 6)
+    weights = logits.clone()
+    native.pass_rows(weights, native.RowRequest())
+    assert weights[..., 3:].eq(0).all()
+    assert weights[..., 1] > 0
+    torch.testing.assert_close(weights, logits.softmax(-1), atol=1e-37, rtol=2e-6)
+
+
+@needs_compiler
+def test_library_is_built_once_and_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.available()
+    built = list((fresh / "sinklens").iterdir())
+    assert len(built) == 1
+    native._library.cache_clear()
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
+    assert native.available()
+    assert list((fresh / "sinklens").iterdir()) == built
+
+
+def test_a_single_threaded_build_leaves_several_threads_to_torch(
+    fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = native._built
+
+    def without_openmp(flags: tuple[str, ...]) -> Path:
+        if "-fopenmp" in flags:
+            raise OSError("no OpenMP")
+        return built(flags)
+
+    monkeypatch.setattr(native, "_built", without_openmp)
+    assert native.available() == (compiler is not None)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    assert not native.available()
+
+
+def test_off_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SINKLENS_NATIVE", "0")
+    assert not native.available()
+
+
+def _no_compiler(monkeypatch: pytest.MonkeyPatch, _: Path) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+
+
+def _failing_compiler(monkeypatch: pytest.MonkeyPatch, _: Path) -> None:
+    monkeypatch.setenv("CC", "false")
+
+
+def _wrong_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source = tmp_path / "wrong.c"
+    source.write_text("void sinklens_rows(float *x) { x[0] = 0.5f; }\n")
+    monkeypatch.setattr(native, "_SOURCE", source)
+
+
+@pytest.mark.parametrize("spoil", [_no_compiler, _failing_compiler, _wrong_library])
+def test_torch_takes_over(spoil: Any, monkeypatch: pytest.MonkeyPatch, fresh: Path) -> None:
+    spoil(monkeypatch, fresh)
+    assert not native.available()
+    call, want, plan = build(
+        Case(1, 2, 3, 37, 37, 8, 5, "causal", None, False, False, False, "few", 5_000, 1)
+    )
+    want = replace(want, stats=SERVED)
+    assert not native_serves(call, want, plan)
+    assert_close(attention_fused(call, want, plan)[1], expected(call, want)[1], ties=near_ties(call))
+
+
+def test_where_the_compiled_pass_does_not_serve() -> None:
+    call, want, plan = build(
+        Case(1, 2, 3, 37, 37, 8, 5, "causal", None, False, False, False, "few", 5_000, 1)
+    )
+    served = replace(want, stats=SERVED)
+    assert native_serves(call, served, plan) == native.available()
+    assert not native_serves(call, want, plan)  # column entropy needs the logits
+    assert not native_serves(call, served, BlockPlan(native=False))
+    double = replace(call, query=call.query.double(), key=call.key.double(), value=call.value.double())
+    assert not native_serves(double, served, plan)
