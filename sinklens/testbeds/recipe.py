@@ -74,7 +74,7 @@ recipes.register("dense-ind")(
             "num_attention_heads": 2,
             "num_key_value_heads": 2,
         },
-        about="A dense Llama with sink heads that switch by context and one massive dimension on BOS.",
+        about="A dense Llama with sinks in most heads and one massive dim on BOS, which the sinks need.",
     )
 )
 recipes.register("moe-ind")(
@@ -94,6 +94,6 @@ recipes.register("moe-ind")(
             "moe_intermediate_size": 64,
         },
         seed=0,
-        about="A Qwen3-MoE in which one expert writes the massive dimension of BOS.",
+        about="A Qwen3-MoE in which one expert writes the massive dim of BOS; without it the sink is gone.",
     )
 )
