@@ -92,7 +92,8 @@ def trace_batch(opened: OpenedModel, batch: Batch, plan: TracePlan, *, logits: b
                     mode=plan.mode,
                     plan=plan.blocks,
                 )
-                attention.counted = batch.valid
+                # Kernels have less to do where there is no padding, and saying so costs one look.
+                attention.counted = None if batch.valid is None or bool(batch.valid.all()) else batch.valid
                 stack.enter_context(attention.attached(model))
             else:
                 attention = stack.enter_context(fallback_tap(model, tower, batch, recorder))
