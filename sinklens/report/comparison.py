@@ -85,7 +85,7 @@ def render_comparison(document: Mapping[str, Any], figures: Sequence[Lines]) -> 
             detail=f"Expected schema {embed.COMPARE_SCHEMA!r} with rows, found {found!r}.",
             hint="Compare run folders: sinklens compare RUN RUN [RUN ...]",
         )
-    x_label = str(record.get("x_label") or BESIDE)
+    x_label = text.shorten(str(record.get("x_label") or BESIDE), _NAME_LENGTH)
     differences: dict[str, Any] = record.get("differences") or {}
     data: dict[str, Any] = {}
     small, caption = _without_common_caption([_small(figure) for figure in figures])

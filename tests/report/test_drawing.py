@@ -232,6 +232,7 @@ def test_ticks_are_inside_and_few(limits: tuple[float, float]) -> None:
 def test_log_and_index_ticks() -> None:
     assert svg.log_ticks(0.7, 2000) == [1.0, 10.0, 100.0, 1000.0]
     assert svg.log_ticks(12, 70) == [20.0, 50.0]
+    assert svg.log_ticks(8.05, 12.8) == [10.0, 12.0]
     assert svg.index_ticks(48, 12) == list(range(0, 48, 4))
     assert svg.index_ticks(3, 9) == [0, 1, 2]
     assert len(svg.index_ticks(100_000, 12)) <= 12

@@ -270,6 +270,18 @@ def test_numbers_are_short(html: str) -> None:
     assert "9.88" in shown
 
 
+def test_lists_of_heads_are_labels_not_brackets() -> None:
+    run = factory.make()
+    heads = [[i, i % 3, 1.0 - i / 40] for i in range(19)]
+    run.document["findings"]["primary-sinks"]["summary"] |= {"heads": heads, "dormant_heads": []}
+    html = render_report(*run.args)
+    section = html[html.index('id="primary-sinks"') : html.index('id="massive-activations"')]
+    assert section.count("[[") == 0
+    assert '<li><a href="#L0H0">L0H0</a> <span>100 %</span></li>' in section
+    assert "<summary>3 more</summary>" in section
+    assert "dormant heads none" in Page(html).words
+
+
 def test_twenty_rows_first_then_the_rest() -> None:
     run = factory.make()
     rows = [{"layer": i, "value": float(i), "ratio_to_median": 1.5 * i} for i in range(733)]

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import xml.etree.ElementTree as ET
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sinklens.analyzers import registry
 from sinklens.report import numbers, tables, text
+from sinklens.report.marks import KEPT, SHOWN, marks
 from sinklens.report.mathml import formula
 
 
@@ -176,3 +179,57 @@ def test_formulas_are_mathematics_or_text() -> None:
         assert shown.startswith("<code>")
         assert "<script" not in shown
         assert "<img" not in shown
+
+
+@pytest.mark.parametrize("name", sorted(registry))
+def test_the_analyzers_formulas_pass_whole(name: str) -> None:
+    source = registry[name].formula
+    shown = formula(source)
+    assert shown.startswith('<math display="block">')
+    assert ET.canonicalize(shown) == ET.canonicalize(source)
+
+
+def test_lists_of_heads_and_experts_are_labels_largest_first() -> None:
+    found = marks("dormant_heads", [[2, 0, 0.25], [11, 7, 1.0], [0, 3, 0.25]])
+    assert found is not None
+    assert found.name == "dormant heads"
+    assert [(m.label, m.value, m.link) for m in found.items] == [
+        ("L11H7", "100 %", "#L11H7"),
+        ("L0H3", "25.0 %", "#L0H3"),
+        ("L2H0", "25.0 %", "#L2H0"),
+    ]
+    experts = marks("experts", [[3, 17, 480.25], [1, 5, 0.5]])
+    assert experts is not None
+    assert [(m.label, m.value, m.link) for m in experts.items] == [
+        ("L3E17", "480", None),
+        ("L1E5", "0.500", None),
+    ]
+    bare = marks("heads", [[4, 1], [0, 9]])
+    assert bare is not None
+    assert [(m.label, m.value) for m in bare.items] == [("L0H9", ""), ("L4H1", "")]
+
+
+def test_long_lists_of_heads_are_cut_and_counted() -> None:
+    found = marks("heads", [[i, 1, 0.5] for i in range(1000)])
+    assert found is not None
+    assert (len(found.first), len(found.rest), found.total) == (SHOWN, KEPT - SHOWN, 1000)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("heads", []),
+        ("heads", 3),
+        ("heads", [1, 2]),
+        ("heads", [[1]]),
+        ("heads", [[1, 2, 3, 4]]),
+        ("heads", [[1, 2, None]]),
+        ("heads", [[1, 2, float("nan")]]),
+        ("heads", [[1, -2, 0.5]]),
+        ("heads", [[True, 2, 0.5]]),
+        ("heads", [[1, 2, 0.5], "L1H2"]),
+        ("groups", [[0, 3], [4, 7]]),
+    ],
+)
+def test_other_lists_are_not_places(key: str, value: object) -> None:
+    assert marks(key, value) is None

@@ -1,0 +1,50 @@
+"""Pages in a real browser, without a network."""
+
+from __future__ import annotations
+
+import html as markup
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from sinklens.report import embed
+
+_LISTENER = """
+window.troubles = [];
+addEventListener("error", (e) => troubles.push(String(e.message || e.target.tagName)), true);
+addEventListener("unhandledrejection", (e) => troubles.push(String(e.reason)));
+document.addEventListener("securitypolicyviolation", (e) => troubles.push(e.violatedDirective));
+"""
+
+
+class Browser:
+    """Headless Chromium; `run` returns what the driver script puts into `answer`."""
+
+    def __init__(self, program: str, folder: Path) -> None:
+        self.program, self.folder = program, folder
+
+    def run(self, page: str, driver: str, address: str = "", width: int = 1280) -> dict[str, Any]:
+        report = "document.body.dataset.answer = JSON.stringify({...answer, troubles: window.troubles});"
+        last = f"const answer = {{}};\n{driver}\n{report}"
+        allowed = " ".join(f"'{embed.script_hash(source)}'" for source in (_LISTENER, last))
+        page = page.replace("script-src ", f"script-src {allowed} ", 1)
+        page = page.replace("<style>", f"<script>{_LISTENER}</script><style>", 1)
+        page = page.replace("</body>", f"<script>{last}</script></body>", 1)
+        place = self.folder / "page.html"
+        place.write_text(page, encoding="utf-8")
+        dom = self._dom(f"{place.as_uri()}{address}", width)
+        found = re.search(r'data-answer="([^"]*)"', dom)
+        assert found is not None, dom[-2000:]
+        return json.loads(markup.unescape(found.group(1)))
+
+    def _dom(self, address: str, width: int) -> str:
+        options = (
+            "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync "
+            f"--disable-component-update --window-size={width},800 --user-data-dir={self.folder / 'profile'} --dump-dom"
+        )
+        done = subprocess.run(
+            [self.program, *options.split(), address], capture_output=True, text=True, timeout=120, check=True
+        )
+        return done.stdout
