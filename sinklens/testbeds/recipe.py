@@ -74,7 +74,7 @@ recipes.register("dense-ind")(
             "num_attention_heads": 2,
             "num_key_value_heads": 2,
         },
-        about="A dense Llama with sinks in most heads and one massive dim on BOS, which the sinks need.",
+        about="A dense Llama with sinks in most heads and one massive dim on BOS that the model needs.",
     )
 )
 recipes.register("moe-ind")(
