@@ -16,6 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from sinklens.testbeds.api import BUNDLED, list_testbeds
 from sinklens.testbeds.card import facts
+from sinklens.testbeds.measure import read
+from sinklens.testbeds.planting.plant import plant
+from sinklens.testbeds.planting.truth import SinkPlant, SuperExpertPlant
 from sinklens.testbeds.recipe import recipes
 from sinklens.testbeds.train import held_out
 
@@ -122,3 +125,31 @@ def test_the_card_states_the_measured_numbers(
     recipe = recipes[name]
     assert f"{recipe.steps} steps of {recipe.batch} sequences of {recipe.length} tokens" in card
     assert f"weight decay {recipe.weight_decay:g}" in card
+
+
+def test_a_sink_planted_into_a_trained_model_stands_beside_its_own() -> None:
+    recipe = recipes["moe-ind"]
+    model = AutoModelForCausalLM.from_pretrained(BUNDLED / "moe-ind").float().eval()
+    fox = recipe.task.vocabulary.index("fox")
+    texts = held_out(recipe, 256)
+    texts = texts[(texts == fox).any(1)]
+    own = read(model, texts[24:48])
+    truth = plant(
+        model,
+        sinks=[SinkPlant([(2, 1)], token=fox)],
+        super_experts=[SuperExpertPlant(1, 6, 9, magnitude=300, token=fox)],
+        calibration=texts[:24],
+    )
+    assert truth.super_experts == ((1, 6),)
+    reading = read(model, texts[24:48])
+    here = texts[24:48] == fox
+    after = here.cumsum(1) > 0  # queries that see a fox
+    on_fox = (reading.attention[2, :, 1] * here[:, None]).sum(-1)
+    assert on_fox[after].min() > 0.99
+    assert reading.states[1:, here][..., 9].min() > 200
+    assert reading.states[:, ~here][..., 9].abs().max() == 0
+    assert reading.experts is not None
+    assert int(reading.experts.argmax()) == 1 * 8 + 6
+    # The model's own sink is still there: its BOS state and block 3's heads.
+    assert reading.norm_ratio()[2] > 0.5 * own.norm_ratio()[2]
+    assert reading.received()[3].mean() > 0.3
