@@ -75,7 +75,7 @@ def prepare(model: PreTrainedModel, plan: Plan, ids: Ids, flag: float) -> Bed:
     """Chooses the reserved dims, cuts them out of the model and marks the targets."""
     layers = decoder_layers(model)
     massive = {item.dim for item in plan.massive}
-    spare = _spare_dims(model, massive)
+    spare = _spare_dims(model, ids, massive)
     if len(plan.targets) + 2 > model.config.hidden_size // 4:
         raise UsageError(
             f"{len(plan.targets)} targets are too many for {model.config.hidden_size} dims.",
@@ -101,11 +101,25 @@ def _tables(model: PreTrainedModel) -> list[Float[Tensor, "row dim"]]:
     return [words.weight.data] if positions is None else [words.weight.data, positions.weight.data]
 
 
-def _spare_dims(model: PreTrainedModel, taken: set[int]) -> Iterator[int]:
-    """Dims by how little the embeddings use them, without the taken ones."""
-    use = sum(table.float().square().mean(0) for table in _tables(model))
-    assert isinstance(use, Tensor)
-    return (dim for dim in use.argsort(stable=True).tolist() if dim not in taken)
+def _spare_dims(model: PreTrainedModel, ids: Ids, taken: set[int]) -> Iterator[int]:
+    """Dims by how little the model uses them: the largest value in any block's output, smallest first.
+
+    The embedding alone would not do: a model's own massive dim is often small there.
+    """
+    peaks: list[Float[Tensor, " dim"]] = []
+
+    def keep(_module: nn.Module, _args: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        state = output[0] if isinstance(output, tuple) else output
+        peaks.append(state.float().abs().flatten(0, -2).amax(0))
+
+    handles = [layer.module.register_forward_hook(keep) for layer in decoder_layers(model)]
+    try:
+        trunk(model)(input_ids=ids, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    order = torch.stack(peaks).amax(0).argsort(stable=True).tolist()
+    return (dim for dim in order if dim not in taken)
 
 
 def _clear(bed: Bed, dims: list[int]) -> None:
