@@ -5,6 +5,7 @@
 Reference model: a Llama of 12 layers, 12 heads (4 key heads) of width 64, hidden 768, intermediate 2048, vocabulary
 8192, random weights, batch 1, no cache. Repeats of all variants are interleaved, so that a busy machine slows them
 alike; of each the smallest CPU time (all threads) counts. Peak memory is above the loaded model, Linux only.
+"torch" variants do without the compiled row pass, "column" variants take received attention only.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sinklens.kernels.spec import AttentionCall, Stat, Want
+from sinklens.kernels.spec import AttentionCall, BlockPlan, Stat, Want
 from sinklens.kernels.workspace import workspace
 from sinklens.tracers.attention import AttentionTap, Mode, Site
 
@@ -57,7 +58,7 @@ def reference_model(dtype: torch.dtype) -> LlamaForCausalLM:
 
 
 def tap(
-    model: LlamaForCausalLM, mode: Mode, stats: frozenset[Stat]
+    model: LlamaForCausalLM, mode: Mode, stats: frozenset[Stat], *, native: bool = True
 ) -> Callable[[], AbstractContextManager[object]]:
     """Attention statistics of every layer while attached; they are computed and dropped."""
     attention = [module for name, module in model.named_modules() if name.endswith("self_attn")]
@@ -68,7 +69,7 @@ def tap(
         groups[..., 0] = True
         return Want(stats, groups=groups)
 
-    observed = AttentionTap(sites, asks, lambda *_: None, mode=mode)
+    observed = AttentionTap(sites, asks, lambda *_: None, mode=mode, plan=BlockPlan(native=native))
     return lambda: observed.attached(model)
 
 
@@ -78,6 +79,8 @@ def variants(model: LlamaForCausalLM) -> dict[str, Callable[[], AbstractContextM
         "plain": nullcontext,
         "fused": tap(model, Mode.FUSED, DEFAULT),
         "sweep": tap(model, Mode.FAITHFUL, DEFAULT),
+        "fused torch": tap(model, Mode.FUSED, DEFAULT, native=False),
+        "sweep torch": tap(model, Mode.FAITHFUL, DEFAULT, native=False),
         "fused column": tap(model, Mode.FUSED, COLUMN),
         "sweep column": tap(model, Mode.FAITHFUL, COLUMN),
     }

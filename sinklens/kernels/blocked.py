@@ -42,7 +42,7 @@ def attention_fused(
     Args:
         call: The attention call.
         want: The statistics; nothing else is computed.
-        plan: Size of the blocks and type of the `q·k` product.
+        plan: Size of the blocks, type of the `q·k` product, whether to use the compiled row pass.
 
     Returns:
         The output in the query's dtype (0 in rows without a visible key), and the statistics in float32.
@@ -72,7 +72,7 @@ def attention_sweep(
         want: The statistics; nothing else is computed.
         lse: `Stat.LSE` of every row (nats): log-sum-exp over visible keys, *and* the learned sink if the call
             has one. Its values in rows without a visible key do not matter. None computes it.
-        plan: Size of the blocks and type of the `q·k` product.
+        plan: As for `attention_fused`.
 
     Raises:
         UsageError: The tensors do not fit together.
@@ -117,7 +117,7 @@ class _Pass:
                 if lse is None:
                     self._softmax(chunk, None)
                 else:
-                    self._known(chunk, lse[chunk.batch, chunk.heads].detach())
+                    self._known(chunk, lse[chunk.batch, chunk.heads].to(self.result))
         return self._statistics()
 
     def _softmax(self, chunk: Chunk, output: Float[Tensor, "b h q value_dim"] | None) -> None:

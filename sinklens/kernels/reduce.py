@@ -213,9 +213,9 @@ class Accumulator:
     ) -> native.RowResults:
         """The compiled row pass: logits become weights in place; received attention is added here and now."""
         stats, known = self.want.stats, self.known
-        sinks = (
-            None if known or self._sinks is None else self._sinks.to(logits.dtype).expand(logits.shape[:2])
-        )
+        sinks = None
+        if not known and self._sinks is not None:
+            sinks = self._sinks.to(logits.dtype).expand(logits.shape[:2])
         request = native.RowRequest(
             known=known,
             peak=needs_peak(stats, known=known) or sinks is not None,
@@ -244,20 +244,18 @@ class Accumulator:
 
     def _products(self, block: Block, weight: Tensor) -> None:
         """Entropy of rows and columns: both are sums of `P log P`."""
-        if Stat.RECEIVED_LOG in self.want.stats and self._lse is None and block.peak is not None:
-            block.logits.sub_(block.peak.norm[..., None])  # before the product: sums of it would cancel
         if Stat.RECEIVED_LOG not in self.want.stats:
             done = None if block.done is None else block.done.product
             self._raw["product"].append(_row_products(block.weights, block.logits) if done is None else done)
             return
+        if not self.known and block.peak is not None:
+            block.logits.sub_(block.peak.norm[..., None])  # before the product: sums of it would cancel
         product = block.logits.mul_(block.weights)
-        if Stat.ENTROPY in self.want.stats:
-            self._raw["product"].append(product.sum(-1))
-        if Stat.RECEIVED_LOG in self.want.stats:
-            self._add_sum(Stat.RECEIVED_LOG, block, weight, product, self.unit)
-            if block.factor is not None:
-                log_factor = block.factor.clamp_min(_TINY).log()
-                self._add_sum(Stat.RECEIVED_LOG, block, weight * log_factor, block.weights)
+        self._raw["product"].append(product.sum(-1))
+        self._add_sum(Stat.RECEIVED_LOG, block, weight, product, self.unit)
+        if block.factor is not None:
+            log_factor = block.factor.clamp_min(_TINY).log()
+            self._add_sum(Stat.RECEIVED_LOG, block, weight * log_factor, block.weights)
 
     def _diagonal(self, block: Block) -> None:
         """`P` at each row's own key; stays 0 where the block does not hold it."""

@@ -165,7 +165,8 @@ static void one_row(float *x, long head, long row, long keys, int known, const a
     float count = a->count ? a->count[row] : 1.0f;
     /* The row's share that the learned sink leaves: exp(norm) / (exp(norm) + exp(sink)), norm = largest - ln(scale). */
     if (a->sink && !known) count /= 1.0f + expf(a->sink[head] - p.value + logf(scale));
-    float *received = a->received ? a->received + head * a->received_stride : 0;
+    /* A row that does not count may hold anything, NaN included, so it is not added with weight 0 but left out. */
+    float *received = a->received && count != 0.0f ? a->received + head * a->received_stride : 0;
     if (!known || received) finish_row(x, keys, scale, count, received, a->half ? a->half + row * keys : 0);
 }
 
