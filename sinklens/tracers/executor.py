@@ -12,6 +12,7 @@ from torch import nn
 
 from sinklens.core.errors import ResourceError
 from sinklens.inputs.spec import Prompt, PromptSet
+from sinklens.kernels.native import available
 from sinklens.kernels.spec import BlockPlan
 from sinklens.models.spec import OpenedModel, Tower
 
@@ -57,7 +58,7 @@ class TracePlan:
             "limits": asdict(self.limits),
             "batch_prompts": self.batch_prompts,
             "batch_tokens": self.batch_tokens,
-            "statistics_dtype": "float32",
+            "statistics": "float32, " + ("compiled row pass" if available() else "torch row pass"),
         }
 
 

@@ -19,8 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from sinklens.core.errors import ModelError
 from sinklens.kernels.blocked import attention_sweep
-from sinklens.kernels.capture import captured_lse
-from sinklens.kernels.spec import AttentionCall, BlockPlan
+from sinklens.kernels.spec import AttentionCall
 from sinklens.models.spec import Tower
 
 from .attention import Site, attention_configs
@@ -60,11 +59,8 @@ class DirectTap(TorchFunctionMode):
             return func(*args, **kwargs)
         call = direct_call(*args, **kwargs, counted=self.batch.valid)
         site = Site(self.tower.name, self.layer)
-        with captured_lse() as captured:
-            output = func(*args, **kwargs)
-        want = self.recorder.asks(site, call)
-        statistics = attention_sweep(call, want, captured.lse_for(call), BlockPlan())
-        self.recorder.on_attention(site, call, statistics)
+        output = func(*args, **kwargs)
+        self.recorder.on_attention(site, call, attention_sweep(call, self.recorder.asks(site, call)))
         self.calls += 1
         return output
 
@@ -140,9 +136,7 @@ class WeightsTap:
         place = shapes.index(True)
         call = weights_as_call(output[place], self.batch.valid, causal=self.tower.causal)
         site = Site(self.tower.name, layer)
-        self.recorder.on_attention(
-            site, call, attention_sweep(call, self.recorder.asks(site, call), None, BlockPlan())
-        )
+        self.recorder.on_attention(site, call, attention_sweep(call, self.recorder.asks(site, call)))
         self.calls += 1
         return (*output[:place], None, *output[place + 1 :])
 

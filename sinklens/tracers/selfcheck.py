@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from sinklens.inputs.spec import Prompt
+from sinklens.kernels.blocked import attention_sweep
 from sinklens.kernels.reference import attention_reference
-from sinklens.kernels.spec import AttentionCall, AttentionStatistics, Stat
+from sinklens.kernels.spec import AttentionCall, AttentionStatistics, Stat, Want
 from sinklens.models.spec import OpenedModel
 from sinklens.models.verify import verify_anatomy
 
-from .attention import AttentionTap, Mode, Site
+from .attention import AttentionTap, Mode, Site, ignore
 from .batch import Batch, collate, first_tensor, forward, text_config
 from .executor import Pass, TracePlan, edited_output, sites, trace_batch
 from .fallback import calls_kernel_directly
@@ -104,6 +105,7 @@ def self_check(opened: OpenedModel, prompts: Iterable[Prompt], plan: TracePlan) 
         if len(batches) > 1:
             checks.append(_agreement(opened, batches[1], plan, name="blocked = dense, padded batch"))
         checks.append(_mass(opened, batches[-1], plan))
+        checks += _kernel_agrees(opened, batches[-1], plan)
         checks.append(_causal(opened, short))
     if window is not None:
         checks.append(_window_seen(window, longest))
@@ -210,6 +212,33 @@ def _mass(opened: OpenedModel, batch: Batch, plan: TracePlan) -> Check:
     agreement = _observe(opened, batch, plan)
     detail = "max |attention received by all keys / rows - 1|, learned sinks included"
     return Check("attention mass is one", agreement.mass <= 1e-4, agreement.mass, 1e-4, detail)
+
+
+def _kernel_agrees(opened: OpenedModel, batch: Batch, plan: TracePlan) -> list[Check]:
+    """Our row normaliser against the one the model's own kernel computed; no check where no kernel tells it."""
+    worst: list[float] = []
+
+    def compare(site: Site, call: AttentionCall, lse: Tensor | None) -> None:
+        if lse is not None:
+            found = attention_sweep(call, Want(frozenset({Stat.LSE})))
+            assert found.rows is not None
+            rows = found.rows[:, None].expand_as(lse)
+            worst.append(float((found[Stat.LSE][rows] - lse[rows]).abs().max()))
+
+    where = sites(opened.module, opened.anatomy.main, "attention")
+    # One statistic must be asked for, or the tap has nothing to sweep.
+    one = Want(frozenset({Stat.LSE}))
+    tap = AttentionTap(where, lambda *_: one, ignore, mode=Mode.FAITHFUL, plan=plan.blocks, witness=compare)
+    tap.counted = batch.valid
+    with tap.attached(opened.module):
+        forward(opened.module, batch)
+    if not worst:
+        return []
+    # Kernels approximate the exponential in half precision; a wrong mask or scale is off by far more.
+    detail = (
+        f"max |log-sum-exp of our sweep - that of the model's own kernel| over {len(worst)} layers (nats)"
+    )
+    return [Check("normaliser = the kernel's own", max(worst) <= 1e-3, max(worst), 1e-3, detail)]
 
 
 def _observe(opened: OpenedModel, batch: Batch, plan: TracePlan) -> Agreement:
