@@ -22,5 +22,7 @@ def test_commands_named_in_the_readme_exist() -> None:
     from sinklens.cli.main import app
 
     names = {command.name for command in app.registered_commands}
-    used = set(re.findall(r"sinklens (\w+)", "\n".join(re.findall(r"```bash\n(.*?)```", README.read_text(), re.S))))
+    used = set(
+        re.findall(r"sinklens (\w+)", "\n".join(re.findall(r"```bash\n(.*?)```", README.read_text(), re.S)))
+    )
     assert used <= names

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sinklens.core.errors import ModelError
 from sinklens.kernels.blocked import attention_fused, attention_sweep
-from sinklens.kernels.capture import captured_lse
+from sinklens.kernels.capture import Captured, captured_lse
 from sinklens.kernels.spec import AttentionCall, AttentionStatistics, BlockPlan, Want
 
 
@@ -141,11 +142,19 @@ class AttentionTap:
             with captured_lse() if self.witness is not None else nullcontext() as captured:
                 output, weights = own(*args, **kwargs)
             if captured is not None and self.witness is not None:
-                self.witness(site, call, captured.lse_for(call))
+                self.witness(site, call, _witnessed(captured, call))
             self.observer(site, call, attention_sweep(call, want, None, self.plan))
         if self.edit is not None:
             output = self.edit(site, call, output)
         return output, weights
+
+
+def _witnessed(captured: Captured, call: AttentionCall) -> Tensor | None:
+    """The kernel's log-sum-exp; NaN if a kernel ran on something else than `call` (scale, mask, shape)."""
+    lse = captured.lse_for(call)
+    if lse is None and captured.lse is not None:
+        return torch.full(call.query.shape[:3], float("nan"), device=call.query.device)
+    return lse
 
 
 def attention_call(

@@ -238,7 +238,8 @@ def _kernel_agrees(opened: OpenedModel, batch: Batch, plan: TracePlan) -> list[C
     detail = (
         f"max |log-sum-exp of our sweep - that of the model's own kernel| over {len(worst)} layers (nats)"
     )
-    return [Check("normaliser = the kernel's own", max(worst) <= 1e-3, max(worst), 1e-3, detail)]
+    largest = float(torch.tensor(worst).max())  # NaN if a kernel was given something else than we were
+    return [Check("normaliser = the kernel's own", largest <= 1e-3, largest, 1e-3, detail)]
 
 
 def _observe(opened: OpenedModel, batch: Batch, plan: TracePlan) -> Agreement:
