@@ -14,7 +14,7 @@ DEV_STAMP := $(VENV)/.ready-dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help profile test lint typecheck unit format setup setup-dev clean
+.PHONY: help bench reports profile test lint typecheck unit format setup setup-dev clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -65,3 +65,13 @@ $(RUN_STAMP): pyproject.toml constraints.txt | $(BIN)/python
 $(DEV_STAMP): $(RUN_STAMP)
 	$(PIP) --editable '.[dev]'
 	@touch $@
+
+bench: $(RUN_STAMP)  ## Cost of tracing against a plain forward pass (some minutes)
+	$(BIN)/python -m benchmarks.profile --lengths 512,1024,2048,4096,8192 --out benchmarks/results/profile.json
+	$(BIN)/python -m benchmarks.profile --lengths 2048,8192 --dtype bfloat16 --out benchmarks/results/profile.json
+
+reports: $(RUN_STAMP)  ## Make the example reports in reports/ again
+	for name in dense-ind moe-ind; do \
+	  HF_HUB_OFFLINE=1 $(BIN)/sinklens profile -q -m bundled:$$name --out runs/example-$$name --force && \
+	  cp runs/example-$$name/report.html reports/$$name.html || exit 1; \
+	done

@@ -79,11 +79,7 @@ def build_manifest(
         "sinklens": {"version": package_version("sinklens"), **git_state()},
         "command": None if argv is None else command_line(argv),
         "versions": {"python": platform.python_version(), **_versions()},
-        "platform": {
-            "system": platform.system(),
-            "release": platform.release(),
-            "machine": platform.machine(),
-        },
+        "platform": {"system": platform.system(), "machine": platform.machine()},
         "device": device_facts(device),
         "seeds": dict(seeds or {}),
         "time": None
@@ -135,7 +131,12 @@ def command_line(argv: Sequence[str]) -> list[str]:
     """The arguments, without folders: the program's name, and absolute or home paths by their last part."""
     if not argv:
         return []
-    return [_last_part(argv[0]).removesuffix(".exe"), *(_private(argument) for argument in argv[1:])]
+    program = _last_part(argv[0]).removesuffix(".exe")
+    # `python -m sinklens` runs as __main__.py; what is written down should run when typed again.
+    return [
+        "sinklens" if program == "__main__.py" else program,
+        *(_private(argument) for argument in argv[1:]),
+    ]
 
 
 def _private(argument: str) -> str:

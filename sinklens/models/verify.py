@@ -23,7 +23,7 @@ WRITERS = ("attention_output", *FEEDERS)
 CAUSAL_LIMIT = 1e-6
 """Relative change of earlier rows. Masked keys have weight exactly 0, so exact kernels give 0."""
 WRITES_LIMIT = 0.3
-"""Cosine of noise and effect; a writer behind a norm or a gate gives less than 1, unrelated directions 0."""
+"""Agreement of noise and effect; a writer behind a norm or a gate gives less than 1, unrelated directions 0."""
 
 
 class AnatomyCheck(NamedTuple):
@@ -224,8 +224,12 @@ class _Nudged:
     def measure(self, usual: Tensor, now: Tensor | None) -> None:
         if now is None or self.noise is None or self.noise.numel() != now.numel():
             return
-        moved = (now.float() - usual.float()).flatten()
-        self.agreement = float(nn.functional.cosine_similarity(moved, self.noise.flatten(), dim=0))
+        moved, noise = (now.float() - usual.float()).flatten(), self.noise.flatten()
+        cosine = float(nn.functional.cosine_similarity(moved, noise, dim=0))
+        # Behind a norm that blows one dim up (massive activations under Gemma's norms) that dim is all a cosine
+        # sees; the signs of the others still follow the noise.
+        signs = float((moved.sign() * noise.sign()).mean())
+        self.agreement = max(cosine, signs)
 
     def attach(self, model: nn.Module, stack: ExitStack) -> None:
         module = model.get_submodule(self.block.path)
@@ -266,7 +270,8 @@ def _writes(
         least.agreement > WRITES_LIMIT,
         least.agreement,
         WRITES_LIMIT,
-        f"cosine of noise added to it with the change of its block's output; least in block {least.block.index}",
+        "agreement (cosine, or of signs) of noise added to it with the change of its block's output; least in block "
+        f"{least.block.index}",
     )
 
 

@@ -26,6 +26,8 @@ from .options import ProfileOptions
 from .run import Run, load_run, stored_manifest, write_run
 
 DEFAULT_PROMPTS, DEFAULT_SEQ_LEN = 32, 512
+RESERVED_POSITIONS = 2
+"""RoBERTa and OPT keep the first two entries of their position table for padding."""
 
 
 class Listener(Protocol):
@@ -149,6 +151,7 @@ def prepare(model: Any, tokenizer: Any, options: ProfileOptions, listener: Liste
     prompts = read_prompts(options, opened.tokenizer, opened.default_prompts, opened.module.config)
     for analyzer in analyzers:
         _long_enough(analyzer, prompts)
+    _within_reach(opened, prompts)
     listener.planned(prompts, analyzers)
     return Prepared(opened, prompts, analyzers, plan_for(options, analyzers))
 
@@ -189,12 +192,42 @@ def _long_enough(analyzer: Analyzer, prompts: PromptSet) -> None:
         )
 
 
+def _within_reach(opened: OpenedModel, prompts: PromptSet) -> None:
+    """Refuse prompts with tokens or positions that the model has no embedding for, before it fails on them."""
+    tokens = opened.module.get_input_embeddings() if hasattr(opened.module, "get_input_embeddings") else None
+    largest = max(max(prompt.token_ids) for prompt in prompts.prompts)
+    if isinstance(tokens, nn.Embedding) and largest >= tokens.num_embeddings:
+        raise DataError(
+            f"The prompts have token id {largest}, but the model has embeddings for {tokens.num_embeddings} tokens.",
+            detail="The tokenizer does not belong to this model, or the token ids do not.",
+            hint="Give the model's own tokenizer.",
+        )
+    limit = position_limit(opened.module.config)
+    longest = max(len(prompt) for prompt in prompts.prompts)
+    if limit is not None and longest > limit and _learns_positions(opened.module, tokens, limit):
+        raise DataError(
+            f"The longest prompt has {longest} tokens; this model has learned positions for {limit}.",
+            hint=f"Cut the prompts: --seq-len {limit - RESERVED_POSITIONS}",
+        )
+
+
+def _learns_positions(model: nn.Module, tokens: Any, limit: int) -> bool:
+    """Whether the model looks positions up in a table (rotary models compute them and go on beyond their limit)."""
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
+    return any(limit <= table.num_embeddings <= limit + RESERVED_POSITIONS for table in tables)
+
+
+def position_limit(config: Any) -> int | None:
+    """The longest input the config allows, None if it names none."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return limit if isinstance(limit, int) and limit > RESERVED_POSITIONS else None
+
+
 def default_length(config: Any) -> int:
     """The default sequence length, or the longest the model's learned positions allow."""
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    longest = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    # RoBERTa's positions start after the padding id, so two of them are never used.
-    return min(DEFAULT_SEQ_LEN, longest - 2) if isinstance(longest, int) and longest > 2 else DEFAULT_SEQ_LEN
+    limit = position_limit(config)
+    return DEFAULT_SEQ_LEN if limit is None else min(DEFAULT_SEQ_LEN, limit - RESERVED_POSITIONS)
 
 
 def plan_for(options: ProfileOptions, analyzers: tuple[Analyzer, ...]) -> TracePlan:
