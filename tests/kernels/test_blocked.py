@@ -97,6 +97,21 @@ def test_nothing_asked_gives_output_counts_and_rows() -> None:
     assert attention_sweep(call, Want(frozenset())).values == {}
 
 
+@pytest.mark.parametrize("native", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 0.0])
+def test_log_sum_exp_of_a_row_that_sees_nothing_does_not_matter(value: float, native: bool) -> None:
+    """Kernels disagree on it."""
+    mask = torch.rand(2, 1, 11, 7) > 0.4
+    mask[:, :, [0, 4]] = False
+    query, key = torch.randn(2, 4, 11, 8), torch.randn(2, 2, 7, 8)
+    call = AttentionCall(query, key, key, 0.3, mask=mask)
+    stats = Want(ALL - {Stat.GROUP_MASS, Stat.GROUP_OUTPUT, Stat.RECEIVED_LOG})
+    lse = true_lse(call)
+    lse[:, :, [0, 4]] = value
+    found = attention_sweep(call, stats, lse, BlockPlan(native=native))
+    assert_close(found, expected(call, stats)[1], ties=near_ties(call), bound=3 * BOUND)
+
+
 @settings(max_examples=20)
 @given(cases(softcap=None, sinks=False, groups="one key"))
 def test_output_equals_scaled_dot_product_attention(case: Case) -> None:
