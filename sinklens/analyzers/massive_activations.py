@@ -135,7 +135,7 @@ class MassiveActivations(Analyzer):
             return (
                 f"No massive activation by the published rule (above {self.absolute:g} and {self.relative:g} times "
                 f"the median). The largest entry is {where} ({summary['max_token']!r}), dim {summary['max_dim']}, "
-                f"{summary['max_ratio']:.0f} times its layer's median."
+                f"{summary['max_ratio']:.0f} times its layer's median, {_written(summary)}."
             )
         top = rows[0]
         dims = ", ".join(map(str, summary["dims"][:6])) + (", ..." if len(summary["dims"]) > 6 else "")
@@ -166,6 +166,12 @@ UNITS = {
     "value": "activation (signed, mean over prompts)",
     "ratio_to_median": "ratio to the whole-layer median of |h|",
 }
+
+
+def _written(summary: dict[str, Any]) -> str:
+    layer, output = summary["max_written_at"], summary["max_down_proj_output"]
+    by = f", whose down projection puts out {output:.3g} there" if output is not None else ""
+    return f"written at layer {layer}{by}"
 
 
 def _row(place: Place, hits: list[tuple[PromptRecord, float, float]]) -> dict[str, Any]:
@@ -214,7 +220,21 @@ def _summary(trace: Trace, rows: list[dict[str, Any]]) -> dict[str, Any]:
         "last_layer": layers[-1] if layers else None,
         "n_prompts": len(trace),
         **best,
+        **_writer(trace, best),
     }
+
+
+def _writer(trace: Trace, best: dict[str, Any]) -> dict[str, Any]:
+    """Where the largest entry of the run is written: the first layer that holds half of it or more."""
+    if "max_dim" not in best:
+        return {"max_written_at": None, "max_down_proj_output": None}
+    position, dim = best["max_position"], best["max_dim"]
+    first = best["max_layer"]
+    for record in trace:
+        at = (record["residual_top_pos"] == position) & (record["residual_top_dim"] == dim)
+        holds = np.where(at, np.abs(record[sig.RESIDUAL_TOP]), 0.0).max(1) >= best["max_abs"] / 2
+        first = min(first, int(np.argmax(holds))) if holds.any() else first
+    return {"max_written_at": first, "max_down_proj_output": _down_proj_value(trace, first, position, dim)}
 
 
 def _largest(trace: Trace) -> dict[str, Any]:
