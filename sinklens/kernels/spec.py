@@ -107,11 +107,11 @@ class BlockPlan:
     """How a blocked kernel walks the rows.
 
     Attributes:
-        scores: Number of logits in flight, all heads together.
+        scores: Number of logits in flight, all heads together. Twice that many floats are held as scratch.
         score_dtype: Type of the `q·k` product; logits are float32 in any case.
         native: Use the compiled row pass where it is available (`native.py`); results agree to rounding.
     """
 
-    scores: int = 1_600_000
+    scores: int = 3_200_000
     score_dtype: torch.dtype = torch.float32
     native: bool = True
