@@ -42,7 +42,9 @@ def compare(case: Case, output_bound: float = 4e-6) -> None:
     true_output, truth = expected(call, want)
     ties = near_ties(call)
     output, fused = attention_fused(call, want, plan)
-    assert float((output.double() - true_output).abs().max()) <= output_bound
+    # Rounding of an output, and of the weights of bfloat16 values, grows with its size.
+    scale = max(1.0, float(true_output.abs().max()))
+    assert float((output.double() - true_output).abs().max()) <= output_bound * scale
     assert_close(fused, truth, ties=ties)
     assert_close(attention_sweep(call, want, None, plan), truth, ties=ties)
     assert_close(attention_sweep(call, want, true_lse(call), plan), truth, ties=ties, bound=3e-6)
