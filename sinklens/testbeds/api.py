@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from sinklens.core.errors import UsageError
+from sinklens.core.registry import Registry
 from sinklens.core.suggest import did_you_mean
 
 from .blocks import FAMILIES
@@ -22,6 +23,7 @@ from .planting.plant import plant
 from .planting.truth import MassivePlant, SinkPlant, SuperExpertPlant, Truth
 from .recipe import Recipe, recipes
 from .train import save_checkpoint, train
+from .vision import VisionRecipe, vision_recipes
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -49,11 +51,19 @@ class TestbedInfo:
     path: Path | None = None
 
 
+def trained_recipes() -> Registry[Recipe | VisionRecipe]:
+    """Every testbed that can be trained, by name."""
+    found: Registry[Recipe | VisionRecipe] = Registry(recipes.kind, recipes.listing)
+    for name, recipe in (*recipes.items(), *vision_recipes.items()):
+        found.register(name)(recipe)
+    return found
+
+
 def list_testbeds() -> list[TestbedInfo]:
     """Trained testbeds first, then the families that can be planted in."""
     trained = [
         TestbedInfo(name, "trained", recipe.about, BUNDLED / name if (BUNDLED / name).is_dir() else None)
-        for name, recipe in recipes.items()
+        for name, recipe in trained_recipes().items()
     ]
     planted = []
     for family in SAVED_FAMILIES:
@@ -83,34 +93,54 @@ def train_testbed(
         on_step: Called with the step (1-based), the number of steps and the training loss in nats.
 
     Raises:
-        UsageError: No such testbed, or a step the recipe does not reach.
+        UsageError: No such testbed, a step the recipe does not reach, or no Pillow for one with pictures.
     """
-    recipe: Recipe = recipes[name]
+    recipe = trained_recipes()[name]
     out = Path(out)
     beyond = [step for step in steps if not 0 <= step <= recipe.steps]
     if beyond:
         raise UsageError(f"{name} has no step {beyond[0]}: it trains for {recipe.steps} steps.")
 
-    def keep(step: int, model: PreTrainedModel) -> None:
-        save_checkpoint(model, recipe, out / f"step-{step}")
-
     def report(step: int, loss: float) -> None:
         if on_step is not None:
             on_step(step, recipe.steps, loss)
 
-    model = train(recipe, seed=seed, at=steps, on_checkpoint=keep, on_step=report)
+    if isinstance(recipe, VisionRecipe):
+        from .vision_train import require_pillow, save_vision_checkpoint, train_vision
+
+        require_pillow()
+
+        def keep_pictures(step: int, model: PreTrainedModel) -> None:
+            save_vision_checkpoint(model, recipe, out / f"step-{step}")
+
+        model = train_vision(recipe, seed=seed, at=steps, on_checkpoint=keep_pictures, on_step=report)
+    else:
+
+        def keep(step: int, model: PreTrainedModel) -> None:
+            save_checkpoint(model, recipe, out / f"step-{step}")
+
+        model = train(recipe, seed=seed, at=steps, on_checkpoint=keep, on_step=report)
     save_with_card(model, recipe, out, seed)
     return out
 
 
-def save_with_card(model: PreTrainedModel, recipe: Recipe, out: Path, seed: int | None = None) -> None:
+def save_with_card(
+    model: PreTrainedModel, recipe: Recipe | VisionRecipe, out: Path, seed: int | None = None
+) -> None:
     """Saves a trained model; its card is measured on the weights as they are stored."""
     import copy
-    from dataclasses import replace
 
     recipe = recipe if seed is None else replace(recipe, seed=seed)
     stored = copy.deepcopy(model).bfloat16().float()
-    save_checkpoint(model, recipe, out, card=write_card(recipe, facts(stored, recipe), stored))
+    if isinstance(recipe, VisionRecipe):
+        from .vision_card import write_vision_card
+        from .vision_measure import measure
+        from .vision_train import save_vision_checkpoint
+
+        card = write_vision_card(recipe, measure(stored, recipe), stored)
+        save_vision_checkpoint(model, recipe, out, card=card)
+    else:
+        save_checkpoint(model, recipe, out, card=write_card(recipe, facts(stored, recipe), stored))
 
 
 def planted_config(family: str) -> PretrainedConfig:

@@ -22,6 +22,7 @@ class Recipe:
         model: Arguments of the architecture's config, without the vocabulary, which comes from `task`.
         length: Tokens per training sequence, BOS included.
         learning_rate: AdamW, constant after a linear warm-up.
+        cooldown: Last steps over which the learning rate falls linearly towards 0.
         weight_decay: Decoupled, on every parameter; it keeps ordinary tokens small, so that the sink stands
             out.
         evaluation_seed: Of the held-out sequences; never the training seed.
@@ -39,6 +40,7 @@ class Recipe:
     weight_decay: float = 0.3
     betas: tuple[float, float] = (0.9, 0.99)
     warmup: int = 100
+    cooldown: int = 0
     clip: float = 1.0
     evaluation_seed: int = 100_003
     about: str = ""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -22,16 +22,31 @@ CHUNK = 2048
 
 
 def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the task's vocabulary that puts `<s>` first by itself."""
+    """The tokenizer of the task's vocabulary; see `word_tokenizer`."""
+    return word_tokenizer(recipe.task.vocabulary)
+
+
+def word_tokenizer(
+    words: Sequence[str], *, eos_token: str | None = None, extra: dict[str, str] | None = None
+) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer that puts `<s>` first by itself.
+
+    Args:
+        words: Every token, at the place that is its id; `<s>`, `<unk>` and `<pad>` are among them.
+        extra: Further special tokens by attribute, such as `image_token`; they need no spaces around them.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {word: index for index, word in enumerate(recipe.task.vocabulary)}
+    vocabulary = {word: index for index, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", vocabulary["<s>"])]
     )
+    options: dict[str, Any] = {} if eos_token is None else {"eos_token": eos_token}
+    if extra:
+        options["extra_special_tokens"] = extra
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",
@@ -40,6 +55,7 @@ def build_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
         padding_side="left",
         model_max_length=512,
         clean_up_tokenization_spaces=False,
+        **options,
     )
 
 
@@ -74,6 +90,72 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+class Schedule(Protocol):
+    """What optimising needs of a recipe."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def weight_decay(self) -> float: ...
+    @property
+    def betas(self) -> tuple[float, float]: ...
+    @property
+    def warmup(self) -> int: ...
+    @property
+    def cooldown(self) -> int: ...
+    @property
+    def clip(self) -> float: ...
+
+
+def fit(
+    model: PreTrainedModel,
+    recipe: Schedule,
+    batches: Iterable[dict[str, torch.Tensor]],
+    *,
+    at: Collection[int] = (),
+    on_checkpoint: Callable[[int, PreTrainedModel], None] | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> PreTrainedModel:
+    """Trains `model` in place on one thread and returns it in eval mode.
+
+    Args:
+        batches: Arguments of the model's forward, labels included; at least as many as the recipe has steps.
+        at, on_checkpoint, on_step: As in `train`.
+    """
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
+    )
+
+    def rate(done: int) -> float:
+        rising = min(1.0, (done + 1) / recipe.warmup)
+        return rising * min(1.0, (recipe.steps - done) / recipe.cooldown) if recipe.cooldown else rising
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+
+    def checkpoint(step: int) -> None:
+        if on_checkpoint is not None and step in at:
+            model.eval()
+            on_checkpoint(step, model)
+            model.train()
+
+    with _one_thread():
+        checkpoint(0)
+        model.train()
+        for step, batch in zip(range(1, recipe.steps + 1), batches, strict=False):
+            loss = model(**batch, use_cache=False).loss
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+            optimizer.step()
+            schedule.step()
+            if on_step is not None:
+                on_step(step, float(loss.detach()))
+            checkpoint(step)
+    return model.eval()
+
+
 def train(
     recipe: Recipe,
     *,
@@ -90,32 +172,9 @@ def train(
         on_step: Called with the step (1-based) and its training loss in nats.
     """
     seed = recipe.seed if seed is None else seed
+    batches = ({"input_ids": ids, "labels": ids} for ids in _batches(recipe, seed))
     model = build_model(recipe, seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, betas=recipe.betas, weight_decay=recipe.weight_decay
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: min(1.0, (done + 1) / recipe.warmup))
-
-    def checkpoint(step: int) -> None:
-        if on_checkpoint is not None and step in at:
-            model.eval()
-            on_checkpoint(step, model)
-            model.train()
-
-    with _one_thread():
-        checkpoint(0)
-        model.train()
-        for step, ids in zip(range(1, recipe.steps + 1), _batches(recipe, seed), strict=False):
-            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            optimizer.step()
-            schedule.step()
-            if on_step is not None:
-                on_step(step, float(loss.detach()))
-            checkpoint(step)
-    return model.eval()
+    return fit(model, recipe, batches, at=at, on_checkpoint=on_checkpoint, on_step=on_step)
 
 
 def held_out(recipe: Recipe, count: int, length: int | None = None) -> torch.Tensor:
