@@ -1,6 +1,6 @@
 """What attention statistics cost: a forward pass with them against the same forward pass without.
 
-    python benchmarks/attention.py --lengths 512,1024,2048,4096 --dtype float32 --threads 2
+    python -m benchmarks.attention --lengths 512,1024,2048,4096 --dtype float32 --threads 2
 
 Reference model: a Llama of 12 layers, 12 heads (4 key heads) of width 64, hidden 768, intermediate 2048, vocabulary
 8192, random weights, batch 1, no cache. Repeats of all variants are interleaved, so that a busy machine slows them

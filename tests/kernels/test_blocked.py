@@ -12,20 +12,22 @@ from sinklens.core.errors import UsageError
 from sinklens.kernels.blocked import attention_fused, attention_sweep
 from sinklens.kernels.spec import AttentionCall, BlockPlan, Stat, Want
 
-from .calls import ALL, Case, assert_close, build, cases, expected, near_ties, true_lse
+from .calls import ALL, Case, assert_close, build, cases, expected, near_ties, output_error, true_lse
 
 # Of float32 arithmetic on logits of a few units; relative to the largest value of a statistic.
 BOUND = 1e-6
+# Weights and output are rounded once each, to 8 bits, and the rounded weights no longer sum to one.
+HALF_BOUND = 1.5 * 2**-8
 
 
-def compare(case: Case, *, output_bound: float = BOUND) -> None:
+def compare(case: Case, *, output_bound: float = 2 * BOUND) -> None:
     call, want, plan = build(case)
     true_output, truth = expected(call, want)
     ties = near_ties(call)
     output, fused = attention_fused(call, want, plan)
     assert output.dtype == case.dtype
     assert output.shape == (case.batch, case.queries, case.heads, case.value_dim)
-    assert float((output.double() - true_output).abs().max()) <= output_bound * 4
+    assert output_error(output, true_output, call) <= output_bound
     assert_close(fused, truth, ties=ties, bound=BOUND)
     assert_close(attention_sweep(call, want, None, plan), truth, ties=ties, bound=BOUND)
     # Two roundings meet here: that of the given log-sum-exp, and that of the logits it is taken from.
@@ -41,13 +43,13 @@ def test_blocked_equals_the_definition(case: Case) -> None:
 @settings(max_examples=25)
 @given(cases(dtype=torch.bfloat16))
 def test_statistics_of_a_bfloat16_model_are_float32_exact(case: Case) -> None:
-    compare(case, output_bound=2**-7)
+    compare(case, output_bound=HALF_BOUND)
 
 
 @settings(max_examples=15)
 @given(cases(dtype=torch.float16))
 def test_statistics_of_a_float16_model_are_float32_exact(case: Case) -> None:
-    compare(case, output_bound=2**-10)
+    compare(case, output_bound=2**-11)
 
 
 def long_case(**changes: object) -> Case:
@@ -70,7 +72,7 @@ def long_case(**changes: object) -> Case:
     ],
 )
 def test_long_calls(changes: dict[str, object]) -> None:
-    compare(long_case(**changes), output_bound=2**-7 if "dtype" in changes else BOUND)
+    compare(long_case(**changes), output_bound=HALF_BOUND if "dtype" in changes else 2 * BOUND)
 
 
 @pytest.mark.parametrize("stat", list(Stat))
