@@ -1,7 +1,7 @@
 """The pictures and captions of `vlm-shapes`, and the recipe of the model that reads them.
 
 A picture is a black, slightly noisy square of 5 x 5 cells; one to three cells hold an object: one of four shapes in one
-of six colours. The caption counts the objects and names them in reading order:
+of six colours, each colour at most once. The caption counts the objects and names them in reading order:
 
     <s> <image> x 25 how many ? two red bar cyan post </s>
 
@@ -139,12 +139,16 @@ class ShapesTask:
         return np.stack([np.full_like(x, True, dtype=bool), y < half, x < half, (x + y) % 2 == 0])
 
     def sample(self, count: int, rng: np.random.Generator) -> Scenes:
-        """`count` pictures; number, cells, colours and shapes are uniform and independent."""
+        """`count` pictures; number, cells, colours and shapes are uniform and independent of each other.
+
+        No two objects of a picture share their colour: the model tells objects apart by it.
+        """
         counts = rng.integers(1, self.most + 1, size=count)
         absent = np.arange(self.most) >= counts[:, None]
         cells = rng.random((count, self.patches)).argsort(1)[:, : self.most]
         cells = np.sort(np.where(absent, self.patches, cells), 1)
-        colours = np.where(absent, -1, rng.integers(len(COLOURS), size=cells.shape))
+        colours = rng.random((count, len(COLOURS))).argsort(1)[:, : self.most]
+        colours = np.where(absent, -1, colours)
         shapes = np.where(absent, -1, rng.integers(len(SHAPES), size=cells.shape))
         cells = np.where(absent, -1, cells)
         light = rng.random((count, 3, self.side, self.side)) * self.noise
@@ -260,6 +264,6 @@ vision_recipes: Registry[VisionRecipe] = Registry("testbed", "sinklens testbed l
 vision_recipes.register("vlm-shapes")(
     VisionRecipe(
         name="vlm-shapes",
-        about="A LLaVA that describes pictures; its blank background patches grow far larger than the objects.",
+        about="A LLaVA that describes pictures of coloured shapes and grew no sink, on BOS or on background.",
     )
 )

@@ -14,6 +14,10 @@ PREFERENCE = 1.2
 """Background's share over its area share from which a head is said to prefer it."""
 PEAK = 3.0
 """The most attended background patch over the picture's mean patch from which a head is said to single one out."""
+OUTGROWN = 2.0
+"""Median norm of background over that of objects from which background is said to outgrow them."""
+COMMON = 0.9
+"""Share of the background patches that must agree on their largest dim for it to be one common dim."""
 VAR_TAU = 20.0
 """Threshold on phi in Kang et al., See What You Are Told (arXiv 2503.03321)."""
 
@@ -50,8 +54,8 @@ def _recipe_lines(recipe: VisionRecipe, parameters: int) -> list[str]:
     task = recipe.task
     vision, text = recipe.vision, recipe.text
     return [
-        f"A toy: it knows pictures of {task.grid} x {task.grid} cells with one to {task.most} objects "
-        f"({len(COLOURS)} colours, {len(SHAPES)} shapes) on black, and their captions "
+        f"A toy: it knows pictures of {task.grid} x {task.grid} cells with 1 to {task.most} objects "
+        f"({len(COLOURS)} colours, each at most once, {len(SHAPES)} shapes) on black, and their captions "
         "(`sinklens/testbeds/vision.py`). Its weights are trained, not edited. The pictures were redesigned until it "
         "learned to read them (see `docs/testbeds.md`), so it says nothing about how often models behave like this.",
         "",
@@ -158,10 +162,23 @@ def _absent(recipe: VisionRecipe, found: dict[str, Any]) -> list[str]:
             f"{_percent(share)} of what it gives the picture (area {_percent(found['area'])}), and no background "
             f"patch gets more than {peak:.1f} times what the mean patch gets."
         )
+    states = list(found["stages"].values())
+    growth = max(row["norm"]["background"] / row["norm"]["object"] for row in states)
+    if growth < OUTGROWN:
+        lines.append(
+            "- Large states on blank background: after no block is its median norm more than "
+            f"{growth:.1f} times that of the objects."
+        )
+    common = max(row["dim_share"] for row in states)
+    if common < COMMON:
+        lines.append(
+            "- One massive dim common to the background: no dim is the largest in more than "
+            f"{_percent(common)} of its patches."
+        )
     bos = max(row["bos"] for row in heads)
     if bos < EPSILON:
         lines.append(f"- A sink on BOS: the largest mean share of a head is {bos:.2f}.")
-    ratio = max(row["ratio"] for row in found["stages"].values())
+    ratio = max(row["ratio"] for row in states)
     if ratio < 1000:
         lines.append(
             "- Massive activations by the rule of Sun et al. (over 100 and over 1000 times the median): the largest "
