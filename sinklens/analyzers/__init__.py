@@ -28,8 +28,9 @@ __all__ = [
 ]
 
 
-def chosen_analyzers(asked: Iterable[Analyzer | str | type[Analyzer]]) -> tuple[Analyzer, ...]:
+def chosen_analyzers(asked: str | Iterable[Analyzer | str | type[Analyzer]]) -> tuple[Analyzer, ...]:
     """Analyzers from instances, classes or `name` / `name:field=value:field=value` strings; all for an empty list."""
+    asked = asked.split(",") if isinstance(asked, str) else asked
     chosen = [_instance(item) for item in asked] or [cls() for _, cls in registry.items()]
     chosen.sort(key=lambda analyzer: analyzer.place)
     names = [analyzer.name for analyzer in chosen]
@@ -56,6 +57,8 @@ def _setting(cls: type[Analyzer], text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     key = key.replace("-", "_")
     known = {f.name: type(f.default) for f in fields(cls)}  # type: ignore[arg-type]
+    if not equals and key in known:
+        raise UsageError(f"{cls.name}: {key} needs a value.", hint=f"Write {cls.name}:{key}={known[key]()}.")
     if not equals or key not in known:
         raise UsageError(
             f"{cls.name} has no parameter {key!r}.",

@@ -134,8 +134,8 @@ class MassiveActivations(Analyzer):
             where = f"{summary['max_abs']:.3g} at layer {summary['max_layer']}, position {summary['max_position']}"
             return (
                 f"No massive activation by the published rule (above {self.absolute:g} and {self.relative:g} times "
-                f"the median). The largest entry is {where} ({summary['max_token']!r}), dim {summary['max_dim']}, "
-                f"{summary['max_ratio']:.0f} times its layer's median, {_written(summary)}."
+                f"the median). The entry that stands out most is {where} ({summary['max_token']!r}), dim "
+                f"{summary['max_dim']}, {summary['max_ratio']:.0f} times its layer's median, {_written(summary)}."
             )
         top = rows[0]
         dims = ", ".join(map(str, summary["dims"][:6])) + (", ..." if len(summary["dims"]) > 6 else "")
@@ -238,8 +238,12 @@ def _writer(trace: Trace, best: dict[str, Any]) -> dict[str, Any]:
 
 
 def _largest(trace: Trace) -> dict[str, Any]:
-    """The largest entry of all prompts and layers relative to its layer's median, massive or not."""
+    """The entry that stands out most of its layer (`max_*`, by ratio to the median), massive or not.
+
+    `largest_abs` is the largest |h| of all prompts and layers, which may be another entry.
+    """
     best: dict[str, Any] = {"max_abs": 0.0, "max_ratio": 0.0}
+    largest = max(float(np.nanmax(np.abs(record[sig.RESIDUAL_TOP][:, 0]))) for record in trace)
     for record in trace:
         value, median = record[sig.RESIDUAL_TOP][:, 0], record[sig.RESIDUAL_MEDIAN]
         ratio = np.abs(value) / np.maximum(median, np.finfo(np.float32).tiny)
@@ -254,7 +258,7 @@ def _largest(trace: Trace) -> dict[str, Any]:
                 "max_token": record.pieces[position],
                 "max_dim": int(record["residual_top_dim"][layer, 0]),
             }
-    return best
+    return {**best, "largest_abs": largest}
 
 
 def _tile(rows: list[dict[str, Any]], summary: dict[str, Any]) -> Tile:

@@ -152,10 +152,10 @@ class PrimarySinks(Analyzer):
         return found.heads(self.epsilon, self.min_lift, self.min_prompts)
 
     def _strongest(self, columns: list[Column], rows: list[dict[str, Any]]) -> Column:
-        """The first row's position; where no position is a sink, the one with the largest mean lift."""
+        """The first row's position; where no position is a sink, the one with the largest rate, then share."""
         if rows:
             return next(found for found in columns if found.position == rows[0]["position"])
-        return max(columns, key=lambda found: float((found.share / found.uniform).mean()))
+        return max(columns, key=lambda found: (found.rate(self.epsilon), float(found.share.mean())))
 
     def _row(self, evidence: list[SinkEvidence], found: Column) -> dict[str, Any]:
         heads = self._sink_heads(found)
@@ -184,6 +184,7 @@ class PrimarySinks(Analyzer):
         norm = norm_sinks(records, self.norm_ratio)
         by_attention = {row["position"] for row in rows}
         low, high = _interval(strongest.rates(self.epsilon))
+        first = column(evidence, 0, 1)
         return {
             "sink_rate": strongest.rate(self.epsilon),
             "sink_rate_ci_low": low,
@@ -192,6 +193,9 @@ class PrimarySinks(Analyzer):
             "share": float(strongest.share.mean()),
             "uniform_share": float(strongest.uniform.mean()),
             "epsilon": self.epsilon,
+            "first_position_rate": first.rate(self.epsilon),
+            "first_position_share": float(first.share.mean()),
+            "heads_in_all": int((~np.isnan(strongest.alpha[0])).sum()),
             "seq_len": int(np.median(lengths)),
             "seq_len_min": min(lengths),
             "seq_len_max": max(lengths),
@@ -345,7 +349,9 @@ def _verdict(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
     layers = span(top["first_layer"], top["last_layer"]) if top["n_heads"] else "no layer consistently"
     return (
         f"Attention sink on position {top['position']} ({top['token']!r}): {top['share']:.3f} of the attention, "
-        f"{top['lift']:.1f} times uniform; {top['rate']:.1f} % of heads above {summary['epsilon']:g}, {layers}.{others}"
+        f"{top['lift']:.1f} times uniform; above {summary['epsilon']:g} in {top['rate']:.1f} % of "
+        f"(prompt, layer, head), consistently in {top['n_heads']} of {summary['heads_in_all']} heads ({layers})."
+        f"{others}"
     )
 
 

@@ -56,7 +56,8 @@ class SuperExperts(Analyzer):
     Compared with the paper: the paper's third condition, layers in which massive activations form, has no numeric
     rule; `scope="formation"` asks that the written entry be in the residual at `spike_ratio` times the layer's
     median. `recipe="code"` repeats the official profiler: the first routed row only, zero for unrouted experts,
-    0.1 · max with floor division, the first 75 % of the layers. Three guards are ours, so that a model without
+    0.1 · max with floor division, the first 75 % of the layers; position, dim and signed value stay those of the
+    overall maximum. Three guards are ours, so that a model without
     Super Experts gets none: a(l, e) must be at least `floor` times the median expert (0 switches it off); with at
     most 201 experts P99.5 lies between the two largest values and could never name more than one, so there the
     percentile is replaced by the condition of `scope="formation"`.

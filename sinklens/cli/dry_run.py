@@ -21,6 +21,7 @@ def print_plan(model: str | None, options: ProfileOptions, *, as_json: bool) -> 
     fits = {True: "fits", False: "does not fit", None: "free memory unknown"}[predicted.fits]
     free = f" of {size(predicted.available)} free: {fits}" if predicted.available is not None else f": {fits}"
     about = "about " if described.estimated else ""
+    heads = f"{info.layers} layers x {info.heads} heads ({info.kv_heads} KV)"
     counts = f"{said['n_prompts']} prompts, {said['n_tokens']} tokens, {predicted.batches} batches"
     time = (
         "not predicted for this device"
@@ -28,7 +29,7 @@ def print_plan(model: str | None, options: ProfileOptions, *, as_json: bool) -> 
         else f"about {duration(predicted.seconds)}"
     )
     lines = {
-        "Model": f"{info.id}  {info.family} · {info.layers} layers x {info.heads} heads · {info.dtype}",
+        "Model": f"{info.id}  {info.family} · {heads} · {info.dtype}",
         "Inputs": f"{said['source']}: {counts}",
         "Signals": ", ".join(predicted.signals),
         "Memory": f"weights {about}{size(predicted.weights)} + working about {size(predicted.working)}{free}",

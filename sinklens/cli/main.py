@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -50,6 +51,7 @@ def main(arguments: list[str]) -> int:
     arguments = [argument for argument in arguments if argument not in ("-vv", "--traceback")]
     try:
         result = typer.main.get_command(app).main(arguments, prog_name="sinklens", standalone_mode=False)
+        sys.stdout.flush()  # here, where a closed pipe or a full disk can still be told from a bug
         return int(result or 0)
     except typer.Exit as done:
         return done.exit_code
@@ -69,6 +71,12 @@ def main(arguments: list[str]) -> int:
         # The reader of our output has gone (| head); Python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return _bug(error, arguments, verbose)
+        say_error("The disk is full: the output could not be written.")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (Python would try to flush the old one once more)
+        return 4
     except Exception as error:
         return _bug(error, arguments, verbose)
 

@@ -90,20 +90,21 @@ def command(
     quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")] = False,
     no_text: Annotated[bool, typer.Option("--no-text", help="Keep tokens out of the report.")] = False,
 ) -> None:
-    from sinklens.pipeline.gate import check_gate, parse_gate
+    from sinklens.pipeline.gate import check_gate, check_path, parse_gate
     from sinklens.pipeline.options import ProfileOptions, with_preset
 
     from .console import ConsoleListener, print_json, print_run
     from .environment import quiet_libraries
 
     quiet_libraries(offline=offline)
+    wanted = tuple(item.strip() for item in (analyzers or "").split(",") if item.strip())
     for expression in fail_if or []:
-        parse_gate(expression)
+        check_path(parse_gate(expression)[0], wanted)
     settings: dict[str, Any] = {
         "prompts": prompts,
         "n": n,
         "seq_len": seq_len,
-        "analyzers": tuple(item.strip() for item in (analyzers or "").split(",") if item.strip()),
+        "analyzers": wanted,
         "mode": mode,
         "bos": bos,
         "chat_template": chat_template,
@@ -117,6 +118,8 @@ def command(
         "revision": revision,
         "trust_remote_code": trust_remote_code,
     }
+    if resume is not None:
+        refuse_beside_resume({"model": model, "out": out, "preset": preset}, settings)
     options = ProfileOptions(**settings)
     if preset is not None:
         options = with_preset(options, preset, given_options(settings))
@@ -137,7 +140,7 @@ def command(
             resume=resume,
             listener=listener,
             argv=sys.argv,
-            options=options,
+            options=None if resume else options,
         )
     finally:
         listener.close()
@@ -150,6 +153,19 @@ def command(
         check_gate(expression, run.document)
 
 
+def refuse_beside_resume(names: dict[str, Any], settings: dict[str, Any]) -> None:
+    """A resumed run takes everything from its manifest; an option that would be ignored is refused."""
+    from sinklens.core.errors import UsageError
+
+    given = [name for name, value in names.items() if value is not None] + sorted(given_options(settings))
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise UsageError(
+            f"A resumed run takes its model and options from its manifest; {flags} would be ignored.",
+            hint="Leave it out, or start another run.",
+        )
+
+
 def given_options(settings: dict[str, Any]) -> set[str]:
     """The options that differ from their defaults: those win over a preset."""
     from sinklens.pipeline.options import ProfileOptions
@@ -160,5 +176,6 @@ def given_options(settings: dict[str, Any]) -> set[str]:
 
 def run_name(model: str | None) -> str:
     """A folder name for a run: the model's last name and the time."""
-    name = re.sub(r"[^\w.-]+", "-", (model or "bundled").rstrip("/").split("/")[-1]).strip("-") or "model"
+    last = (model or "default").rstrip("/").split("/")[-1].removeprefix("bundled:")
+    name = re.sub(r"[^\w.-]+", "-", last).strip("-") or "model"
     return f"{name}-{datetime.now():%Y%m%d-%H%M%S}"

@@ -95,7 +95,7 @@ def _require_tokenizer(tokenizer: Any, source: Source) -> None:
     if tokenizer is None and not source.given_ids:
         raise DataError(
             f"The prompts of {source.name} are text, but the model came without a tokenizer.",
-            hint="Name one with --tokenizer, or pass lists of token ids: load_prompts([[1, 15, 27]], None)",
+            hint="In Python: give tokenizer=..., or prompts as lists of token ids, prompts=[[1, 15, 27, ...]].",
         )
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Sequence
 from typing import Any
 
+from sinklens.analyzers import registry
 from sinklens.core.errors import GateError, UsageError
 from sinklens.core.suggest import did_you_mean
 
@@ -35,11 +37,24 @@ def check_gate(expression: str, document: dict[str, Any]) -> None:
     path, sign, wanted = parse_gate(expression)
     value = _lookup(path, document)
     if isinstance(value, list):
-        value = len(value)
+        value = len(value)  # rows, heads, dims, ...: how many
     if value is None:
         raise UsageError(f"--fail-if: {path} has no value in this run.", hint="See the document with --json.")
     if _COMPARE[sign](*_alike(value, wanted, path)):
         raise GateError(f"--fail-if: {path} is {value}, and the condition is {path} {sign} {wanted}.")
+
+
+def check_path(path: str, analyzers: Sequence[str]) -> None:
+    """Refuse a path whose finding this run will not have, before anything is run.
+
+    Args:
+        analyzers: The analyzers asked for, with or without parameters; empty for all.
+    """
+    head = path.partition(".")[0].replace("_", "-")
+    known = ["verdict", "model", *([item.partition(":")[0] for item in analyzers] or registry)]
+    if head not in known:
+        hint = did_you_mean(head, known) or f"There are: {', '.join(known)}."
+        raise UsageError(f"--fail-if: this run will have no {head!r}.", detail=hint)
 
 
 def parse_gate(expression: str) -> tuple[str, str, str]:

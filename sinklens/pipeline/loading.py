@@ -9,7 +9,7 @@ from .run import Run, load_run
 
 
 def load(path: str | Path) -> Run | dict[str, Any]:
-    """A run folder as a `Run`, or the JSON document embedded in a report (`.html`).
+    """A run folder as a `Run`; of a report (`.html`), which has no trace, the embedded JSON document as a dict.
 
     Raises:
         DataError: The file or folder is not one that sinklens wrote, or is damaged.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from sinklens.analyzers import chosen_analyzers
 from sinklens.tracers import signals as sig
 from sinklens.tracers.executor import TracePlan, partition
-from sinklens.tracers.signals import PLACED, Signal
+from sinklens.tracers.signals import PLACED, Signal, Source
 
 from .options import ProfileOptions
 from .profile import plan_for, read_prompts
@@ -69,6 +69,7 @@ def prediction(
     described: ModelDescription, prompts: PromptSet, plan: TracePlan, *, on_cpu: bool
 ) -> Prediction:
     """The cost of tracing these prompts with this plan."""
+    tower = described.anatomy.main
     batches = partition(prompts.prompts, most=plan.batch_prompts, tokens=plan.batch_tokens)
     widest = max(len(batch) * len(batch[0]) for batch in batches)
     tokens = sum(len(batch) * len(batch[0]) for batch in batches)
@@ -79,7 +80,9 @@ def prediction(
         disk=sum(record_bytes(described, len(prompt), plan) for prompt in prompts.prompts),
         seconds=_seconds(described, tokens) if on_cpu else None,
         batches=len(batches),
-        signals=tuple(sorted(signal.name for signal in plan.signals)),
+        signals=tuple(
+            sorted(s.name for s in plan.signals if tower.n_experts or s.source is not Source.EXPERTS)
+        ),
     )
 
 

@@ -96,6 +96,12 @@ def profile(
     """
     listener = listener or Silent()
     if resume is not None:
+        changed = sorted(settings) if options is None else ["options"]
+        if changed or isinstance(model, str):
+            raise UsageError(
+                f"A resumed run takes model and options from its manifest; {', '.join(changed) or 'model'} was given.",
+                hint="Leave it out, or start another run with --out.",
+            )
         return _resume(Path(resume), model, tokenizer, listener, argv)
     options = options or ProfileOptions(**settings)
     if isinstance(model, nn.Module):
@@ -124,13 +130,15 @@ def _start(
     argv: list[str] | None,
     options: ProfileOptions,
 ) -> Run:
-    store = RunStore(out) if out is not None else None
     chosen_analyzers(options.analyzers)  # a misspelt analyzer is told before a large model is loaded
-    if store is not None:
-        store.create(force=force)
-    prepared = prepare(model, tokenizer, options, listener)
-    request = model_request(model, prepared.opened)
-    return _Session(prepared, options, store, listener, argv, request).run()
+    if out is None:
+        prepared = prepare(model, tokenizer, options, listener)
+        return _Session(prepared, options, None, listener, argv, None).run()
+    store = RunStore(out)
+    with store.created(force=force), store.locked():
+        prepared = prepare(model, tokenizer, options, listener)
+        request = model_request(model, prepared.opened)
+        return _Session(prepared, options, store, listener, argv, request).run()
 
 
 def prepare(model: Any, tokenizer: Any, options: ProfileOptions, listener: Listener) -> Prepared:
@@ -336,12 +344,12 @@ class _Session:
 
 def _untrusted(failed: list[Check], store: RunStore | None) -> SelfCheckError:
     check = failed[0]
-    limit = "" if check.limit is None else f" (limit {check.limit:g})"
-    value = "" if check.value is None else f" {check.value:g}{limit}"
-    others = f" and {len(failed) - 1} more" if len(failed) > 1 else ""
+    value = "" if check.value is None else f"found {check.value:g}"
+    limit = "" if check.limit is None else f", limit {check.limit:g}"
+    others = f" {len(failed) - 1} other checks failed too." if len(failed) > 1 else ""
     return SelfCheckError(
-        f"Self-check failed: {check.name}{others}:{value}. No verdict is given.",
-        detail=check.detail,
+        f"Self-check failed: {check.name}. No verdict is given.{others}",
+        detail=f"{value}{limit}: {check.detail[:160]}",
         hint=f"All checks: {store.folder / 'summary.json'}"
         if store
         else "See all checks: sinklens doctor -m MODEL",
@@ -364,8 +372,9 @@ def _resume(folder: Path, model: Any, tokenizer: Any, listener: Listener, argv: 
         )
     request["analyzers"] = tuple(request["analyzers"])
     options = ProfileOptions(**request)
-    prepared = prepare(model if model is not None else asked, tokenizer, options, listener)
-    return _Session(prepared, options, store, listener, argv, asked).run(before)
+    with store.locked():
+        prepared = prepare(model if model is not None else asked, tokenizer, options, listener)
+        return _Session(prepared, options, store, listener, argv, asked).run(before)
 
 
 def _same_run(before: dict[str, Any], prepared: Prepared, now: Trace) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,7 +60,8 @@ class Run:
         key = name.replace("_", "-")
         if key in findings:
             return findings[key]
-        raise AttributeError(f"A run has no {name!r}. {did_you_mean(key, findings) or ''}".strip())
+        known = did_you_mean(key, findings) or f"Its findings are: {', '.join(findings) or 'none'}."
+        raise AttributeError(f"A run has no {name!r}. {known}")
 
     def __dir__(self) -> Iterable[str]:
         return [*super().__dir__(), *(name.replace("-", "_") for name in self.findings)]
@@ -81,6 +83,8 @@ class Run:
         from sinklens.core.canonical import plain
 
         info = asdict(self.trace.info)
+        if os.path.isabs(info["id"]):
+            info["id"] = Path(info["id"]).name  # a document that is passed on does not tell where it was made
         return plain(
             {
                 "schema": SCHEMA,

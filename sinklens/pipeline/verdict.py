@@ -58,11 +58,12 @@ def strength(rate: float) -> str:
 
 def _sink_sentence(finding: Finding) -> str:
     top, summary = finding.rows[0], finding.summary
-    where = span(top["first_layer"], top["last_layer"]) if top["n_heads"] else "no head consistently"
+    where = span(top["first_layer"], top["last_layer"]) if top["n_heads"] else "no layer"
     return (
         f"{strength(top['rate'])} attention sink on position {top['position']} ({top['token']!r}): it receives "
         f"{100 * top['share']:.1f} % of all attention, {top['lift']:.1f} times the uniform share, and more than "
-        f"{summary['epsilon']:g} in {top['rate']:.1f} % of heads ({where})."
+        f"{summary['epsilon']:g} in {top['rate']:.1f} % of (prompt, layer, head); {top['n_heads']} of "
+        f"{summary['heads_in_all']} heads sink on it consistently ({where})."
     )
 
 

@@ -110,6 +110,8 @@ class AttentionTap:
                 _attached.pop(key, None)
             for config, implementation in before:
                 config._attn_implementation_internal = implementation
+            if not _attached:
+                _unregister()
 
     def _name_for(self, config: Any, implementation: str | None) -> str:
         # The fused pass replaces the kernel, so it can take the cheap boolean mask even where the model is eager.
@@ -218,13 +220,22 @@ def own_kernel(module: nn.Module, implementation: str) -> Callable[..., Any]:
 
 
 def _register() -> None:
-    """Add the tap's names to the two registries (idempotent; they act only where a config names them)."""
+    """Add the tap's names to the two registries, for as long as any tap is attached."""
     from transformers import AttentionInterface
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 
     for name, implementation in STANDS_FOR.items():
         AttentionInterface.register(name, _entry(name))
         AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+
+
+def _unregister() -> None:
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    for name in STANDS_FOR:
+        AttentionInterface._global_mapping.pop(name, None)
+        AttentionMaskInterface._global_mapping.pop(name, None)
 
 
 def _entry(name: str) -> Callable[..., Any]:

@@ -96,6 +96,8 @@ class ExpertsTap:
                 _attached.pop(key, None)
             for key, config in configs.items():
                 config._experts_implementation_internal = before[key]
+            if not _attached:
+                ExpertsInterface._global_mapping.pop(NAME, None)
 
     def run(self, module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """One experts call: the layer's routed output; the rows go to the observer."""

@@ -72,7 +72,11 @@ ATTENTION_TOP1 = Signal(
     "share of the queries that see the key whose largest weight is on it",
 )  # fmt: skip
 ATTENTION_ENTROPY = Signal(
-    "attention_entropy", _A, ("layer", "head"), "nats", "row entropy, mean over queries"
+    "attention_entropy",
+    _A,
+    ("layer", "head"),
+    "nats",
+    "-sum A log A over keys, mean over queries (a learned sink is no key)",
 )
 ATTENTION_DISTANCE = Signal(
     "attention_distance", _A, ("layer", "head"), "tokens", "mean distance to the attended key, over queries"

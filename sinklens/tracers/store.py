@@ -16,6 +16,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -30,6 +31,7 @@ from sinklens.models.spec import ModelInfo
 from .trace import LayerInfo, PromptRecord, Trace, as_plain
 
 SCHEMA = "sinklens/run/1"
+LOCK = ".lock"
 
 
 class RunStore:
@@ -65,11 +67,48 @@ class RunStore:
             probe.unlink()
         except OSError as error:
             if error.errno == errno.ENOSPC:
-                raise _disk_full(self.folder) from error
+                raise self._disk_full() from error
             raise UsageError(
                 f"The output folder {self.folder} cannot be written: {error.strerror or error}.",
                 hint="Choose another folder with --out.",
             ) from error
+
+    @contextmanager
+    def created(self, *, force: bool = False) -> Iterator[None]:
+        """`create`, undone if nothing was written into a folder that was made for the run."""
+        made = not self.folder.exists()
+        self.create(force=force)
+        try:
+            yield
+        finally:
+            if made and not any(path.is_file() for path in self.folder.rglob("*") if path.name != LOCK):
+                shutil.rmtree(self.folder, ignore_errors=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes out of the folder; the system lets go of the lock when this one ends.
+
+        Raises:
+            UsageError: Another run is writing here.
+        """
+        try:
+            import fcntl
+        except ImportError:  # no such locks on this system
+            yield
+            return
+        path = self.folder / LOCK
+        with open(path, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise UsageError(
+                    f"Another run is writing to {self.folder} now.",
+                    hint="Wait for it, or choose another --out.",
+                ) from error
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
 
     def write_text(self, name: str, text: str) -> Path:
         """Write a file of the run, whole or not at all."""
@@ -109,11 +148,15 @@ class RunStore:
         with self._guard():
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(path.name + ".partial")
-            with open(partial, "wb") as file:
-                file.write(save(tensors, metadata=header))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
+            try:
+                with open(partial, "wb") as file:
+                    file.write(save(tensors, metadata=header))
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(partial, path)
+            except OSError:
+                partial.unlink(missing_ok=True)  # half a shard would only keep a full disk full
+                raise
 
     @contextmanager
     def _guard(self) -> Iterator[None]:
@@ -122,12 +165,20 @@ class RunStore:
             yield
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise _disk_full(self.folder) from error
+                raise self._disk_full() from error
             raise ResourceError(
                 f"Writing to {self.folder} failed: {error.strerror or error}.",
                 detail="The prompts finished before are saved.",
                 hint=f"Make the folder writable again, then: sinklens profile --resume {self.folder}",
             ) from error
+
+    def _disk_full(self) -> ResourceError:
+        shards = len(self._shards())
+        return ResourceError(
+            f"The disk that holds {self.folder} is full.",
+            detail=f"{shards} finished batches are saved." if shards else "No batch was finished.",
+            hint=f"Free some space, then: sinklens profile --resume {self.folder}",
+        )
 
     # reading ---------------------------------------------------------------------------------------------------
 
@@ -202,11 +253,3 @@ def _read_arrays(path: Path) -> list[PromptRecord]:
         )
         for entry in described
     ]
-
-
-def _disk_full(folder: Path) -> ResourceError:
-    return ResourceError(
-        f"The disk that holds {folder} is full.",
-        detail="The prompts finished before are saved.",
-        hint=f"Free some space, then: sinklens profile --resume {folder}",
-    )

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sinklens
+import sinklens.core.errors
 from sinklens.cli.main import main
 from sinklens.models.catalog import bundled, default_model
 
@@ -305,3 +306,72 @@ def test_help_needs_no_heavy_import() -> None:
         "nnsight",
     }
     assert not heavy & set(done.stderr.strip("[]\n").replace("'", "").split(", "))
+
+
+@pytest.mark.parametrize(
+    "extra", [("-n", "7"), ("-m", "bundled:moe-ind"), ("--preset", "gu2024"), ("--out", "x")]
+)
+def test_resume_refuses_options_it_would_ignore(extra: tuple[str, ...], tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "run"
+    assert main(["profile", "-q", "-n", "4", "--out", str(out)]) == 0
+    assert "would be ignored" in fails(capsys, 2, "--resume", str(out), *extra)
+    assert main(["profile", "-q", "--resume", str(out)]) == 0
+
+
+def test_two_runs_do_not_share_a_folder(tmp_path: Path, capsys: Any) -> None:
+    from sinklens.tracers.store import RunStore
+
+    store = RunStore(tmp_path / "run")
+    store.create()
+    with store.locked():
+        run = f"sys.exit(main(['profile', '--out', {str(store.folder)!r}]))"
+        code = f"import sys; from sinklens.cli.main import main; {run}"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Another run is writing" in done.stderr
+
+
+def test_a_start_that_fails_leaves_no_folder(tmp_path: Path, capsys: Any) -> None:
+    fails(capsys, 3, "-m", "nowhere", "--out", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_token_ids_and_positions_the_model_does_not_have(tmp_path: Path, capsys: Any) -> None:
+    from tests.families import build, save_with_tokenizer
+
+    save_with_tokenizer(build("gpt2"), str(tmp_path / "gpt2"))
+    out = ("--out", str(tmp_path / "run"))
+    text = ("--prompts", "corpus:prose", "-n", "2", "-m", str(tmp_path / "gpt2"))
+    message = fails(capsys, 3, *text, "--seq-len", "600", *out)
+    assert "learned positions for 512" in message
+    assert main(["profile", "-q", *text, "--seq-len", "64", *out]) == 0
+    with pytest.raises(sinklens.core.errors.DataError, match="token id 999"):
+        sinklens.profile(build("llama"), prompts=[[1, *[999] * 40]])
+
+
+def test_a_misspelt_gate_is_told_before_anything_is_run(tmp_path: Path, capsys: Any) -> None:
+    assert "primary-sinks" in fails(
+        capsys, 2, "--fail-if", "primary-sink.rate > 3", "--out", str(tmp_path / "run")
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_output_that_cannot_be_written_is_no_bug() -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full on this system")
+    code = "import sys; from sinklens.cli.main import main; sys.exit(main(['ls', 'models']))"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", code], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 4
+    assert "disk is full" in done.stderr
+
+
+def test_the_registries_of_transformers_are_as_before() -> None:
+    from transformers import AttentionInterface
+    from transformers.integrations.moe import ExpertsInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    registries = (AttentionInterface, AttentionMaskInterface, ExpertsInterface)
+    before = [dict(registry._global_mapping) for registry in registries]
+    sinklens.profile("bundled:moe-ind", n=4)
+    assert [dict(registry._global_mapping) for registry in registries] == before
