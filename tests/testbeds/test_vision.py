@@ -196,6 +196,7 @@ def test_the_bundled_model_answers_held_out_pictures(bundled: PreTrainedModel) -
 
 
 def test_a_picture_file_goes_through_the_stored_processor(bundled: PreTrainedModel) -> None:
+    model: Any = bundled
     processor: Any = AutoProcessor.from_pretrained(FOLDER)
     scenes = held_out_scenes(RECIPE, 64)
     captions: dict[str, str] = json.loads((FOLDER / "samples" / "captions.json").read_text())
@@ -207,7 +208,7 @@ def test_a_picture_file_goes_through_the_stored_processor(bundled: PreTrainedMod
         assert caption == caption_text(RECIPE, scenes, picture)
         assert torch.equal(batch["input_ids"][0], encoded.input_ids[picture, :29])
         torch.testing.assert_close(batch["pixel_values"][0], encoded.pixel_values[picture], rtol=0, atol=1e-6)
-        ids = bundled.generate(**batch, max_new_tokens=8, do_sample=False)[0, 29:]
+        ids = model.generate(**batch, max_new_tokens=8, do_sample=False)[0, 29:]
         assert processor.decode(ids, skip_special_tokens=True) == caption.removeprefix("how many ? ")
 
 
