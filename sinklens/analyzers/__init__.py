@@ -58,7 +58,7 @@ def _setting(cls: type[Analyzer], text: str) -> tuple[str, Any]:
     key = key.replace("-", "_")
     known = {f.name: type(f.default) for f in fields(cls)}  # type: ignore[arg-type]
     if not equals and key in known:
-        raise UsageError(f"{cls.name}: {key} needs a value.", hint=f"Write {cls.name}:{key}={known[key]()}.")
+        raise UsageError(f"{cls.name}: {key} needs a value.", hint=f"Write {cls.name}:{key}=VALUE.")
     if not equals or key not in known:
         raise UsageError(
             f"{cls.name} has no parameter {key!r}.",

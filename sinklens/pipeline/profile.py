@@ -202,7 +202,8 @@ def _long_enough(analyzer: Analyzer, prompts: PromptSet) -> None:
 
 def _within_reach(opened: OpenedModel, prompts: PromptSet) -> None:
     """Refuse prompts with tokens or positions that the model has no embedding for, before it fails on them."""
-    tokens = opened.module.get_input_embeddings() if hasattr(opened.module, "get_input_embeddings") else None
+    module: Any = opened.module
+    tokens = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
     largest = max(max(prompt.token_ids) for prompt in prompts.prompts)
     if isinstance(tokens, nn.Embedding) and largest >= tokens.num_embeddings:
         raise DataError(
