@@ -135,7 +135,7 @@ class SuperExperts(Analyzer):
         order = sorted(range(len(size)), key=lambda i: (-size[i], candidates[i].layer, candidates[i].expert))
         rank = {i: r for r, i in enumerate(order, start=1)}
         rows = [_row(candidates[i], rank[i], trace) for i in order if chosen[i]]
-        summary = self._summary(size, order, candidates, trace)
+        summary = {**self._summary(size, order, candidates, trace), "n_found": len(rows)}
         return self.finding(
             Status.FOUND if rows else Status.NOT_FOUND,
             _verdict(rows, summary),
@@ -253,6 +253,7 @@ class SuperExperts(Analyzer):
             "largest": [float(size[i]) for i in order[:10]],
             "median": float(np.median(size)),
             "n_prompts": len(trace),
+            **_removal(trace),
         }
 
     def _notes(self, summary: dict[str, Any]) -> list[str]:
@@ -318,6 +319,32 @@ def _routing_at(trace: Trace, candidate: Candidate) -> tuple[float | None, float
     return float(routed.mean()), float(np.nanmean(weights)) if routed.any() else 0.0
 
 
+def _removal(trace: Trace) -> dict[str, float]:
+    """The effect of removing the experts, if the run measured it: sink rate and share of the strongest position."""
+    effect = trace.manifest.get("removal")
+    if effect is None:
+        return {}
+    ways = {"with_all": "all_experts", "without_them": "without_them", "without_others": "without_others"}
+    return {
+        f"{kind}_{name}": float(effect[key][kind])
+        for name, key in ways.items()
+        for kind in ("sink_rate", "share")
+    }
+
+
+def _effect(summary: dict[str, Any]) -> str:
+    if "share_without_them" not in summary:
+        return ""
+    before, after, control = (
+        f"{100 * summary[f'share_{way}']:.1f} %" for way in ("with_all", "without_them", "without_others")
+    )
+    rates = f"{summary['sink_rate_with_all']:.1f} % to {summary['sink_rate_without_them']:.1f} %"
+    return (
+        f" Without {'it' if summary['n_found'] == 1 else 'them'} the sink's share of attention goes from {before} to "
+        f"{after} and its rate from {rates}; without as many other experts of the same layers the share is {control}."
+    )
+
+
 def _name(row: dict[str, Any]) -> str:
     return f"L{row['layer']}E{row['expert']}" if row["kind"] == ROUTED else f"L{row['layer']} {row['kind']}"
 
@@ -334,7 +361,7 @@ def _verdict(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
     top = rows[0]
     return (
         f"{len(rows)} Super Expert{'s' * (len(rows) > 1)} among {compared}: {named}{more}. The strongest writes dim "
-        f"{top['dim']} on position {top['position']} ({top['token']!r})."
+        f"{top['dim']} on position {top['position']} ({top['token']!r}).{_effect(summary)}"
     )
 
 

@@ -68,6 +68,9 @@ def command(
     seed: Annotated[int, typer.Option(help="Seed of the prompt sample.")] = 0,
     batch_size: Annotated[int | None, typer.Option(help="Most prompts in a batch.")] = None,
     keep_positions: Annotated[int, typer.Option(help="Strongest positions kept per prompt.")] = 48,
+    verify: Annotated[
+        bool, typer.Option("--verify/--no-verify", help="Look once more without the Super Experts found.")
+    ] = True,
     dtype: Dtype = "auto",
     device: Device = None,
     device_map: DeviceMap = None,
@@ -112,6 +115,7 @@ def command(
         "seed": seed,
         "batch_size": batch_size,
         "keep_positions": keep_positions,
+        "verify": verify,
         "dtype": dtype,
         "device": device,
         "device_map": device_map,

@@ -48,6 +48,7 @@ def train_command(
     from sinklens.testbeds import train_testbed
 
     quiet_libraries()
+    name = full_name(name)
     folder = writable(out or Path("testbeds") / f"{name}-{'own' if seed is None else seed}")
 
     def show(step: int, total: int, loss: float) -> None:
@@ -77,6 +78,16 @@ def plant_command(
         print_json(truth.to_json())
     else:
         print(folder)
+
+
+def full_name(name: str) -> str:
+    """`dense` for `dense-ind`: the one trained testbed whose name begins so."""
+    from sinklens.testbeds import list_testbeds
+
+    longer = [
+        bed.name for bed in list_testbeds() if bed.kind == "trained" and bed.name.startswith(f"{name}-")
+    ]
+    return longer[0] if len(longer) == 1 else name
 
 
 def writable(folder: Path) -> Path:

@@ -22,6 +22,7 @@ class ProfileOptions:
         seq_len: Prompts are cut to this many tokens.
         bos: `auto` (as the tokenizer does), `on` or `off`.
         mode: `faithful` or `fused`, see `sinklens.tracers.attention`.
+        verify: Look once more at a few prompts without the Super Experts that were found.
         keep_positions: Strongest positions kept per head and prompt, besides the first 16.
     """
 
@@ -36,6 +37,7 @@ class ProfileOptions:
     mode: str = "faithful"
     batch_size: int | None = None
     keep_positions: int = 48
+    verify: bool = True
     dtype: str = "auto"
     device: str | None = None
     device_map: str | None = None

@@ -23,6 +23,7 @@ from sinklens.tracers.store import RunStore
 from sinklens.tracers.trace import Trace
 
 from .options import ProfileOptions
+from .removal import removal_effect
 from .run import Run, load_run, stored_manifest, write_run
 
 DEFAULT_PROMPTS, DEFAULT_SEQ_LEN = 32, 512
@@ -300,9 +301,23 @@ class _Session:
         result = self._trace(plan)
         run = Run(result, self.prepared.analyzers, checks)
         self._describe(result, checks, "complete")
+        if self.request["verify"]:
+            run = self._verified(run, plan)
         if self.store is not None:
             write_run(run, self.store)
         return run
+
+    def _verified(self, run: Run, plan: TracePlan) -> Run:
+        """The run with the effect of removing its Super Experts, if it has any."""
+        found = run.findings.get("super-experts")
+        if found is None or not found.rows:
+            return run
+        prompts = self.prepared.prompts.prompts
+        effect = removal_effect(self.prepared.opened, prompts, plan, run.trace, found.rows)
+        if effect is None:
+            return run
+        run.trace.manifest["removal"] = effect
+        return Run(run.trace, run.analyzers, run.checks)
 
     def _trace(self, plan: TracePlan) -> Trace:
         try:

@@ -34,6 +34,7 @@ class TracePlan:
     Attributes:
         signals: Nothing else is recorded.
         own_experts: Let the model's own experts function compute the output beside the loop that measures.
+        ablate: `(layer, expert)` pairs that put out zero.
         batch_prompts, batch_tokens: Largest batch, in prompts and in tokens with padding. A batch is one shard:
             what an interruption can lose at most.
     """
@@ -41,6 +42,7 @@ class TracePlan:
     signals: frozenset[Signal] = frozenset(ALL_SIGNALS)
     mode: Mode = Mode.FAITHFUL
     own_experts: bool = False
+    ablate: frozenset[tuple[int, int]] = frozenset()
     limits: Limits = field(default_factory=Limits)
     blocks: BlockPlan = field(default_factory=BlockPlan)
     batch_prompts: int = 16
@@ -102,9 +104,12 @@ def trace_batch(opened: OpenedModel, batch: Batch, plan: TracePlan, *, logits: b
             stack.enter_context(residual_tap(model, tower, recorder.on_residual))
         if Source.DOWN_PROJ in plan.sources():
             stack.enter_context(down_proj_tap(model, tower, recorder.on_down_proj))
-        if Source.EXPERTS in plan.sources() and tower.n_experts:
+        if (Source.EXPERTS in plan.sources() or plan.ablate) and tower.n_experts:
             experts = ExpertsTap(
-                sites(model, tower, "experts"), recorder.on_experts, own_output=plan.own_experts
+                sites(model, tower, "experts"),
+                recorder.on_experts if Source.EXPERTS in plan.sources() else None,
+                ablate=plan.ablate,
+                own_output=plan.own_experts,
             )
             stack.enter_context(experts.attached())
         output = forward(model, batch, logits=logits)

@@ -105,6 +105,12 @@ def test_everything_planted_in_a_mixture_is_found_and_nothing_else(seed: int) ->
     found = [(row["layer"], row["expert"], row["position"], row["dim"]) for row in run.super_experts.rows]
     assert found == [(1, (3 + seed) % 8, 0, 5)]
     assert run.super_experts.rows[0]["share_of_sink_token"] == 1.0
+    summary = run.super_experts.summary
+    assert summary["sink_rate_with_all"] == pytest.approx(100 * 2 / 24)
+    assert summary["sink_rate_without_them"] == 0.0
+    assert summary["sink_rate_without_others"] == summary["sink_rate_with_all"]
+    assert "Without it the sink's share" in run.super_experts.verdict
+    assert "without_them" not in str(profiled(model, seed, verify=False).super_experts.summary)
 
 
 @pytest.mark.parametrize("at", [3, 20])
