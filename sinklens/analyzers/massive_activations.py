@@ -131,10 +131,11 @@ class MassiveActivations(Analyzer):
 
     def _verdict(self, rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
         if not rows:
-            where = f"{summary['max_abs']:.3g} at layer {summary['max_layer']}, position {summary['max_position']}"
+            where = (
+                f"layer {summary['max_layer']}, position {summary['max_position']} ({summary['max_token']!r})"
+            )
             return (
-                f"No massive activation by the published rule (above {self.absolute:g} and {self.relative:g} times "
-                f"the median). The entry that stands out most is {where} ({summary['max_token']!r}), dim "
+                f"No massive activation by the published rule; nearest comes {summary['max_abs']:.3g} at {where}, dim "
                 f"{summary['max_dim']}, {summary['max_ratio']:.0f} times its layer's median, {_written(summary)}."
             )
         top = rows[0]
@@ -170,7 +171,7 @@ UNITS = {
 
 def _written(summary: dict[str, Any]) -> str:
     layer, output = summary["max_written_at"], summary["max_down_proj_output"]
-    by = f", whose down projection puts out {output:.3g} there" if output is not None else ""
+    by = f" (down projection: {output:.3g})" if output is not None else ""
     return f"written at layer {layer}{by}"
 
 

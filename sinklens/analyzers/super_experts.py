@@ -338,10 +338,10 @@ def _effect(summary: dict[str, Any]) -> str:
     before, after, control = (
         f"{100 * summary[f'share_{way}']:.1f} %" for way in ("with_all", "without_them", "without_others")
     )
-    rates = f"{summary['sink_rate_with_all']:.1f} % to {summary['sink_rate_without_them']:.1f} %"
+    one = summary["n_found"] == 1
     return (
-        f" Without {'it' if summary['n_found'] == 1 else 'them'} the sink's share of attention goes from {before} to "
-        f"{after} and its rate from {rates}; without as many other experts of the same layers the share is {control}."
+        f" Without {'it' if one else 'them'} the sink's share goes from {before} to {after}; without "
+        f"{'another expert' if one else 'as many others'} of the same layer{'' if one else 's'} it is {control}."
     )
 
 
@@ -360,8 +360,9 @@ def _verdict(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
     more = f" and {len(rows) - 6} more" if len(rows) > 6 else ""
     top = rows[0]
     return (
-        f"{len(rows)} Super Expert{'s' * (len(rows) > 1)} among {compared}: {named}{more}. The strongest writes dim "
-        f"{top['dim']} on position {top['position']} ({top['token']!r}).{_effect(summary)}"
+        f"{len(rows)} Super Expert{'s' * (len(rows) > 1)} among {summary['experts_seen']} routed experts: "
+        f"{named}{more}; {'it' if len(rows) == 1 else 'the strongest'} writes dim {top['dim']} on position {top['position']} "
+        f"({top['token']!r}).{_effect(summary)}"
     )
 
 
