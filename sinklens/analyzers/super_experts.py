@@ -359,10 +359,11 @@ def _verdict(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
     named = ", ".join(f"{_name(row)} ({row['abs_max']:.4g})" for row in rows[:6])
     more = f" and {len(rows) - 6} more" if len(rows) > 6 else ""
     top = rows[0]
+    subject = "it" if len(rows) == 1 else "the strongest"
     return (
         f"{len(rows)} Super Expert{'s' * (len(rows) > 1)} among {summary['experts_seen']} routed experts: "
-        f"{named}{more}; {'it' if len(rows) == 1 else 'the strongest'} writes dim {top['dim']} on position {top['position']} "
-        f"({top['token']!r}).{_effect(summary)}"
+        f"{named}{more}; {subject} writes dim {top['dim']} on position {top['position']} ({top['token']!r})."
+        f"{_effect(summary)}"
     )
 
 
