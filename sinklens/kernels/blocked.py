@@ -174,8 +174,12 @@ class _Pass:
         return Block(rows, keys, buffer, logits, row_peaks(logits, buffer) if peaks else None)
 
     def _walk(self) -> Iterator[tuple[slice, slice]]:
-        """Blocks of rows, with the keys each of them needs."""
-        for (start, end), (first, last) in zip(self.blocks, self.view.spans, strict=True):
+        """Blocks of rows, with the keys each of them needs.
+
+        Last rows first: under a causal mask these need the most memory, and what they leave behind, here and in
+        the allocators of the libraries below, serves all others. Growing blocks would fragment it.
+        """
+        for (start, end), (first, last) in reversed(list(zip(self.blocks, self.view.spans, strict=True))):
             yield slice(start, end), slice(first, last)
 
     def _buffer(self, logits: Tensor) -> Tensor:

@@ -120,7 +120,7 @@ def _row_products(
 
 
 class Accumulator:
-    """Collects the statistics of a call (or a chunk of one) from its blocks of rows, first to last.
+    """Collects the statistics of a call (or a chunk of one) from its blocks of rows, last to first.
 
     Args:
         call: The call; of its rows, `live` count.
@@ -160,7 +160,7 @@ class Accumulator:
         self._ruler = torch.arange(keys, -keys - self._queries, -1, device=device).to(self._dtype)
 
     def add(self, block: Block) -> None:
-        """Take all statistics of a block; it must follow the block before."""
+        """Take all statistics of a block; its rows come right before those of the block added before."""
         stats = self.want.stats
         self._heights.append(block.weights.shape[2])
         if block.peak is not None:
@@ -287,7 +287,7 @@ class Accumulator:
 
     def finish(self) -> None:
         """Turn what was collected per row into statistics; all blocks are in."""
-        raw = {name: torch.cat(parts, 2) for name, parts in self._raw.items()}
+        raw = {name: torch.cat(parts[::-1], 2) for name, parts in self._raw.items()}
         factor = raw.get("factor")
         for stat, found in self._linear(raw).items():
             self.into[stat].copy_(found if factor is None else found * factor)
@@ -311,7 +311,7 @@ class Accumulator:
         if Stat.ROW_MAX in stats:
             found[Stat.ROW_MAX] = raw["top"]
         if Stat.DISTANCE in stats:
-            ahead = torch.cat([self._ruler.new_tensor(range(rows)) for rows in self._heights])
+            ahead = torch.cat([self._ruler.new_tensor(range(rows)) for rows in reversed(self._heights)])
             found[Stat.DISTANCE] = raw["back"] + ahead * mass
         if Stat.DISTANCE_WINDOWED in stats:
             found[Stat.DISTANCE_WINDOWED] = self.want.window * mass - raw["near"]
