@@ -180,26 +180,10 @@ def planted_config(family: str) -> PretrainedConfig:
     return AutoConfig.for_model(family, tie_word_embeddings=family == "gemma2", **sizes, **common)
 
 
-def plant_testbed(
-    family: str, out: Path | str, *, seed: int = 0, strength: float = 40.0, noise: float | None = None
-) -> Truth:
-    """Saves a tiny random model with one planted sink on BOS, and `truth.json`, the answer key, beside it.
-
-    The seed draws the weights and the places: three heads in three blocks, the massive dim and, in an MoE family,
-    the Super Expert. The folder opens like any checkpoint and brings its own tokenizer and prompts.
-
-    Args:
-        strength, noise: In nats; see `plant`.
-
-    Raises:
-        UsageError: A family that cannot be planted in.
-    """
-    if family not in SAVED_FAMILIES:
-        raise UsageError(
-            f"There is no planted testbed of the family {family!r}.",
-            detail=did_you_mean(family, SAVED_FAMILIES),
-            hint=f"Families: {', '.join(SAVED_FAMILIES)}",
-        )
+def planted_model(
+    family: str, *, seed: int = 0, strength: float = 40.0, noise: float | None = None
+) -> tuple[PreTrainedModel, Truth]:
+    """The model of `plant_testbed` in memory; also for `qwen2`, whose folder would open with a wrong tokenizer."""
     config = planted_config(family)
     model = random_control(config, seed)
     rng = np.random.default_rng(seed)
@@ -225,6 +209,30 @@ def plant_testbed(
             noise=noise,
             seed=seed,
         )
+    return model, truth
+
+
+def plant_testbed(
+    family: str, out: Path | str, *, seed: int = 0, strength: float = 40.0, noise: float | None = None
+) -> Truth:
+    """Saves a tiny random model with one planted sink on BOS, and `truth.json`, the answer key, beside it.
+
+    The seed draws the weights and the places: three heads in three blocks, the massive dim and, in an MoE family,
+    the Super Expert. The folder opens like any checkpoint and brings its own tokenizer and prompts.
+
+    Args:
+        strength, noise: In nats; see `plant`.
+
+    Raises:
+        UsageError: A family that cannot be planted in.
+    """
+    if family not in SAVED_FAMILIES:
+        raise UsageError(
+            f"There is no planted testbed of the family {family!r}.",
+            detail=did_you_mean(family, SAVED_FAMILIES),
+            hint=f"Families: {', '.join(SAVED_FAMILIES)}",
+        )
+    model, truth = planted_model(family, seed=seed, strength=strength, noise=noise)
     out = Path(out)
     save_checkpoint(model, Recipe(f"planted-{family}", family, {}), out, dtype=torch.float32)
     (out / "truth.json").write_text(json.dumps(truth.to_json(), indent=1) + "\n", encoding="utf-8")

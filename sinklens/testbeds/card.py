@@ -126,6 +126,11 @@ def write_card(recipe: Recipe, found: dict[str, Any], model: PreTrainedModel) ->
         values = ", ".join(f"{value:.2f}" for value in found["value_ratio"][layer])
         norm = found["norm_ratio"][layer]
         lines.append(f"| {layer} | {norm:.1f} | {size:.1f} | {position} | {dim} | {ratio:.0f} | {values} |")
+    lines += [
+        "",
+        "Maxima and medians are pooled over all sequences here; `sinklens profile` reports the ratio of the "
+        "strongest single prompt, which is larger.",
+    ]
     lines += _expert_lines(found)
     lines += ["", "## Did not emerge", "", *_absent(found), ""]
     return "\n".join(lines)
