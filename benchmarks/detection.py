@@ -197,7 +197,10 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
                 models = [sum(line["models"] for line in group) for group in groups]
                 wrong = [sum(line[name]["wrong"] for line in group) for group in groups]
                 values = [count / of for count, of in zip(wrong, models, strict=True)]
-            axes.plot(settings, values, color=colour, marker=marker, alpha=0.8, label=name)
+            size = 3 * (
+                len(THINGS) - THINGS.index(name)
+            )  # equal curves lie on each other: the first is the widest
+            axes.plot(settings, values, color=colour, marker=marker, ms=size + 2, lw=size / 2, label=name)
         share = axes.twinx()
         means = [sum(line["true_share"] for line in group) / len(group) for group in groups]
         share.plot(settings, means, color="black", linestyle="--", label="true share (right axis)")
