@@ -176,7 +176,7 @@ def table(lines: list[dict[str, Any]]) -> str:
 
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:
-    """Left: strength against recall and true share. Right: noise against false positives per model and recall."""
+    """Left: strength against recall and true share. Right: noise against false positives per model and true share."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -234,7 +234,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/detection.json")
     parser.add_argument("--image", type=Path, default=ROOT / "docs/images/detection.png")
     args = parser.parse_args()
-    families = list(FAMILIES) if args.families == "all" else args.families.split(",")
+    families: list[str] = [*FAMILIES] if args.families == "all" else args.families.split(",")
     todo = list(tasks(families, args.sweep.split(","), args.seeds, args.prompts))
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         results = list(pool.map(measure, todo, chunksize=8))

@@ -1,6 +1,6 @@
 """What a profile costs: a traced forward pass, with every signal of the default analyzers, against a plain one.
 
-    python benchmarks/profile.py --lengths 512,1024,2048,4096,8192 --threads 2 --out benchmarks/results/profile.json
+    python -m benchmarks.profile --lengths 512,1024,2048,4096,8192 --threads 2 --out benchmarks/results/profile.json
 
 Same reference model, interleaving and measures as `attention.py`; here the whole product path runs: attention
 statistics, value norms, hidden-state norms, largest entries and medians, down projections, and the records.
