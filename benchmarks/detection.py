@@ -92,7 +92,7 @@ def measure(task: Task) -> dict[str, Any]:
     """Builds, profiles and judges one model.
 
     `share` is the mean over the planted heads (a control: the largest of any head) of the attention that BOS
-    receives, from eager attention without the tracers.
+    receives, from eager attention without the tracers, on held-out sequences other than the profiled ones.
     """
     import torch
 
