@@ -75,7 +75,6 @@ class PrimarySinks(Analyzer):
             sig.VISIBLE_QUERIES,
             sig.ATTENTION_SELF,
             sig.ATTENTION_TOP1,
-            sig.ATTENTION_ENTROPY,
             sig.FIRST_MASS,
             sig.LEARNED_SINK_MASS,
             sig.VALUE_NORM,
