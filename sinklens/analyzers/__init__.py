@@ -29,9 +29,15 @@ __all__ = [
 
 
 def chosen_analyzers(asked: str | Iterable[Analyzer | str | type[Analyzer]]) -> tuple[Analyzer, ...]:
-    """Analyzers from instances, classes or `name` / `name:field=value:field=value` strings; all for an empty list."""
-    asked = asked.split(",") if isinstance(asked, str) else asked
-    chosen = [_instance(item) for item in asked] or [cls() for _, cls in registry.items()]
+    """Analyzers from instances, classes, or `name` / `name:field=value:field=value` strings.
+
+    An empty list takes the default ones; `all` takes every one that is not listed beside it.
+    """
+    items = [item for item in (asked.split(",") if isinstance(asked, str) else asked) if item != ""]
+    chosen = [_instance(item) for item in items if item != "all"]
+    named = {analyzer.name for analyzer in chosen}
+    if not items or "all" in items:
+        chosen += [cls() for name, cls in registry.items() if name not in named and (items or cls.default)]
     chosen.sort(key=lambda analyzer: analyzer.place)
     names = [analyzer.name for analyzer in chosen]
     twice = {name for name in names if names.count(name) > 1}

@@ -128,6 +128,8 @@ class Analyzer(ABC):
     formula: ClassVar[str]
     needs: ClassVar[frozenset[Signal]]
     reference: ClassVar[Reference]
+    default: ClassVar[bool] = True
+    """Whether `profile` runs it unless analyzers are named; `--analyzers all` runs the others too."""
 
     @abstractmethod
     def analyze(self, trace: Trace) -> Finding:

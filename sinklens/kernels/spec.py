@@ -27,9 +27,19 @@ class Stat(StrEnum):
     RECEIVED_SQUARED = "received_squared"  # batch head key: sum_q A^2
     RECEIVED_LOG = "received_log"  # batch head key: sum_q A log A (nats), for the column entropy
     RECEIVED_TAIL = "received_tail"  # batch head key: sum of A over the last `tail` counted rows
+    RECEIVED_ROWS = "received_rows"  # batch head key: sum of A over the counted rows among `probes`
+    RECEIVED_BAND = (
+        "received_band"  # batch head key: sum of A over counted rows `band` positions after the key
+    )
+    RECEIVED_BAND_REST = (
+        "received_band_rest"  # the same of A / (1 - mass of the row on groups[0]), 0 in groups[0]
+    )
     RECEIVED_MAX = "received_max"  # batch head key: max_q A
     TOP1 = "top1"  # batch head key: counted rows whose largest weight is at key (first key on ties)
     DIAGONAL = "diagonal"  # batch head query: A[q, q + key - query]
+    ENTROPY_NORMALISED = (
+        "entropy_normalised"  # batch head query: ENTROPY / ln(keys the row sees), 0 for one key
+    )
     ENTROPY = "entropy"  # batch head query: -sum_k A log A (nats)
     DISTANCE = "distance"  # batch head query: sum_k A (position of q - k), tokens
     DISTANCE_WINDOWED = "distance_windowed"  # batch head query: sum_k A min(position of q - k, window)
@@ -75,12 +85,16 @@ class Want:
         groups: Key sets for `GROUP_*`: `[group, batch, key]`, or `[group, batch, head, key]` per query head.
         tail: Number of last counted rows in `RECEIVED_TAIL`.
         window: Cap of the distance in `DISTANCE_WINDOWED`.
+        probes: Rows of `RECEIVED_ROWS`.
+        band: First and last distance (inclusive, in tokens) of the rows of `RECEIVED_BAND*` from the key.
     """
 
     stats: frozenset[Stat]
     groups: Bool[Tensor, "group batch key"] | Bool[Tensor, "group batch head key"] | None = None
     tail: int = 64
     window: int = 10
+    probes: Bool[Tensor, "batch query"] | None = None
+    band: tuple[int, int] = (10, 100)
 
 
 @dataclass

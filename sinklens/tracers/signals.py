@@ -2,7 +2,9 @@
 
 Axes: `layer` blocks of the tower; `head` query heads; `pos` all tokens of one prompt, counted from its first
 real token; `kept` the positions listed in `kept_positions`; `rank` strongest first; `expert` routed experts;
-`slot` the experts chosen for one token; `bin` equal bins of [0, 1].
+`slot` the experts chosen for one token; `bin` equal bins of [0, 1]; `reference` the two reference positions;
+`entry` traced entries of a block; `birth` alignments in order of layer; `part` see `PARTS`; `row`, `col` the first
+tokens; `variant` see the signal.
 
 Each prompt has its own arrays. Nothing is averaged over prompts before an analyzer asks for it, because
 thresholds apply per prompt. A layer that lacks the quantity holds NaN (floats) or -1 (integers).
@@ -134,10 +136,171 @@ ROUTER_WEIGHT = Signal(
     "router_weight", _E, ("layer", "kept", "slot"), "share", "routing weights of the kept positions"
 )
 
+# Two positions are looked at more closely while a prompt runs, before anyone knows where its sinks are. Slot 0 of the
+# `reference` axis is the first real token. Slot 1 is the leader: of the other positions that enough queries see, the
+# one that received most attention in the layers up to this one (without attention: the one with the largest norm).
+REFERENCES = 2
+REFERENCE_POSITION = Signal(
+    "reference_position", _A, ("layer", "reference"), "position",
+    "the first token, and the other position that received most attention up to this layer; -1 if there is none",
+)  # fmt: skip
+REFERENCE_MASS = Signal(
+    "reference_mass", _A, ("layer", "head", "reference", "bin"), "count",
+    "histogram over the queries after the reference position of the mass they put on it",
+)  # fmt: skip
+ATTENTION_ENTROPY_NORMALISED = Signal(
+    "attention_entropy_normalised", _A, ("layer", "head"), "ratio",
+    "row entropy over the logarithm of the keys the row sees (0 for one key), mean over queries",
+)  # fmt: skip
+COLUMN_ENTROPY = Signal(
+    "column_entropy", _A, ("layer", "head", "kept"), "ratio",
+    "entropy of a key's column of weights, normalised to sum 1, over the logarithm of the queries that see it",
+)  # fmt: skip
+COLUMN_ENTROPY_PEAK = Signal(
+    "column_entropy_peak", _A, ("layer", "head"), "ratio",
+    "the largest of those over all keys that enough queries see, with its position",
+)  # fmt: skip
+ATTENTION_TAIL = Signal(
+    "attention_tail", _A, ("layer", "head", "kept"), "share", "mean weight on a key over the last 64 queries"
+)
+TAIL_ENTROPY = Signal(
+    "tail_entropy", _A, ("layer", "head"), "nats", "entropy of that mean distribution over all keys"
+)
+TAIL_PEAK = Signal(
+    "tail_peak", _A, ("layer", "head"), "share", "largest entry of that mean distribution, with its position"
+)
+QK_COSINE = Signal(
+    "qk_cosine", _A, ("layer", "head", "reference"), "cosine",
+    "cosine of query and reference key as the attention sees them, mean over the queries after the reference",
+)  # fmt: skip
+QK_COSINE_OTHERS = Signal(
+    "qk_cosine_others", _A, ("layer", "head"), "cosine",
+    "the same for all keys but the references: mean over all pairs of a query and a key, visible or not",
+)  # fmt: skip
+KEY_NORM = Signal(
+    "key_norm", _A, ("layer", "kv_head", "kept"), "L2 norm",
+    "norm of the key states as the attention sees them (after q/k norm and rotation)",
+)  # fmt: skip
+KEY_NORM_MEAN = Signal(
+    "key_norm_mean", _A, ("layer", "kv_head"), "L2 norm", "mean norm of the key states over all positions"
+)
+VALUE_OUT_NORM = Signal(
+    "value_out_norm", _A, ("layer", "head", "kept"), "L2 norm",
+    "norm of v W_O: the value state through the head's slice of the output projection",
+)  # fmt: skip
+VALUE_OUT_NORM_MEAN = Signal(
+    "value_out_norm_mean", _A, ("layer", "head"), "L2 norm", "mean of that over all positions"
+)
+HEAD_OUTPUT_NORM = Signal(
+    "head_output_norm", _A, ("layer", "head"), "L2 norm",
+    "norm of what the head writes, (A v) W_O, mean over queries",
+)  # fmt: skip
+PREFIX = 16
+PREFIX_MAP = Signal(
+    "prefix_map", _A, ("layer", "row", "col"), "share",
+    "attention among the first 16 tokens, mean over heads (causal attention only)",
+)  # fmt: skip
+PREFIX_LOGITS = Signal(
+    "prefix_logits",
+    _A,
+    ("layer", "row", "col"),
+    "nats",
+    "the logits of that map, mean over heads; NaN where hidden",
+)
+LOCAL_DISTANCE = Signal(
+    "local_distance", _A, ("variant", "pos"), "tokens",
+    "WAAD: distance to the attended key, cut at 10 tokens, mean over the 30 % of heads that look back least; "
+    "variant 0 as it is, 1 without the first token's column, rows renormalised",
+)  # fmt: skip
+FUTURE_INFLUENCE = Signal(
+    "future_influence", _A, ("variant", "pos"), "share",
+    "FAI: mean attention from the queries 10 to 100 tokens later, over the 30 % of heads that look back farthest; "
+    "NaN where no such query exists; variants as in local_distance",
+)  # fmt: skip
+PROBE_RECEIVED = Signal(
+    "probe_received", _A, ("layer", "pos"), "share",
+    "mean attention a key receives from the probe queries that see it (the last 5 % and as many others, drawn with "
+    "a seed), mean over heads; NaN if none sees it",
+)  # fmt: skip
+RESIDUAL_COSINE = Signal(
+    "residual_cosine", _R, ("layer", "reference", "pos"), "cosine",
+    "cosine of a position's state with the reference position's state after the same block",
+)  # fmt: skip
+
+# The strongest entries of a block's output and of its input, each traced to what wrote it: `entry` lists the 16
+# largest of the output, then the 16 largest of the input (an entry may be in both). after = before + attention + mlp.
+ENTRIES = 32
+RESIDUAL_AFTER = Signal(
+    "residual_after",
+    _R,
+    ("layer", "entry"),
+    "signed value",
+    "value after the block, with its position and dim",
+)
+RESIDUAL_BEFORE = Signal("residual_before", _R, ("layer", "entry"), "signed value", "value before the block")
+ATTENTION_WRITE = Signal(
+    "attention_write", _R, ("layer", "entry"), "signed value", "what the attention sublayer adds to it"
+)
+MLP_WRITE = Signal(
+    "mlp_write", _R, ("layer", "entry"), "signed value", "what the feed-forward part adds to it"
+)
+WRITE_EXPERT = Signal(
+    "write_expert", _R, ("layer", "entry"), "expert",
+    "the routed expert with the largest part in mlp_write; -1 in dense blocks and where the part is small",
+)  # fmt: skip
+WRITE_EXPERT_VALUE = Signal(
+    "write_expert_value", _R, ("layer", "entry"), "signed value", "that part, with its routing weight"
+)
+WRITE_NEURON = Signal(
+    "write_neuron", _R, ("layer", "entry"), "neuron",
+    "the input of the down projection (of the expert, in MoE blocks) with the largest part; -1 where not looked up",
+)  # fmt: skip
+WRITE_NEURON_VALUE = Signal(
+    "write_neuron_value", _R, ("layer", "entry"), "signed value",
+    "that part, before a norm after the sublayer and before the routing weight",
+)  # fmt: skip
+
+# A birth: the block after which a position is first aligned with a reference (|cosine| > 0.9 and a norm of at least
+# 3 times the median), not having been before it. Filled up with -1 and NaN.
+BIRTHS = 64
+BIRTH_COSINE_AT, BIRTH_NORM_RATIO = 0.9, 3.0
+PARTS = ("input", "gate", "up", "act", "product", "down")
+BIRTH_LAYER = Signal("birth_layer", _R, ("birth",), "layer", "the block after which the position is aligned")
+BIRTH_POSITION = Signal("birth_position", _R, ("birth",), "position", "the position")
+BIRTH_REFERENCE = Signal("birth_reference", _R, ("birth",), "position", "the position it is aligned with")
+BIRTH_COSINE = Signal(
+    "birth_cosine", _R, ("birth", "part"), "cosine",
+    "cosine with the reference inside the feed-forward part: its input, gate, up, act(gate), product, output; "
+    "NaN for parts the block does not have or, in MoE blocks, does not share between the two tokens",
+)  # fmt: skip
+BIRTH_WRITE_NORM = Signal(
+    "birth_write_norm", _R, ("birth",), "L2 norm", "norm of what the feed-forward part adds at the position"
+)
+EXPERT_NEURON = Signal(
+    "expert_neuron", _E, ("layer", "expert"), "neuron",
+    "the input of the expert's down projection with the largest part in expert_max; -1 if not looked up",
+)  # fmt: skip
+ROUTER_SCORE = Signal(
+    "router_score", _E, ("layer", "reference", "expert"), "share",
+    "router score of every expert at the reference positions, before the choice",
+)  # fmt: skip
+ROUTER_SCORE_OTHERS = Signal(
+    "router_score_others", _E, ("layer", "expert"), "share", "mean of the same over all other positions"
+)
+ROUTER_FREQUENCY_OTHERS = Signal(
+    "router_frequency_others",
+    _E,
+    ("layer", "expert"),
+    "share",
+    "how often the other positions choose the expert",
+)
+
 ALL_SIGNALS: tuple[Signal, ...] = tuple(
     value for value in list(globals().values()) if isinstance(value, Signal)
 )
 BY_NAME = {signal.name: signal for signal in ALL_SIGNALS}
 
 # A ranked signal is stored as three arrays: `<name>` (values), `<name>_pos` and `<name>_dim`.
-PLACED = frozenset({RESIDUAL_TOP, DOWN_PROJ_TOP, EXPERT_MAX})
+PLACED = frozenset({RESIDUAL_TOP, DOWN_PROJ_TOP, EXPERT_MAX, RESIDUAL_AFTER})
+# Of these only the position is stored besides, as `<name>_pos`.
+POSITIONED = frozenset({COLUMN_ENTROPY_PEAK, TAIL_PEAK})
