@@ -90,8 +90,8 @@ def trace_batch(opened: OpenedModel, batch: Batch, plan: TracePlan, *, logits: b
             if opened.anatomy.routed:
                 attention = AttentionTap(
                     sites(model, tower, "attention"),
-                    recorder.asks,
-                    recorder.on_attention,
+                    recorder.attention.asks,
+                    recorder.attention.on_attention,
                     mode=plan.mode,
                     plan=plan.blocks,
                 )
@@ -101,20 +101,20 @@ def trace_batch(opened: OpenedModel, batch: Batch, plan: TracePlan, *, logits: b
             else:
                 attention = stack.enter_context(fallback_tap(model, tower, batch, recorder))
         if Source.RESIDUAL in plan.sources():
-            stack.enter_context(residual_tap(model, tower, recorder.on_residual))
+            stack.enter_context(residual_tap(model, tower, recorder.states.on_residual))
         if Source.DOWN_PROJ in plan.sources():
-            stack.enter_context(down_proj_tap(model, tower, recorder.on_down_proj))
+            stack.enter_context(down_proj_tap(model, tower, recorder.states.on_down_proj))
         if (Source.EXPERTS in plan.sources() or plan.ablate) and tower.n_experts:
             experts = ExpertsTap(
                 sites(model, tower, "experts"),
-                recorder.on_experts if Source.EXPERTS in plan.sources() else None,
+                recorder.experts.on_experts if Source.EXPERTS in plan.sources() else None,
                 ablate=plan.ablate,
                 own_output=plan.own_experts,
             )
             stack.enter_context(experts.attached())
         output = forward(model, batch, logits=logits)
     calls = attention.calls if attention is not None else 0
-    return Pass(recorder.records(), output, calls, recorder.routed_rows)
+    return Pass(recorder.records(), output, calls, recorder.experts.routed_rows)
 
 
 def edited_output(opened: OpenedModel, batch: Batch, edit: Edit) -> Any:

@@ -60,7 +60,9 @@ class DirectTap(TorchFunctionMode):
         call = direct_call(*args, **kwargs, counted=self.batch.valid)
         site = Site(self.tower.name, self.layer)
         output = func(*args, **kwargs)
-        self.recorder.on_attention(site, call, attention_sweep(call, self.recorder.asks(site, call)))
+        self.recorder.attention.on_attention(
+            site, call, attention_sweep(call, self.recorder.attention.asks(site, call))
+        )
         self.calls += 1
         return output
 
@@ -136,7 +138,9 @@ class WeightsTap:
         place = shapes.index(True)
         call = weights_as_call(output[place], self.batch.valid, causal=self.tower.causal)
         site = Site(self.tower.name, layer)
-        self.recorder.on_attention(site, call, attention_sweep(call, self.recorder.asks(site, call)))
+        self.recorder.attention.on_attention(
+            site, call, attention_sweep(call, self.recorder.attention.asks(site, call))
+        )
         self.calls += 1
         return (*output[:place], None, *output[place + 1 :])
 

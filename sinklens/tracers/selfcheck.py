@@ -57,7 +57,7 @@ class Agreement:
     layers: set[int] = field(default_factory=set)
 
     def see(self, site: Site, call: AttentionCall, statistics: AttentionStatistics) -> None:
-        want = self.recorder.asks(site, call)
+        want = self.recorder.attention.asks(site, call)
         heads = _sampled_heads(call, site.layer)
         small = _only_heads(call, heads)
         _, dense = attention_reference(small, want)
@@ -246,7 +246,7 @@ def _observe(opened: OpenedModel, batch: Batch, plan: TracePlan) -> Agreement:
     recorder = Recorder(batch, len(opened.anatomy.main.blocks), plan.signals, plan.limits)
     agreement = Agreement(recorder)
     where = sites(opened.module, opened.anatomy.main, "attention")
-    tap = AttentionTap(where, recorder.asks, agreement.see, mode=plan.mode, plan=plan.blocks)
+    tap = AttentionTap(where, recorder.attention.asks, agreement.see, mode=plan.mode, plan=plan.blocks)
     tap.counted = batch.valid
     with tap.attached(opened.module):
         forward(opened.module, batch)

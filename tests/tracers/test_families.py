@@ -98,7 +98,7 @@ def test_blocked_statistics_equal_the_dense_reference(family: str, length: int, 
     worst: dict[Stat, float] = {}
 
     def compare(site: Site, call: AttentionCall, found: AttentionStatistics) -> None:
-        want = recorder.asks(site, call)
+        want = recorder.attention.asks(site, call)
         _, dense = attention_reference(call, want)
         assert torch.equal(found.visible, dense.visible)  # type: ignore[arg-type]
         for stat in want.stats:
@@ -109,7 +109,7 @@ def test_blocked_statistics_equal_the_dense_reference(family: str, length: int, 
 
     recorder = Recorder(batch, len(model.anatomy.main.blocks), TracePlan().signals, TracePlan().limits)
     tap = AttentionTap(
-        sites(model.module, model.anatomy.main, "attention"), recorder.asks, compare, mode=mode
+        sites(model.module, model.anatomy.main, "attention"), recorder.attention.asks, compare, mode=mode
     )
     tap.counted = batch.valid
     with tap.attached(model.module):
@@ -235,7 +235,7 @@ def test_generation_under_the_tap_gives_the_same_tokens() -> None:
     seen: list[tuple[int, int]] = []
     tap = AttentionTap(
         sites(model.module, model.anatomy.main, "attention"),
-        recorder.asks,
+        recorder.attention.asks,
         lambda site, call, statistics: seen.append((call.query.shape[2], call.key.shape[2])),
     )
     with tap.attached(model.module):

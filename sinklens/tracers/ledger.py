@@ -1,0 +1,79 @@
+"""Where the recorders of one batch put their arrays: by prompt, name and layer, without padding.
+
+Padding is dropped here and nowhere later: a record knows only the real tokens of its prompt, numbered from 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .batch import Batch
+from .signals import Signal
+
+Arrays = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a record keeps.
+
+    Attributes:
+        leading: First positions that are always kept per head.
+        strongest: Positions kept besides, those to which any one head gives most. The peak of every position
+            is recorded, so an analyzer can tell whether one that was left out could have mattered.
+        ranks: Entries kept per layer in ranked signals.
+        min_visible: Queries that must see a position before it can be one of the strongest.
+    """
+
+    leading: int = 16
+    strongest: int = 48
+    ranks: int = 64
+    min_visible: int = 16
+
+
+class Ledger:
+    """The arrays of one batch while it runs. `real[b]` are the places of prompt b's real tokens in the padded row."""
+
+    def __init__(self, batch: Batch, layers: int, wanted: Iterable[Signal], limits: Limits) -> None:
+        self.batch, self.layers, self.wanted, self.limits = batch, layers, frozenset(wanted), limits
+        self.real: list[Tensor] | None = None
+        if batch.valid is not None:
+            self.real = [row.nonzero().squeeze(-1) for row in batch.valid]
+        self.seen: list[dict[str, dict[int, np.ndarray]]] = [{} for _ in range(batch.size)]
+
+    def places(self, length: int, device: torch.device) -> list[Tensor]:
+        """Places of the real tokens of each prompt, in a row of `length`."""
+        if self.real is not None:
+            return [places.to(device) for places in self.real]
+        return [torch.arange(length, device=device)] * self.batch.size
+
+    def rows(self, state: Tensor) -> Iterable[tuple[int, Tensor]]:
+        """The real tokens of each prompt, `[pos, dim]`; flat outputs are unfolded first."""
+        state = state.detach().reshape(self.batch.size, -1, state.shape[-1])
+        for row, places in enumerate(self.places(state.shape[1], state.device)):
+            whole = len(places) == state.shape[1]
+            yield row, state[row] if whole else state[row][places]
+
+    def put(self, row: int, name: str, layer: int, value: Tensor | np.ndarray) -> None:
+        """Store what a layer shows of prompt `row` under a signal's name."""
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
+        self.seen[row].setdefault(name, {})[layer] = array
+
+    def arrays(self, row: int) -> Arrays:
+        """Everything of one prompt, layers stacked."""
+        return {name: join(by_layer, self.layers) for name, by_layer in self.seen[row].items()}
+
+
+def join(by_layer: dict[int, np.ndarray], layers: int) -> np.ndarray:
+    """Stack the layers that were seen; the others hold NaN or -1."""
+    sample = next(iter(by_layer.values()))
+    fill = np.nan if np.issubdtype(sample.dtype, np.floating) else -1
+    joined = np.full((layers, *sample.shape), fill, dtype=sample.dtype)
+    for layer, array in by_layer.items():
+        joined[layer] = array
+    return joined
