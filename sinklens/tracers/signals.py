@@ -222,6 +222,9 @@ PROBE_RECEIVED = Signal(
     "mean attention a key receives from the probe queries that see it (the last 5 % and as many others, drawn with "
     "a seed), mean over heads; NaN if none sees it",
 )  # fmt: skip
+PROBE_VISIBLE = Signal(
+    "probe_visible", _A, ("layer", "pos"), "count", "probe queries that see the key: the divisor of that mean"
+)
 RESIDUAL_COSINE = Signal(
     "residual_cosine", _R, ("layer", "reference", "pos"), "cosine",
     "cosine of a position's state with the reference position's state after the same block",
