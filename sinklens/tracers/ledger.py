@@ -13,9 +13,16 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
-from .signals import Signal
+from .signals import ALL_SIGNALS, REFERENCES, Signal, Source
 
 Arrays = dict[str, np.ndarray]
+
+USERS_OF_REFERENCES = frozenset(
+    signal
+    for signal in ALL_SIGNALS
+    if "reference" in signal.axes or "birth" in signal.axes or signal.name == "qk_cosine_others"
+)
+"""Signals that look at the reference positions of a prompt."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,15 @@ class Limits:
 
 
 class Ledger:
-    """The arrays of one batch while it runs. `real[b]` are the places of prompt b's real tokens in the padded row."""
+    """The arrays of one batch while it runs.
+
+    Attributes:
+        real: `real[b]` are the places of prompt b's real tokens in the padded row; None if all are real.
+        references: `references[b]` are the reference positions of prompt b in the running block (see
+            `signals.REFERENCES`), -1 where there is none yet. The recorder of the attention seam moves the leader
+            just before a block's attention runs, so attention, states and experts of a block see the same one.
+        attention_leads: Whether that recorder decides the leader; without attention the states' recorder does.
+    """
 
     def __init__(self, batch: Batch, layers: int, wanted: Iterable[Signal], limits: Limits) -> None:
         self.batch, self.layers, self.wanted, self.limits = batch, layers, frozenset(wanted), limits
@@ -45,12 +60,20 @@ class Ledger:
         if batch.valid is not None:
             self.real = [row.nonzero().squeeze(-1) for row in batch.valid]
         self.seen: list[dict[str, dict[int, np.ndarray]]] = [{} for _ in range(batch.size)]
+        self.references: list[list[int]] = [[0] + [-1] * (REFERENCES - 1) for _ in range(batch.size)]
+        self.attention_leads = any(signal.source is Source.ATTENTION for signal in self.wanted)
 
     def places(self, length: int, device: torch.device) -> list[Tensor]:
         """Places of the real tokens of each prompt, in a row of `length`."""
         if self.real is not None:
             return [places.to(device) for places in self.real]
         return [torch.arange(length, device=device)] * self.batch.size
+
+    def spans(self, length: int, device: torch.device) -> list[slice | Tensor]:
+        """The same as indices: a slice where the places follow each other, which makes views instead of copies."""
+        if self.real is None:
+            return [slice(0, length)] * self.batch.size
+        return [_as_slice(places) for places in self.places(length, device)]
 
     def rows(self, state: Tensor) -> Iterable[tuple[int, Tensor]]:
         """The real tokens of each prompt, `[pos, dim]`; flat outputs are unfolded first."""
@@ -67,6 +90,11 @@ class Ledger:
     def arrays(self, row: int) -> Arrays:
         """Everything of one prompt, layers stacked."""
         return {name: join(by_layer, self.layers) for name, by_layer in self.seen[row].items()}
+
+
+def _as_slice(places: Tensor) -> slice | Tensor:
+    first, last = (int(places[0]), int(places[-1])) if len(places) else (0, -1)
+    return slice(first, last + 1) if last - first + 1 == len(places) else places
 
 
 def join(by_layer: dict[int, np.ndarray], layers: int) -> np.ndarray:
