@@ -73,6 +73,8 @@ class Finding:
         figures: What to draw, as data.
         tiles: Boxes for the first screen of the report.
         notes: Warnings that change how the numbers are to be read.
+        labels: How keys of rows, summary and parameters are called in front of readers (`agree`: `found both by
+            attention and by norm`); a key without a label is spelled out from its words.
     """
 
     analyzer: str
@@ -87,6 +89,7 @@ class Finding:
     tiles: list[Tile] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     reason: str | None = None
+    labels: dict[str, str] = field(default_factory=dict)
 
     def to_frame(self) -> pd.DataFrame:
         """The rows as a tidy table; the columns' units are in `.attrs["units"]`."""
@@ -107,6 +110,7 @@ class Finding:
             "rows": self.rows,
             "units": self.units,
             "notes": self.notes,
+            "labels": self.labels,
         }
 
     def __repr__(self) -> str:

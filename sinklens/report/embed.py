@@ -19,7 +19,7 @@ import numpy as np
 
 from sinklens.core.canonical import plain
 from sinklens.core.errors import DataError
-from sinklens.core.figures import Heatmap, Lines
+from sinklens.core.figures import Heatmap, Intervals, Lines, Timeline
 from sinklens.core.figures import Samples as SamplesFigure
 
 from . import colour, text
@@ -65,6 +65,28 @@ def lines(figure: Lines) -> dict[str, Any] | None:
         "labels": [figure.x_label, figure.y_label],
         "series": [{"name": s.name, "x": packed(s.x, "<f8"), "y": packed(s.y, "<f8")} for s in figure.series],
     }
+
+
+def intervals(figure: Intervals) -> dict[str, Any]:
+    """The rows as a table."""
+    numbers = ("value", "low", "high", "control", "control_low", "control_high")
+    columns = ["group", "label", *numbers, "note"]
+    return {
+        "kind": "table",
+        "columns": columns,
+        "rows": [[getattr(row, name) for name in columns] for row in figure.rows],
+    }
+
+
+def timeline(figure: Timeline) -> dict[str, Any]:
+    """The rows as a table; gaps and events in words."""
+    rows = []
+    for row in figure.rows:
+        events = "; ".join(f"layer {event.layer}: {event.label}" for event in row.events)
+        gaps = " ".join(map(str, row.gaps))
+        rows.append([row.group, row.label, row.start, row.end, gaps, row.strength, events, row.note])
+    columns = ["group", "label", "start", "end", "gaps", "strength", "events", "note"]
+    return {"kind": "table", "columns": columns, "rows": rows}
 
 
 def samples(figure: SamplesFigure, counts: Counts) -> dict[str, Any]:

@@ -70,12 +70,12 @@ def draw(
     series = [_usable(s, figure.log_y) for s in figure.series]
     if not any(np.isfinite(s.y).any() for s in series):
         return Drawing(None, ("There are no values to draw.",))
-    legend, rows = _legend(series, width - _LEFT - _RIGHT, bars=figure.bars)
+    joined = figure.joined and (x_axis is None or x_axis.joined)
+    legend, rows = _legend(series, width - _LEFT - _RIGHT, bars=figure.bars, joined=joined)
     mark_rows = _mark_rows(figure)
     top = 8 + _LEGEND * rows + 13 * mark_rows
     box = (_LEFT, top, width - _LEFT - _RIGHT, height - top - _BOTTOM)
     axes = _axes(figure, series, box, x_axis.limits if x_axis else None)
-    joined = x_axis is None or x_axis.joined
     body = _bars(series, axes) if figure.bars else [_curve(s, i, axes, joined) for i, s in enumerate(series)]
     order = sorted(range(len(body)), key=lambda i: series[i].emphasis if i < len(series) else False)
     svg = canvas(
@@ -182,7 +182,7 @@ def _x_ticks(figure: Lines, axes: _Axes, names: Mapping[float, str]) -> list[Mar
 
 def _curve(series: Series, index: int, axes: _Axes, joined: bool = True) -> Markup:
     style = f"s{index % STYLES}"
-    x, y = _thinned(series.x, series.y)
+    x, y = _thinned(series.x, series.y) if joined else (series.x, series.y)
     path, pen = [], False
     points = []
     for value, height in zip(x.tolist(), y.tolist(), strict=True):
@@ -261,7 +261,7 @@ def _bars(series: list[Series], axes: _Axes) -> list[Markup]:
     return groups
 
 
-def _legend(series: list[Series], room: float, *, bars: bool) -> tuple[Markup, int]:
+def _legend(series: list[Series], room: float, *, bars: bool, joined: bool) -> tuple[Markup, int]:
     """The legend and its number of rows; a single unnamed series needs none."""
     if len(series) == 1 and not series[0].name:
         return Markup(""), 0
@@ -273,7 +273,8 @@ def _legend(series: list[Series], room: float, *, bars: bool) -> tuple[Markup, i
             x, row = 0.0, row + 1
         left, y = _LEFT + x, 12 + _LEGEND * row
         sample = tag("path", d=f"M{left:g} {y - 4:g}h22", class_="line")
-        marker = _marker(index, left + 11, y - 4)
+        marker = _marker(index, left + 11, y - 4, r=2.6 if joined else 4.0)
+        sample = sample if joined else Markup("")
         if bars:
             sample, marker = tag("rect", x=left + 8, y=y - 9, width=10, height=10), Markup("")
         strong = " strong" if s.emphasis else ""

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sinklens.core.errors import UsageError
-from sinklens.core.figures import Figure, Heatmap, Lines, Samples
+from sinklens.core.figures import Figure, Heatmap, Intervals, Lines, Samples, Timeline
 
-from . import colour, samples
+from . import colour, paper_rows, samples
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -32,7 +32,7 @@ def draw(figure: Figure, *, width: float = 3.4, height: float | None = None) -> 
     """The figure as matplotlib draws it, at the size of one column of a paper.
 
     Args:
-        figure: Heatmap, Lines, or Samples (drawn as the map of its rate at its threshold).
+        figure: Any figure; Samples are drawn as the map of their rate at its threshold.
         width, height: In inches; the height follows from the data when not given.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -44,8 +44,10 @@ def draw(figure: Figure, *, width: float = 3.4, height: float | None = None) -> 
     axes = drawn.add_subplot()
     if isinstance(plain, Heatmap):
         _heatmap(drawn, axes, plain)
-    else:
+    elif isinstance(plain, Lines):
         _lines(axes, plain)
+    else:
+        paper_rows.draw(axes, plain)
     axes.set_title(plain.title, fontsize=9)
     axes.tick_params(labelsize=7)
     return drawn
@@ -75,9 +77,11 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], **size: float) -> 
     return target
 
 
-def _height(figure: Heatmap | Lines, width: float) -> float:
+def _height(figure: Heatmap | Lines | Intervals | Timeline, width: float) -> float:
     if isinstance(figure, Lines):
         return 0.68 * width
+    if isinstance(figure, Intervals | Timeline):
+        return paper_rows.height(figure)
     rows, columns = np.shape(figure.values)
     return float(np.clip(width * rows / max(columns, 1), 0.5 * width, 1.3 * width)) + 0.4
 
@@ -116,7 +120,9 @@ def _lines(axes: Axes, figure: Lines) -> None:
         else:
             marker = _MARKERS[i % len(_MARKERS)] if len(x) <= _MOST_MARKERS else None
             thick = 2.0 if series.emphasis else 1.1
-            axes.plot(x, y, ls=_DASHES[i % len(_DASHES)], lw=thick, marker=marker, ms=3, **look)
+            dash: Any = _DASHES[i % len(_DASHES)] if figure.joined else ""
+            marker = marker or (None if figure.joined else _MARKERS[i % len(_MARKERS)])
+            axes.plot(x, y, ls=dash, lw=thick, marker=marker, ms=3, **look)
     if figure.log_y:
         axes.set_yscale("log")
     for x, name in figure.marks:
@@ -144,13 +150,16 @@ def interactive(figure: Figure) -> go.Figure:
     chart = go.Figure()
     if isinstance(plain, Heatmap):
         _plotly_heatmap(chart, plain)
-    else:
+    elif isinstance(plain, Lines):
         _plotly_lines(chart, plain)
+    else:
+        paper_rows.interactive(chart, plain)
     chart.update_layout(title={"text": _html(plain.title)}, template="plotly_white")
     chart.update_xaxes(title={"text": _html(plain.x_label)})
     below = {"xref": "paper", "yref": "paper", "x": 0, "y": -0.28, "showarrow": False}
     chart.add_annotation(text=_html(plain.caption), **below)
-    chart.update_yaxes(title={"text": _html(plain.y_label)})
+    if isinstance(plain, Heatmap | Lines):
+        chart.update_yaxes(title={"text": _html(plain.y_label)})
     return chart
 
 
@@ -191,7 +200,7 @@ def _plotly_lines(chart: Any, figure: Lines) -> None:
             chart.add_bar(**common, marker={"color": colour_})
         else:
             line = {"color": colour_, "dash": dashes[i % len(dashes)], "width": 3 if series.emphasis else 1.6}
-            chart.add_scatter(**common, mode="lines", line=line)
+            chart.add_scatter(**common, mode="lines" if figure.joined else "markers", line=line)
     for x, name in figure.marks:
         chart.add_vline(x=x, line={"dash": "dot", "width": 1}, annotation_text=_html(name))
     if figure.log_y:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
-from sinklens.core.figures import Figure, Lines, Tile
+from sinklens.core.figures import Estimate, Figure, Intervals, Life, Lines, Tile, Timeline
+
+_Row = TypeVar("_Row", Estimate, Life)
 
 HIDDEN = "[text left out]"
 _SECRET = re.compile(r"(?:^|_)(?:tokens?|token_ids?|pieces|prompt_text|prompt)$")
@@ -90,7 +92,19 @@ class Redactor:
             series = tuple(replace(s, name=self.sentence(s.name)) for s in changed.series)
             marks = tuple((x, self.sentence(label)) for x, label in changed.marks)
             changed = replace(changed, series=series, marks=marks)
+        elif isinstance(changed, Intervals):
+            changed = replace(changed, rows=tuple(self._named(row) for row in changed.rows))
+        elif isinstance(changed, Timeline):
+            rows = tuple(self._named(row) for row in changed.rows)
+            events = [tuple(replace(e, label=self.sentence(e.label)) for e in row.events) for row in rows]
+            changed = replace(
+                changed, rows=tuple(replace(r, events=e) for r, e in zip(rows, events, strict=True))
+            )
         return changed
+
+    def _named(self, row: _Row) -> _Row:
+        words = {name: self.sentence(getattr(row, name)) for name in ("label", "note", "group")}
+        return replace(row, **words)
 
     def tile(self, tile: Tile) -> Tile:
         return replace(tile, value=self.sentence(tile.value), note=self.sentence(tile.note))

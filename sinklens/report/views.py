@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from sinklens.core.figures import Figure, Heatmap, Lines
+from sinklens.core.figures import Figure, Heatmap, Intervals, Lines, Timeline
 
-from . import embed, heatmap, lines, samples, text
+from . import embed, heatmap, intervals, lines, samples, text, timeline
 
-_HALF_WIDTH, _FULL_WIDTH, _WIDE_COLUMNS = 578, 1180, 64
+_HALF_WIDTH, _FULL_WIDTH, _WIDE_COLUMNS, _WIDE_WORDS = 578, 1180, 64, 40
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,14 @@ def draw(figure: Figure, identifier: str, **of_lines: Any) -> tuple[dict[str, An
     if isinstance(figure, Lines):
         drawing = lines.draw(figure, figure_id=identifier, **of_lines)
         return embed.lines(figure), FigureView(**parts, unit="", svg=svgs(drawing), notes=drawing.notes)
+    if isinstance(figure, Intervals | Timeline):
+        wide = len(figure.rows) > 0 and max(len(row.label + row.note) for row in figure.rows) > _WIDE_WORDS
+        width = _FULL_WIDTH if wide else _HALF_WIDTH
+        if isinstance(figure, Intervals):
+            values, drawing = embed.intervals(figure), intervals.draw(figure, width=width)
+        else:
+            values, drawing = embed.timeline(figure), timeline.draw(figure, width=width)
+        return values, FigureView(**parts, unit="", svg=svgs(drawing), notes=drawing.notes, wide=wide)
     if isinstance(figure, Heatmap):
         wide = np.ndim(figure.values) == 2 and np.shape(figure.values)[1] > _WIDE_COLUMNS
         drawing = heatmap.draw(figure, figure_id=identifier, width=_FULL_WIDTH if wide else _HALF_WIDTH)

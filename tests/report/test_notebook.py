@@ -15,7 +15,18 @@ import pytest
 from PIL import Image
 
 from sinklens.core.errors import UsageError
-from sinklens.core.figures import Figure, Heatmap, Lines, Samples, Series
+from sinklens.core.figures import (
+    Estimate,
+    Event,
+    Figure,
+    Heatmap,
+    Intervals,
+    Life,
+    Lines,
+    Samples,
+    Series,
+    Timeline,
+)
 from sinklens.report import colour, draw, interactive, run_repr_html, save_figure
 
 from . import factory
@@ -30,6 +41,20 @@ FIGURES = {
         log_y=True, marks=((2.0, "rise"),),
     ),
     "bars": Lines("b", "Bars", "Caption.", (Series("", np.arange(3), np.arange(3)),), "position", "share", bars=True),
+    "points": Lines(
+        "p", "Points", "Caption.", (Series("a", np.arange(3), np.arange(3)), Series("b", np.arange(2), np.ones(2))),
+        "share", "nats", joined=False,
+    ),
+    "intervals": Intervals(
+        "i", "Effects", "Caption.",
+        (Estimate("prune", -40.0, -44.0, -37.0, 0.5, -0.5, 1.5, "carries it", "Experts"), Estimate("zero", 1.0)),
+        "change (points)",
+    ),
+    "timeline": Timeline(
+        "t", "Lives", "Caption.",
+        (Life("position 3", 1, 4, 0.5, (Event(1, "MLP", "rise"), Event(4, "MLP", "fall")), (2,)), Life("5", 2, 2)),
+        6, "share",
+    ),
     "samples": Samples("s", "Rate", "Caption.", np.random.default_rng(0).random((11, 5, 7)), 0.3),
 }  # fmt: skip
 

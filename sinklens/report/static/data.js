@@ -19,6 +19,7 @@ function figure(id) {
 }
 
 function opened(raw) {
+  if (raw.kind === "table") return raw;
   if (raw.kind === "heatmap") return { ...raw, values: unpack(raw.values, Float32Array) };
   if (raw.kind === "lines") {
     const series = raw.series.map((s) => ({ name: s.name, x: unpack(s.x, Float64Array), y: unpack(s.y, Float64Array) }));
