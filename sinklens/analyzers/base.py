@@ -75,6 +75,7 @@ class Finding:
         notes: Warnings that change how the numbers are to be read.
         labels: How keys of rows, summary and parameters are called in front of readers (`agree`: `found both by
             attention and by norm`); a key without a label is spelled out from its words.
+        headline: Whether a positive verdict belongs into the run's main sentence; others stand below it.
     """
 
     analyzer: str
@@ -90,6 +91,7 @@ class Finding:
     notes: list[str] = field(default_factory=list)
     reason: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
+    headline: bool = False
 
     def to_frame(self) -> pd.DataFrame:
         """The rows as a tidy table; the columns' units are in `.attrs["units"]`."""
@@ -102,6 +104,7 @@ class Finding:
     def to_json(self) -> dict[str, Any]:
         """The finding's object in the `sinklens/run/1` document."""
         return {
+            "title": self.title,
             "status": str(self.status),
             "reason": self.reason,
             "verdict": self.verdict,
@@ -135,6 +138,9 @@ class Analyzer(ABC):
     default: ClassVar[bool] = True
     """Whether `profile` runs it unless analyzers are named; `--analyzers all` runs the others too."""
 
+    headline: ClassVar[bool] = False
+    """Whether it is a link of the chain (sink, massive activations, writers) that the run's main sentence tells."""
+
     @abstractmethod
     def analyze(self, trace: Trace) -> Finding:
         """Read the trace, never the model."""
@@ -145,7 +151,8 @@ class Analyzer(ABC):
 
     def finding(self, status: Status, verdict: str, **rest: Any) -> Finding:
         """A finding of this analyzer, with its name and parameters filled in."""
-        return Finding(self.name, self.title, status, verdict, parameters=self.parameters, **rest)
+        fixed = {"parameters": self.parameters, "headline": self.headline}
+        return Finding(self.name, self.title, status, verdict, **fixed, **rest)
 
     def not_applicable(self, reason: str, **rest: Any) -> Finding:
         """The finding of a method that does not fit the model or the prompts; `reason` is a sentence."""

@@ -53,6 +53,7 @@ class MassiveActivations(Analyzer):
     name = "massive-activations"
     title = "Massive activations"
     place = 20
+    headline = True
     formula = (
         '<math display="block"><mrow><mo>|</mo><msub><mi>h</mi><mrow><mi>l</mi><mo>,</mo><mi>t</mi><mo>,</mo><mi>j</mi>'
         "</mrow></msub><mo>|</mo></mrow><mo>&gt;</mo><mn>100</mn><mo>∧</mo><mrow><mo>|</mo><msub><mi>h</mi><mrow>"

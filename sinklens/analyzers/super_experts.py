@@ -80,6 +80,7 @@ class SuperExperts(Analyzer):
     name = "super-experts"
     title = "Super Experts"
     place = 30
+    headline = True
     formula = (
         '<math display="block"><msub><mi>a</mi><mrow><mi>l</mi><mo>,</mo><mi>e</mi></mrow></msub><mo>=</mo><munder>'
         "<mi>max</mi><mrow><mi>t</mi><mtext>\u00a0routed</mtext><mo>,</mo><mi>j</mi></mrow></munder><mrow><mo>|</mo><msub>"

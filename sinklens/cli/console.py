@@ -80,8 +80,9 @@ class ConsoleListener:
 def print_run(run: Run, report: Path | None) -> None:
     """The outcome for a human reader."""
     print(f"{'Verdict':<{WIDTH}}{run.verdict.text}")
-    for finding in run.findings.values():
-        print(f"{'':<{WIDTH}}{finding.title}: {finding.status}")
+    told = {line.analyzer for line in run.verdict.lines}
+    for name, finding in run.findings.items():
+        print(f"{'':<{WIDTH}}{finding.title}: {finding.verdict if name in told else finding.status}")
         for note in finding.notes:
             print(f"{'':<{WIDTH}}  note: {note}")
     if run.folder is not None:

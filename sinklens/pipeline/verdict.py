@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from sinklens.analyzers.base import Finding, Status
@@ -15,15 +15,31 @@ STRONG, MODERATE = 50.0, 25.0
 
 
 @dataclass(frozen=True)
+class Line:
+    """A finding in a line of its own."""
+
+    analyzer: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
 class Verdict:
     """`status` is `sink`, `no-sink`, `untrusted` (a check failed) or `unknown` (primary sinks were not measured)."""
 
     status: str
     text: str
     rule: str
+    lines: tuple[Line, ...] = ()
+    """What the main sentence leaves out: one line for each other finding that applies, in the order of the chain."""
 
     def to_json(self) -> dict[str, Any]:
-        return {"status": self.status, "text": self.text, "rule": self.rule}
+        return {
+            "status": self.status,
+            "text": self.text,
+            "rule": self.rule,
+            "lines": [asdict(line) for line in self.lines],
+        }
 
 
 def judge(findings: Mapping[str, Finding], checks: Sequence[Check]) -> Verdict:
@@ -34,21 +50,24 @@ def judge(findings: Mapping[str, Finding], checks: Sequence[Check]) -> Verdict:
             "untrusted", f"Not trustworthy: {_join(failed)} failed. No verdict is given.", "V0 failed check"
         )
     sinks = findings.get("primary-sinks")
-    others = _others(findings)
+    told = [name for name, finding in findings.items() if _is_link(finding)]
+    chain = [findings[name].verdict for name in told if name != "primary-sinks"]
+    lines = tuple(
+        Line(name, finding.title, finding.verdict)
+        for name, finding in findings.items()
+        if finding.status is not Status.NOT_APPLICABLE and name not in (*told, "primary-sinks")
+    )
     if sinks is None or sinks.status is Status.NOT_APPLICABLE:
         reason = sinks.reason if sinks else "primary-sinks was not asked for."
-        return Verdict(
-            "unknown",
-            " ".join(["Attention sinks were not measured:", str(reason), *others]),
-            "V1 not measured",
-        )
+        text = ["Attention sinks were not measured:", str(reason), *chain]
+        return Verdict("unknown", " ".join(text), "V1 not measured", lines)
     if sinks.status is Status.FOUND:
-        return Verdict("sink", " ".join([_sink_sentence(sinks), *others]), "V2 sink rule met")
+        return Verdict("sink", " ".join([_sink_sentence(sinks), *chain]), "V2 sink rule met", lines)
     learned = sinks.summary.get("learned_sink_mass")
     if learned is not None and learned >= 0.1:
         text = f"No token is an attention sink; the learned sink logits take {100 * learned:.0f} % of the attention."
-        return Verdict("no-sink", " ".join([text, *others]), "V3 learned sinks only")
-    return Verdict("no-sink", " ".join([sinks.verdict, *others]), "V4 sink rule not met")
+        return Verdict("no-sink", " ".join([text, *chain]), "V3 learned sinks only", lines)
+    return Verdict("no-sink", " ".join([sinks.verdict, *chain]), "V4 sink rule not met", lines)
 
 
 def strength(rate: float) -> str:
@@ -67,13 +86,9 @@ def _sink_sentence(finding: Finding) -> str:
     )
 
 
-def _others(findings: Mapping[str, Finding]) -> list[str]:
-    """One sentence from each other finding that applies."""
-    return [
-        finding.verdict
-        for name, finding in findings.items()
-        if name != "primary-sinks" and finding.status is not Status.NOT_APPLICABLE
-    ]
+def _is_link(finding: Finding) -> bool:
+    """Whether the main sentence tells it: a link of the chain that was found."""
+    return finding.headline and finding.status is Status.FOUND
 
 
 def _join(names: list[str]) -> str:
