@@ -12,6 +12,7 @@ from sinklens.core.suggest import did_you_mean
 from .base import Analyzer, Finding, Reference, Status, registry
 from .massive_activations import MassiveActivations
 from .primary_sinks import PrimarySinks
+from .sink_geometry import SinkGeometry
 from .super_experts import SuperExperts
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "MassiveActivations",
     "PrimarySinks",
     "Reference",
+    "SinkGeometry",
     "Status",
     "SuperExperts",
     "chosen_analyzers",
