@@ -27,7 +27,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Reference:
-    """Where a method comes from.
+    """Where a method comes from: a paper, or, with an empty `arxiv`, a published program at `code`.
 
     Attributes:
         section: Where in the paper the definition stands.
@@ -46,20 +46,28 @@ class Reference:
 
     @property
     def url(self) -> str:
-        return f"https://arxiv.org/abs/{self.arxiv}"
+        return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else self.code
+
+    @property
+    def label(self) -> str:
+        """How a sentence points to it: `arXiv:2410.10781`, or the address of the program."""
+        return f"arXiv:{self.arxiv}" if self.arxiv else self.code
 
     @property
     def bibtex(self) -> str:
+        kind = "article" if self.arxiv else "misc"
         lines = [
-            f"@article{{{self.key},",
+            f"@{kind}{{{self.key},",
             f"  title   = {{{self.title}}},",
             f"  author  = {{{self.authors}}},",
-            f"  journal = {{{self.venue or 'arXiv preprint arXiv:' + self.arxiv}}},",
-            f"  year    = {{{self.year}}},",
-            f"  eprint  = {{{self.arxiv}}},",
-            "  archivePrefix = {arXiv}",
-            "}",
         ]
+        if self.arxiv:
+            lines.append(f"  journal = {{{self.venue or 'arXiv preprint arXiv:' + self.arxiv}}},")
+        lines.append(f"  year    = {{{self.year}}},")
+        if self.arxiv:
+            lines += [f"  eprint  = {{{self.arxiv}}},", "  archivePrefix = {arXiv}", "}"]
+        else:
+            lines += [f"  howpublished = {{\\url{{{self.code}}}}}", "}"]
         return "\n".join(lines)
 
 

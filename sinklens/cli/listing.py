@@ -44,7 +44,7 @@ def analyzers() -> Rows:
     from sinklens.pipeline.methods import first_line
 
     return [
-        {"name": name, "paper": f"arXiv:{cls.reference.arxiv}", "finds": first_line(cls)}
+        {"name": name, "paper": cls.reference.label, "finds": first_line(cls)}
         for name, cls in sorted(registry.items(), key=lambda item: item[1].place)
     ]
 

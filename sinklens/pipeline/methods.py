@@ -76,5 +76,6 @@ def methods_paragraph(analyzers: Sequence[Analyzer], document: dict[str, Any]) -
 def _sentence(analyzer: Analyzer) -> str:
     settings = ", ".join(f"{key} = {value}" for key, value in analyzer.parameters.items())
     reference = type(analyzer).reference
-    author = reference.authors.split(" and ")[0].split()[-1]
-    return f"{type(analyzer).title} follow {author} et al. ({reference.year}, arXiv:{reference.arxiv}) with {settings}"
+    authors = reference.authors.split(" and ")
+    who = authors[0].split()[-1] + (" et al." if len(authors) > 1 else "")
+    return f"{type(analyzer).title} follow {who} ({reference.year}, {reference.label}) with {settings}"
