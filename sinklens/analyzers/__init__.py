@@ -12,6 +12,8 @@ from sinklens.core.suggest import did_you_mean
 from .base import Analyzer, Finding, Reference, Status, registry
 from .massive_activations import MassiveActivations
 from .primary_sinks import PrimarySinks
+from .secondary_sinks import SecondarySinks
+from .sensitivity import Sensitivity
 from .sink_geometry import SinkGeometry
 from .super_experts import SuperExperts
 
@@ -21,6 +23,8 @@ __all__ = [
     "MassiveActivations",
     "PrimarySinks",
     "Reference",
+    "SecondarySinks",
+    "Sensitivity",
     "SinkGeometry",
     "Status",
     "SuperExperts",

@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from sinklens.pipeline.run import Run
     from sinklens.tracers.selfcheck import Check
 
-WIDTH = 11
+WIDTH = 12
+STAGES = {
+    "effects": "Verify what the model does without the causes that were found, beside controls",
+    "sensitivity": "Sensitivity the same measurement under other inputs, lengths and precisions",
+}
+"""What is said when an experiment begins: a word, then what it does."""
 
 
 class ConsoleListener:
@@ -25,6 +30,7 @@ class ConsoleListener:
         self.quiet = quiet
         self._bar: Any = None
         self._task: Any = None
+        self._stage = "Profiling"
 
     def line(self, name: str, text: str) -> None:
         if not self.quiet:
@@ -54,6 +60,11 @@ class ConsoleListener:
             if not check.passed:
                 self.line("  failed", f"{check.name}: {check.value} (limit {check.limit}); {check.detail}")
 
+    def stage(self, name: str) -> None:
+        self.close()
+        self._stage = STAGES.get(name, name)
+        self.line(*self._stage.split(" ", 1))
+
     def progress(self, done: int, total: int) -> None:
         if self.quiet or not sys.stderr.isatty():
             return
@@ -62,7 +73,12 @@ class ConsoleListener:
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             console = Console(stderr=True, no_color="NO_COLOR" in os.environ)
-            columns = (TextColumn("Profiling "), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn(f"{self._stage.split()[0]:<{WIDTH}}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
             self._bar = Progress(*columns, console=console)
             self._bar.start()
             self._task = self._bar.add_task("", total=total)

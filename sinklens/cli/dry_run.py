@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 
 def print_plan(model: str | None, options: ProfileOptions, *, as_json: bool) -> None:
+    from sinklens.pipeline.cost import duration, size
     from sinklens.pipeline.plan import plan_document, predict
 
     from .console import WIDTH, print_json
@@ -38,20 +39,3 @@ def print_plan(model: str | None, options: ProfileOptions, *, as_json: bool) -> 
     }
     for name, text in lines.items():
         print(f"{name:<{WIDTH}}{text}")
-
-
-def size(count: int | None) -> str:
-    """Bytes for people: 512 B, 3.1 MB, 61 GB."""
-    value = float(count or 0)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds for people, with the coarseness of an estimate."""
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -6,9 +6,12 @@ import re
 import sys
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from sinklens.pipeline.options import ProfileOptions
 
 NAME = "profile"
 HELP = "Profile a model: sinks, massive activations, Super Experts, and whether the numbers can be trusted."
@@ -36,7 +39,10 @@ SeqLen = Annotated[
 ]
 Analyzers = Annotated[
     str | None,
-    typer.Option("--analyzers", help="Comma-separated, with parameters as name:field=value. [default: all]"),
+    typer.Option(
+        "--analyzers",
+        help="Comma-separated, with parameters as name:field=value; all for every one. [default: see ls analyzers]",
+    ),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
@@ -46,101 +52,127 @@ DeviceMap = Annotated[
 Revision = Annotated[str | None, typer.Option("--revision", help="Commit, branch or tag on the hub.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Use local files only.")]
+Preset = Annotated[str | None, typer.Option(help="A paper's protocol; see `sinklens ls presets`.")]
+Mode = Annotated[str, typer.Option(help="faithful: logits bit-identical; fused: one pass, faster.")]
+Bos = Annotated[str, typer.Option(help="auto, on or off.")]
+Template = Annotated[bool, typer.Option("--chat-template", help="Wrap prompts in the chat template.")]
+Pack = Annotated[bool, typer.Option("--pack", help="Join documents into windows of the full length.")]
+Seed = Annotated[int, typer.Option(help="Seed of the prompt sample, controls and random tokens.")]
+BatchSize = Annotated[int | None, typer.Option(help="Most prompts in a batch.")]
+Keep = Annotated[int, typer.Option(help="Strongest positions kept per prompt.")]
+Verify = Annotated[
+    bool | None,
+    typer.Option(
+        "--verify/--no-verify",
+        help="Remove the causes found, beside controls, on a few prompts. [default: if that takes under a minute]",
+    ),
+]
+Sensitive = Annotated[
+    bool,
+    typer.Option(
+        "--sensitivity",
+        help="Measure again without BOS, with random tokens, at other lengths, in other dtypes, ...",
+    ),
+]
+Out = Annotated[Path | None, typer.Option(help="Run folder. [default: runs/MODEL-TIME]")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a run that is in --out.")]
+Resume = Annotated[Path | None, typer.Option(help="Continue an interrupted run folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the JSON document and nothing else.")]
+FailIf = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--fail-if", help="Exit with 6 if this holds, e.g. 'primary-sinks.sink_rate > 90'; may be repeated."
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the plan with predicted memory, disk and time.")
+]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")]
+NoText = Annotated[bool, typer.Option("--no-text", help="Keep tokens out of the report.")]
 
 
 def command(
+    context: typer.Context,
     model: Model = None,
     prompts: Prompts = None,
     n: Count = None,
     seq_len: SeqLen = None,
     analyzers: Analyzers = None,
-    preset: Annotated[str | None, typer.Option(help="A paper's protocol; see `sinklens ls presets`.")] = None,
-    mode: Annotated[
-        str, typer.Option(help="faithful: logits bit-identical; fused: one pass, faster.")
-    ] = "faithful",
-    bos: Annotated[str, typer.Option(help="auto, on or off.")] = "auto",
-    chat_template: Annotated[
-        bool, typer.Option("--chat-template", help="Wrap prompts in the chat template.")
-    ] = False,
-    pack: Annotated[
-        bool, typer.Option("--pack", help="Join documents into windows of the full length.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the prompt sample.")] = 0,
-    batch_size: Annotated[int | None, typer.Option(help="Most prompts in a batch.")] = None,
-    keep_positions: Annotated[int, typer.Option(help="Strongest positions kept per prompt.")] = 48,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Look once more without the Super Experts found.")
-    ] = True,
+    preset: Preset = None,
+    mode: Mode = "faithful",
+    bos: Bos = "auto",
+    chat_template: Template = False,
+    pack: Pack = False,
+    seed: Seed = 0,
+    batch_size: BatchSize = None,
+    keep_positions: Keep = 48,
+    verify: Verify = None,
+    sensitivity: Sensitive = False,
     dtype: Dtype = "auto",
     device: Device = None,
     device_map: DeviceMap = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     offline: Offline = False,
-    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/MODEL-TIME]")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a run that is in --out.")] = False,
-    resume: Annotated[Path | None, typer.Option(help="Continue an interrupted run folder.")] = None,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the JSON document and nothing else.")
-    ] = False,
-    fail_if: Annotated[
-        list[str] | None,
-        typer.Option("--fail-if", help="Exit with 6 if this holds, e.g. 'primary-sinks.sink_rate > 90'."),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan with predicted memory, disk and time.")
-    ] = False,
-    quiet: Annotated[bool, typer.Option("-q", "--quiet", help="No progress on stderr.")] = False,
-    no_text: Annotated[bool, typer.Option("--no-text", help="Keep tokens out of the report.")] = False,
+    out: Out = None,
+    force: Force = False,
+    resume: Resume = None,
+    as_json: AsJson = False,
+    fail_if: FailIf = None,
+    dry_run: DryRun = False,
+    quiet: Quiet = False,
+    no_text: NoText = False,
 ) -> None:
-    from sinklens.pipeline.gate import check_gate, check_path, parse_gate
-    from sinklens.pipeline.options import ProfileOptions, with_preset
-
-    from .console import ConsoleListener, print_json, print_run
     from .environment import quiet_libraries
 
     quiet_libraries(offline=offline)
-    wanted = tuple(item.strip() for item in (analyzers or "").split(",") if item.strip())
-    for expression in fail_if or []:
-        check_path(parse_gate(expression)[0], wanted)
-    settings: dict[str, Any] = {
-        "prompts": prompts,
-        "n": n,
-        "seq_len": seq_len,
-        "analyzers": wanted,
-        "mode": mode,
-        "bos": bos,
-        "chat_template": chat_template,
-        "pack": pack,
-        "seed": seed,
-        "batch_size": batch_size,
-        "keep_positions": keep_positions,
-        "verify": verify,
-        "dtype": dtype,
-        "device": device,
-        "device_map": device_map,
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-    }
-    if resume is not None:
-        refuse_beside_resume({"model": model, "out": out, "preset": preset}, settings)
-    options = ProfileOptions(**settings)
-    if preset is not None:
-        options = with_preset(options, preset, given_options(settings))
+    options = chosen_options(context.params)
     if dry_run:
         from .dry_run import print_plan
 
         print_plan(model, options, as_json=as_json)
         return
+    run_profile(context.params, options)
+
+
+def chosen_options(given: dict[str, Any]) -> ProfileOptions:
+    """The options of the command line, all of them checked before anything is opened."""
+    from dataclasses import fields
+
+    from sinklens.pipeline.gate import check_path, parse_gate
+    from sinklens.pipeline.options import ProfileOptions, with_preset
+    from sinklens.pipeline.prepare import analyzers_for
+
+    wanted = tuple(item.strip() for item in (given["analyzers"] or "").split(",") if item.strip())
+    settings: dict[str, Any] = {
+        field.name: given[field.name] for field in fields(ProfileOptions) if field.name in given
+    }
+    settings |= {"analyzers": wanted, "preset": None}
+    if given["resume"] is not None:
+        refuse_beside_resume({name: given[name] for name in ("model", "out", "preset")}, settings)
+    options = ProfileOptions(**settings)
+    if given["preset"] is not None:
+        options = with_preset(options, given["preset"], given_options(settings))
+    names = [analyzer.name for analyzer in analyzers_for(options)]
+    for expression in given["fail_if"] or []:
+        check_path(parse_gate(expression)[0], names)
+    return options
+
+
+def run_profile(given: dict[str, Any], options: ProfileOptions) -> None:
+    """Profile, report, print, and hold the outcome against the conditions."""
+    from sinklens.pipeline.gate import check_gate
     from sinklens.pipeline.profile import profile
 
-    folder = None if resume else out or Path("runs") / run_name(model)
-    listener = ConsoleListener(quiet=quiet)
+    from .console import ConsoleListener, print_json, print_run
+
+    model, resume = given["model"], given["resume"]
+    listener = ConsoleListener(quiet=given["quiet"])
     try:
         run = profile(
             model,
-            out=folder,
-            force=force,
+            out=None if resume else given["out"] or Path("runs") / run_name(model),
+            force=given["force"],
             resume=resume,
             listener=listener,
             argv=sys.argv,
@@ -148,12 +180,12 @@ def command(
         )
     finally:
         listener.close()
-    report = run.report(include_text=not no_text)
-    if as_json:
+    report = run.report(include_text=not given["no_text"])
+    if given["as_json"]:
         print_json(run.document)
     else:
         print_run(run, report)
-    for expression in fail_if or []:
+    for expression in given["fail_if"] or []:
         check_gate(expression, run.document)
 
 

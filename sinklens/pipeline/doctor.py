@@ -9,8 +9,9 @@ from sinklens.models.spec import Anatomy, ModelInfo
 from sinklens.tracers.executor import attention_path
 from sinklens.tracers.selfcheck import Check
 
+from .listener import Listener
 from .options import ProfileOptions
-from .profile import Listener, checked_plan, prepare
+from .prepare import checked_plan, prepare
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,9 @@ class Diagnosis:
         tower = self.anatomy.main
         block = tower.blocks[len(tower.blocks) // 2]
         parts = {
-            key: value for key, value in asdict(block).items() if value and key not in ("index", "norms")
+            key: value
+            for key, value in asdict(block).items()
+            if value and key not in ("index", "norms", "sum")
         }
         lines = [
             f"{'Attention':<11}{self.attention_path}",

@@ -7,7 +7,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from sinklens.analyzers import registry
 from sinklens.core.errors import GateError, UsageError
 from sinklens.core.suggest import did_you_mean
 
@@ -48,10 +47,10 @@ def check_path(path: str, analyzers: Sequence[str]) -> None:
     """Refuse a path whose finding this run will not have, before anything is run.
 
     Args:
-        analyzers: The analyzers asked for, with or without parameters; empty for all.
+        analyzers: Names of the analyzers that will run.
     """
     head = path.partition(".")[0].replace("_", "-")
-    known = ["verdict", "model", *([item.partition(":")[0] for item in analyzers] or registry)]
+    known = ["verdict", "model", *analyzers]
     if head not in known:
         hint = did_you_mean(head, known) or f"There are: {', '.join(known)}."
         raise UsageError(f"--fail-if: this run will have no {head!r}.", detail=hint)

@@ -22,7 +22,10 @@ class ProfileOptions:
         seq_len: Prompts are cut to this many tokens.
         bos: `auto` (as the tokenizer does), `on` or `off`.
         mode: `faithful` or `fused`, see `sinklens.tracers.attention`.
-        verify: Look once more at a few prompts without the Super Experts that were found.
+        verify: Look again at a few prompts with the causes removed that were found. None does so if the main pass
+            predicts that it takes under about a minute.
+        sensitivity: Take the same measurement with and without BOS and chat template, on random and repeated tokens,
+            at several lengths and in several dtypes.
         keep_positions: Strongest positions kept per head and prompt, besides the first 16.
     """
 
@@ -37,7 +40,8 @@ class ProfileOptions:
     mode: str = "faithful"
     batch_size: int | None = None
     keep_positions: int = 48
-    verify: bool = True
+    verify: bool | None = None
+    sensitivity: bool = False
     dtype: str = "auto"
     device: str | None = None
     device_map: str | None = None

@@ -7,13 +7,12 @@ import time
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from sinklens.analyzers import chosen_analyzers
 from sinklens.tracers import signals as sig
 from sinklens.tracers.executor import TracePlan, partition
 from sinklens.tracers.signals import PLACED, Signal, Source
 
 from .options import ProfileOptions
-from .profile import plan_for, read_prompts
+from .prepare import analyzers_for, plan_for, read_prompts
 
 if TYPE_CHECKING:
     from sinklens.inputs.spec import PromptSet
@@ -52,7 +51,7 @@ def predict(model: str | None, options: ProfileOptions) -> tuple[ModelDescriptio
     from sinklens.models.loading import load_config, load_tokenizer
     from sinklens.models.opening import PROMPTS, describe_model
 
-    analyzers = chosen_analyzers(options.analyzers)
+    analyzers = analyzers_for(options)
     described = describe_model(
         model, revision=options.revision, dtype=options.dtype, trust_remote_code=options.trust_remote_code
     )

@@ -1,0 +1,210 @@
+"""Everything a run needs before its first prompt: model, prompts, analyzers, plan, and the self-check."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sinklens.analyzers import Analyzer, chosen_analyzers, registry
+from sinklens.core.errors import DataError
+from sinklens.inputs.spec import PromptSet
+from sinklens.models.spec import OpenedModel
+from sinklens.tracers.attention import Mode
+from sinklens.tracers.executor import TracePlan
+from sinklens.tracers.recorder import Limits
+from sinklens.tracers.selfcheck import Check, self_check
+
+from .listener import Listener
+from .options import ProfileOptions
+
+DEFAULT_PROMPTS, DEFAULT_SEQ_LEN = 32, 512
+RESERVED_POSITIONS = 2
+"""RoBERTa and OPT keep the first two entries of their position table for padding."""
+
+EFFECTS, SENSITIVITY = "effects", "sensitivity"
+READERS = {EFFECTS: ("causal-effects", "super-experts"), SENSITIVITY: ("sensitivity",)}
+"""The analyzers that read the result of an experiment; the first one is added where it was asked for by name."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything a run needs before the first prompt.
+
+    Attributes:
+        reopen: The same model in another dtype (`float32`, ...), for experiments; never the caller's own object.
+    """
+
+    opened: OpenedModel
+    prompts: PromptSet
+    analyzers: tuple[Analyzer, ...]
+    plan: TracePlan
+    reopen: Callable[[str], OpenedModel]
+
+
+def analyzers_for(options: ProfileOptions) -> tuple[Analyzer, ...]:
+    """The analyzers asked for, and those that report an experiment that was asked for by name."""
+    chosen = chosen_analyzers(options.analyzers)
+    wanted = [(EFFECTS, options.verify), (SENSITIVITY, options.sensitivity)]
+    names = {READERS[name][0] for name, asked in wanted if asked} & set(registry)
+    missing = names - {analyzer.name for analyzer in chosen}
+    added = tuple(registry[name]() for name in missing)
+    return tuple(sorted((*chosen, *added), key=lambda analyzer: analyzer.place))
+
+
+def prepare(model: Any, tokenizer: Any, options: ProfileOptions, listener: Listener) -> Prepared:
+    """Open the model and read the prompts."""
+    from sinklens.models.opening import open_model
+
+    analyzers = analyzers_for(options)
+    source = {
+        "tokenizer": tokenizer,
+        "revision": options.revision,
+        "device": options.device,
+        "device_map": options.device_map,
+        "trust_remote_code": options.trust_remote_code,
+    }
+    opened = open_model(model, dtype=options.dtype, **source)
+
+    def reopen(dtype: str) -> OpenedModel:
+        if isinstance(model, OpenedModel | nn.Module):
+            return copied(opened, dtype)
+        return open_model(model, dtype=dtype, **source)
+
+    listener.opened(opened)
+    prompts = read_prompts(options, opened.tokenizer, opened.default_prompts, opened.module.config)
+    for analyzer in analyzers:
+        _long_enough(analyzer, prompts)
+    _within_reach(opened, prompts)
+    listener.planned(prompts, analyzers)
+    return Prepared(opened, prompts, analyzers, plan_for(options, analyzers), reopen)
+
+
+def copied(opened: OpenedModel, dtype: str) -> OpenedModel:
+    """A copy of a model in memory in another dtype; the caller's own object is left alone.
+
+    Weights and saved buffers change their dtype; buffers that are computed (rotary frequencies) and modules that the
+    model keeps in float32 do not, as when it is loaded in that dtype.
+    """
+    wanted = getattr(torch, dtype)
+    module = copy.deepcopy(opened.module)
+    kept = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
+    saved = module.state_dict(keep_vars=True)
+    for name, value in saved.items():
+        if value.is_floating_point() and not any(part in name for part in kept):
+            value.data = value.data.to(wanted)
+    return replace(opened, module=module, info=replace(opened.info, dtype=dtype))
+
+
+def read_prompts(options: ProfileOptions, tokenizer: Any, own: str | None, config: Any) -> PromptSet:
+    """The prompts that were asked for, else those that came with the checkpoint, else the bundled corpus.
+
+    Args:
+        own: Path of the checkpoint's own prompts, if it has any.
+        config: The model's config, for the longest input it takes.
+    """
+    from sinklens.inputs import load_prompts
+
+    chosen = options.prompts if options.prompts is not None else own
+    prompts = load_prompts(
+        chosen,
+        tokenizer,
+        n=options.n or (DEFAULT_PROMPTS if chosen is None else None),
+        seq_len=options.seq_len or default_length(config),
+        bos=options.bos,
+        chat_template=options.chat_template,
+        pack=options.pack,
+        seed=options.seed,
+    )
+    if options.prompts is None and own is not None:
+        prompts.description["source"] = "prompts that came with the checkpoint"
+    return prompts
+
+
+def _long_enough(analyzer: Analyzer, prompts: PromptSet) -> None:
+    """Refuse prompts that are all shorter than the metric needs, before anything is run."""
+    needed = getattr(analyzer, "min_tokens", 0)
+    longest = max(len(prompt) for prompt in prompts.prompts)
+    if longest < needed:
+        raise DataError(
+            f"{analyzer.name} needs prompts of at least {needed} tokens; the longest has {longest}.",
+            hint="Give longer prompts, join short ones with --pack, or leave this analyzer out with --analyzers.",
+        )
+
+
+def _within_reach(opened: OpenedModel, prompts: PromptSet) -> None:
+    """Refuse prompts with tokens or positions that the model has no embedding for, before it fails on them."""
+    module: Any = opened.module
+    tokens = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
+    largest = max(max(prompt.token_ids) for prompt in prompts.prompts)
+    if isinstance(tokens, nn.Embedding) and largest >= tokens.num_embeddings:
+        raise DataError(
+            f"The prompts have token id {largest}, but the model has embeddings for {tokens.num_embeddings} tokens.",
+            detail="The tokenizer does not belong to this model, or the token ids do not.",
+            hint="Give the model's own tokenizer.",
+        )
+    limit = position_limit(opened.module.config)
+    longest = max(len(prompt) for prompt in prompts.prompts)
+    if limit is not None and longest > limit and _learns_positions(opened.module, tokens, limit):
+        raise DataError(
+            f"The longest prompt has {longest} tokens; this model has learned positions for {limit}.",
+            hint=f"Cut the prompts: --seq-len {limit - RESERVED_POSITIONS}",
+        )
+
+
+def _learns_positions(model: nn.Module, tokens: Any, limit: int) -> bool:
+    """Whether the model looks positions up in a table (rotary models compute them and go on beyond their limit)."""
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
+    return any(limit <= table.num_embeddings <= limit + RESERVED_POSITIONS for table in tables)
+
+
+def position_limit(config: Any) -> int | None:
+    """The longest input the config allows, None if it names none."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return limit if isinstance(limit, int) and limit > RESERVED_POSITIONS else None
+
+
+def longest_input(opened: OpenedModel) -> int | None:
+    """The longest prompt the model is made for, None if its config names none."""
+    module: Any = opened.module
+    limit = position_limit(module.config)
+    tokens = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
+    learned = limit is not None and _learns_positions(module, tokens, limit)
+    return limit - RESERVED_POSITIONS if limit is not None and learned else limit
+
+
+def default_length(config: Any) -> int:
+    """The default sequence length, or the longest the model's learned positions allow."""
+    limit = position_limit(config)
+    return DEFAULT_SEQ_LEN if limit is None else min(DEFAULT_SEQ_LEN, limit - RESERVED_POSITIONS)
+
+
+def plan_for(options: ProfileOptions, analyzers: tuple[Analyzer, ...]) -> TracePlan:
+    """Record the union of what the analyzers need, and nothing else."""
+    plan = TracePlan(
+        signals=frozenset(signal for analyzer in analyzers for signal in analyzer.needs),
+        mode=Mode(options.mode),
+        limits=Limits(strongest=options.keep_positions),
+    )
+    return plan if options.batch_size is None else replace(plan, batch_prompts=options.batch_size)
+
+
+def checked_plan(prepared: Prepared) -> tuple[TracePlan, list[Check]]:
+    """Run the self-check; where the expert loop rounds differently from the model's kernel, run both."""
+    plan = prepared.plan
+    checks = self_check(prepared.opened, prepared.prompts.prompts, plan)
+    changed = any(check.name.startswith("tracing leaves") and not check.passed for check in checks)
+    if changed and prepared.opened.anatomy.main.n_experts and not plan.own_experts:
+        plan = replace(plan, own_experts=True)
+        checks = self_check(prepared.opened, prepared.prompts.prompts, plan)
+    return plan, checks
+
+
+def model_request(model: Any, opened: OpenedModel) -> str | None:
+    """What to open again on resume; a model in memory must be given again by its owner."""
+    return model if isinstance(model, str) else opened.info.id if model is None else None

@@ -1,0 +1,161 @@
+"""One run from the self-check to the saved result, and how an interrupted one goes on."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from sinklens.core.canonical import plain
+from sinklens.core.errors import DataError, InterruptedRun, SelfCheckError, UsageError
+from sinklens.core.manifest import Clock, build_manifest
+from sinklens.tracers.executor import TracePlan, empty_trace, trace
+from sinklens.tracers.selfcheck import Check
+from sinklens.tracers.store import RunStore
+from sinklens.tracers.trace import Trace
+
+from .experiments import Setting, run_experiments
+from .listener import Listener
+from .options import ProfileOptions
+from .prepare import Prepared, checked_plan, prepare
+from .run import Run, load_run, stored_manifest, write_run
+
+
+class Session:
+    """One run from the self-check to the saved result."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        options: ProfileOptions,
+        store: RunStore | None,
+        listener: Listener,
+        argv: list[str] | None,
+        request: str | None,
+    ) -> None:
+        self.prepared, self.store, self.listener, self.argv = prepared, store, listener, argv
+        self.options, self.clock = options, Clock()
+        self.request = {"model": request, **options.request()}
+
+    def run(self, before: dict[str, Any] | None = None) -> Run:
+        """Check, trace, analyze, save.
+
+        Args:
+            before: The manifest of the interrupted run that this one continues.
+        """
+        plan, checks = checked_plan(self.prepared)
+        self.listener.checked(checks)
+        empty = empty_trace(self.prepared.opened, plan)
+        if before is not None:
+            _same_run(before, self.prepared, empty)
+        failed = [check for check in checks if not check.passed]
+        if failed:
+            self._save_untrusted(empty, checks)
+            raise _untrusted(failed, self.store)
+        self._describe(empty, checks, "running")
+        try:
+            run = self._measured(plan, checks)
+        except KeyboardInterrupt:
+            raise self._interrupted() from None
+        if self.store is not None:
+            write_run(run, self.store)
+        return run
+
+    def _measured(self, plan: TracePlan, checks: list[Check]) -> Run:
+        """The main pass, then the experiments."""
+        before = len(self.store.load_records()) if self.store else 0
+        start = time.perf_counter()
+        result = trace(
+            self.prepared.opened,
+            self.prepared.prompts,
+            plan,
+            store=self.store,
+            progress=self.listener.progress,
+        )
+        seconds = time.perf_counter() - start
+        self._describe(result, checks, "complete")
+        pace = seconds / sum(map(len, result.records)) if not before else None
+        run = Run(result, self.prepared.analyzers, checks)
+        run = run_experiments(Setting(self.prepared, plan, self.options, self.listener, pace), run)
+        run.trace.manifest["time"]["wall_s"] = round(self.clock.seconds, 3)
+        return run
+
+    def _interrupted(self) -> InterruptedRun:
+        if self.store is None:
+            return InterruptedRun("Stopped. Nothing was saved, because the run has no folder.")
+        done, total = len(self.store.load_records()), len(self.prepared.prompts)
+        return InterruptedRun(
+            f"Stopped. {done}/{total} prompts saved.",
+            hint=f"Continue: sinklens profile --resume {self.store.folder}",
+        )
+
+    def _describe(self, described: Trace, checks: list[Check], status: str) -> None:
+        """Put the manifest on a trace and, while the run is going, on disk."""
+        described.manifest = build_manifest(
+            clock=self.clock,
+            argv=self.argv,
+            seeds={"prompts": self.request["seed"]},
+            device=str(next(self.prepared.opened.module.parameters()).device),
+            status=status,
+            request=self.request,
+            inputs=self.prepared.prompts.description,
+            tracing=described.tracing,
+        )
+        if self.store is not None and status == "running":
+            self.store.write_manifest(stored_manifest(described, self.prepared.analyzers, checks))
+
+    def _save_untrusted(self, empty: Trace, checks: list[Check]) -> None:
+        self._describe(empty, checks, "untrusted")
+        if self.store is not None:
+            write_run(Run(empty, self.prepared.analyzers, checks, findings={}), self.store)
+
+
+def _untrusted(failed: list[Check], store: RunStore | None) -> SelfCheckError:
+    check = failed[0]
+    value = "" if check.value is None else f"found {check.value:g}"
+    limit = "" if check.limit is None else f", limit {check.limit:g}"
+    others = f" {len(failed) - 1} other checks failed too." if len(failed) > 1 else ""
+    return SelfCheckError(
+        f"Self-check failed: {check.name}. No verdict is given.{others}",
+        detail=f"{value}{limit}: {check.detail[:160]}",
+        hint=f"All checks: {store.folder / 'summary.json'}"
+        if store
+        else "See all checks: sinklens doctor -m MODEL",
+    )
+
+
+def resume_run(folder: Path, model: Any, tokenizer: Any, listener: Listener, argv: list[str] | None) -> Run:
+    """Continue an interrupted run with the model and options of its manifest."""
+    store = RunStore(folder)
+    before = store.read_manifest()
+    if before.get("status") == "complete":
+        return load_run(folder)
+    request = dict(before["request"])
+    asked = request.pop("model")
+    given = request.pop("prompts_given", None)
+    if given is not None or (model is None and asked is None):
+        raise UsageError(
+            f"The run in {folder} was started from objects in memory ({given or 'the model'}).",
+            hint="Start it again from Python.",
+        )
+    request["analyzers"] = tuple(request["analyzers"])
+    options = ProfileOptions(**request)
+    with store.locked():
+        prepared = prepare(model if model is not None else asked, tokenizer, options, listener)
+        return Session(prepared, options, store, listener, argv, asked).run(before)
+
+
+def _same_run(before: dict[str, Any], prepared: Prepared, now: Trace) -> None:
+    """Refuse to mix two runs: the model's files, the prompts and the tracing must be those of the manifest."""
+    pairs = {
+        "the model": (before["model"], plain(asdict(prepared.opened.info))),
+        "the prompts": (before["inputs"].get("sha256"), prepared.prompts.description.get("sha256")),
+        "the tracing": (before["tracing"], plain(now.tracing)),
+    }
+    changed = [what for what, (then, today) in pairs.items() if then != today]
+    if changed:
+        raise DataError(
+            f"The run cannot be resumed: {' and '.join(changed)} changed since it was started.",
+            hint="Start it again into another folder with --out.",
+        )
