@@ -98,10 +98,11 @@ def _render(
     script = assets.script()
     return assets.template("report.html").render(
         **_facts(document, title),
+        ids=ids,
         tiles=boxes[: page.FIRST_TILES],
         more_tiles=boxes[page.FIRST_TILES :],
         first=_first_screen(figures, ids),
-        sections=[(s, drawings[s.analyzer], tables.table(s.rows, s.units)) for s in found],
+        sections=[(s, drawings[s.analyzer], tables.table(s.rows, s.units, s.labels)) for s in found],
         prompts=[redact.bare_prompt(prompt) for prompt in prompts],
         viewer=_viewer(prompts) if include_text else [],
         include_text=include_text,

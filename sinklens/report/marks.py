@@ -38,11 +38,14 @@ class Marks:
         return self.items[SHOWN:]
 
 
-def marks(key: str, value: Any) -> Marks | None:
+def marks(key: str, value: Any, called: str | None = None) -> Marks | None:
     """The labels of a list of `[layer, head]` or `[layer, head, number]`, None if it is anything else.
 
     The key must speak of heads or of experts; then the second number is an expert (L2E7). Numbers that all lie
     between 0 and 1 are read as shares.
+
+    Args:
+        called: Name of the list in front of readers, by default the key in words.
     """
     experts = "expert" in key
     named = experts or "head" in key
@@ -51,7 +54,7 @@ def marks(key: str, value: Any) -> Marks | None:
     shares = all(0 <= item[2] <= 1 for item in value if len(item) == 3)
     order = sorted(value, key=lambda item: (*(-part for part in item[2:]), item[0], item[1]))
     found = tuple(_mark(item, experts, shares) for item in order[:KEPT])
-    return Marks(key.replace("_", " "), found, len(value))
+    return Marks(called or key.replace("_", " "), found, len(value))
 
 
 def _mark(item: list[Any], experts: bool, shares: bool) -> Mark:

@@ -10,25 +10,12 @@ from typing import Any
 
 from sinklens.core.figures import Figure, Heatmap, Lines, Samples, Tile
 
-from . import text
+from . import names, text
 from .marks import Marks, marks
-from .numbers import brief, duration, number, size
-from .tables import short_unit
+from .numbers import brief, duration, number, size, with_unit
+from .tables import short_unit, with_interval
 
 FIRST_TILES = 6
-
-_TITLES = {
-    "primary-sinks": ("Primary sinks", "Sinks"),
-    "heads": ("Heads", "Heads"),
-    "massive-activations": ("Hidden-state norms and massive activations", "Norms"),
-    "super-experts": ("Who writes it", "Writers"),
-    "secondary-sinks": ("Secondary sinks", "Secondary"),
-    "visual-sinks": ("Visual sinks", "Visual sinks"),
-    "visual-tokens": ("Visual tokens", "Visual tokens"),
-    "sensitivity": ("Sensitivity", "Sensitivity"),
-    "mitigations": ("Mitigations", "Mitigations"),
-}
-"""Known sections in order: title, name in the navigation. Others follow under their own names."""
 
 RESERVED = {
     "top",
@@ -38,6 +25,8 @@ RESERVED = {
     "prompts",
     "methods",
     "manifest",
+    "references",
+    "strip",
     "sinklens-run",
     "ramp",
     "hatch",
@@ -72,6 +61,15 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Line:
+    """A finding in one line of the first screen; `link` leads to its section."""
+
+    title: str
+    text: str
+    link: str
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What the first screen says.
 
@@ -79,6 +77,7 @@ class Verdict:
         status: `sink`, `no-sink`, `untrusted`, or what the document says.
         trusted: False greys everything out.
         trust: The trust line.
+        lines: The findings that the sentence leaves out; none if a check failed.
     """
 
     status: str
@@ -87,6 +86,7 @@ class Verdict:
     rule: str
     trusted: bool
     trust: str
+    lines: tuple[Line, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,6 @@ class Section:
     id: str
     analyzer: str
     title: str
-    nav: str
     status: str
     verdict: str
     reason: str
@@ -110,6 +109,7 @@ class Section:
     marks: tuple[Marks, ...]
     rows: tuple[dict[str, Any], ...]
     units: dict[str, str]
+    labels: dict[str, str]
     thresholds: tuple[str, str] | None
 
     @property
@@ -153,7 +153,21 @@ def verdict(document: Mapping[str, Any]) -> Verdict:
         )
     sentence = sentence or "The run gave no verdict."
     return Verdict(
-        status, headline(status), sentence, str(given.get("rule") or ""), status != "untrusted", trust
+        status,
+        headline(status),
+        sentence,
+        str(given.get("rule") or ""),
+        status != "untrusted",
+        trust,
+        () if status == "untrusted" else _lines(given),
+    )
+
+
+def _lines(given: Mapping[str, Any]) -> tuple[Line, ...]:
+    listed = [line for line in given.get("lines") or () if isinstance(line, Mapping) and line.get("text")]
+    return tuple(
+        Line(str(line.get("title") or ""), str(line["text"]), str(line.get("analyzer") or ""))
+        for line in listed
     )
 
 
@@ -193,44 +207,46 @@ def chips(document: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def sections(document: Mapping[str, Any], methods: Sequence[Mapping[str, Any]]) -> tuple[Section, ...]:
-    """One section per finding: the known ones in their order, then the others as they come."""
+    """One section per finding, in the order of the document: that of the chain from sink to cause."""
     findings = document.get("findings") or {}
     titles = {str(m.get("name")): str(m.get("title") or "") for m in methods}
-    order = [name for name in _TITLES if name in findings] + [
-        name for name in findings if name not in _TITLES
-    ]
     taken = set(RESERVED)
     built = []
-    for name in order:
+    for name, finding in findings.items():
         identifier = text.slug(name)
         while identifier in taken:
             identifier += "-finding"
         taken.add(identifier)
-        own = titles.get(name) or name.replace("-", " ").replace("_", " ").capitalize()
-        built.append(_section(name, identifier, _TITLES.get(name, (own, own)), findings[name]))
+        spelled = name.replace("-", " ").replace("_", " ").capitalize()
+        title = str(finding.get("title") or "") or titles.get(name) or spelled
+        built.append(_section(name, identifier, title, finding))
     return tuple(built)
 
 
-def _section(name: str, identifier: str, titles: tuple[str, str], finding: Mapping[str, Any]) -> Section:
+def _section(name: str, identifier: str, title: str, finding: Mapping[str, Any]) -> Section:
     rows = tuple(finding.get("rows") or ())
     parameters = finding.get("parameters") or {}
     reason = str(finding.get("reason") or "")
     summary = finding.get("summary") or {}
-    places = {key: found for key, value in summary.items() if (found := marks(str(key), value))}
+    labels = _texts(finding.get("labels"))
+    units = _texts(finding.get("units"))
+    called = {key: names.name(str(key), labels) for key in summary}
+    places = {k: found for k, value in summary.items() if (found := marks(str(k), value, called[k]))}
+    rest = {key: value for key, value in summary.items() if key not in places and value is not None}
     return Section(
         id=identifier,
         analyzer=name,
-        title=titles[0],
-        nav=titles[1],
+        title=title,
         status=str(finding.get("status") or "not-applicable"),
         verdict=str(finding.get("verdict") or ""),
         reason=reason or "the run gave no reason.",
         notes=tuple(str(note) for note in finding.get("notes") or ()),
-        parameters=pairs(parameters),
-        summary=pairs({k: v for k, v in summary.items() if k not in places}, finding.get("units") or {}),
+        parameters=pairs(parameters, units, labels),
+        summary=pairs(rest, units, labels),
         marks=tuple(places.values()),
         rows=rows,
-        units=dict(finding.get("units") or {}),
+        units=units,
+        labels=labels,
         thresholds=_thresholds(rows, parameters),
     )
 
@@ -327,12 +343,33 @@ def command(manifest: Mapping[str, Any]) -> str:
     return shlex.join(str(v) for v in value) if isinstance(value, list | tuple) else str(value)
 
 
-def pairs(values: Mapping[str, Any], units: Mapping[str, str] | None = None) -> tuple[tuple[str, str], ...]:
-    """Names and values as they are printed, with the unit where one is known."""
+def pairs(
+    values: Mapping[str, Any],
+    units: Mapping[str, str] | None = None,
+    labels: Mapping[str, str] | None = None,
+) -> tuple[tuple[str, str], ...]:
+    """Names and values as they are printed, with the unit where one is known.
+
+    An interval (`x_ci_low`, `x_ci_high`) stands behind its value.
+    """
     known = units or {}
-    return tuple(
-        (words(k), f"{_short(v)} {short_unit(known.get(k, ''))}".rstrip()) for k, v in values.items()
-    )
+    inside = {key + ending for key in values for ending in (names.CI_LOW, names.CI_HIGH)}
+    shown = []
+    for key, value in values.items():
+        if key in inside:
+            continue
+        unit = known.get(key, "")
+        percentage = isinstance(value, float) and unit.startswith("%")
+        printed = with_unit(value, unit) if percentage else _short(value)
+        ends = (values.get(key + names.CI_LOW), values.get(key + names.CI_HIGH))
+        printed = f"{printed} {short_unit(unit)}".rstrip()
+        shown.append((names.name(str(key), labels), with_interval(printed, *ends, unit)))
+    return tuple(shown)
+
+
+def _texts(given: Any) -> dict[str, str]:
+    """A mapping from text to text, whatever the document has there."""
+    return {str(k): str(v) for k, v in given.items()} if isinstance(given, Mapping) else {}
 
 
 def words(key: Any) -> str:

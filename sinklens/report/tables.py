@@ -6,12 +6,13 @@ import csv
 import io
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import quote
 
 from . import text
+from .names import CI_HIGH, CI_LOW, name
 from .numbers import with_unit
 
 SHOWN, KEPT = 20, 500
@@ -29,10 +30,7 @@ class Column:
     key: str
     unit: str
     numeric: bool
-
-    @property
-    def label(self) -> str:
-        return self.key.replace("_", " ")
+    label: str
 
     @property
     def header_unit(self) -> str:
@@ -89,18 +87,43 @@ class Table:
         return any(column.key in _INDICES for column in self.columns)
 
 
-def table(rows: Sequence[dict[str, Any]], units: dict[str, str]) -> Table | None:
-    """The rows as a table, or None if there are none. Columns: all keys, in order of appearance."""
+def table(
+    rows: Sequence[dict[str, Any]], units: dict[str, str], labels: Mapping[str, str] | None = None
+) -> Table | None:
+    """The rows as a table, or None if there are none. Columns: all keys, in order of appearance.
+
+    `x_ci_low` and `x_ci_high` beside `x` are no columns of their own: the cells of `x` carry the interval.
+    """
     if not rows:
         return None
     keys = list(dict.fromkeys(key for row in rows for key in row))
+    inside = {key + ending for key in keys for ending in (CI_LOW, CI_HIGH)}
     columns = tuple(
-        Column(key, units.get(key, ""), _is_numeric([row.get(key) for row in rows])) for key in keys
+        Column(
+            key,
+            units.get(key, ""),
+            _is_numeric([row.get(key) for row in rows]),
+            _column_name(key, keys, labels),
+        )
+        for key in keys
+        if key not in inside
     )
     kept = tuple(_row(row, columns) for row in rows[:KEPT])
     written = as_csv(rows)
     link = "data:text/csv;charset=utf-8," + quote(written) if len(written) < _DATA_LINK_BYTES else None
     return Table(columns, kept, len(rows), link)
+
+
+def _column_name(key: str, keys: Sequence[str], labels: Mapping[str, str] | None) -> str:
+    interval = " (95 % interval)" if key + CI_LOW in keys else ""
+    return name(key, labels) + interval
+
+
+def with_interval(shown: str, low: Any, high: Any, unit: str) -> str:
+    """A value with its interval, if there is one: `24.6 (20.1 to 28.8)`."""
+    if not all(isinstance(end, int | float) and math.isfinite(end) for end in (low, high)):
+        return shown
+    return f"{shown} ({with_unit(float(low), unit)} to {with_unit(float(high), unit)})"
 
 
 def short_unit(unit: str) -> str:
@@ -117,8 +140,12 @@ def _row(row: dict[str, Any], columns: tuple[Column, ...]) -> Row:
     place = None
     if isinstance(row.get("layer"), int) and isinstance(row.get("head"), int):
         place = f"#L{row['layer']}H{row['head']}"
-    cells = tuple(_cell(row.get(c.key), c, place if c.key in ("layer", "head") else None) for c in columns)
-    return Row(cells, _filters(row))
+    cells = [_cell(row.get(c.key), c, place if c.key in ("layer", "head") else None) for c in columns]
+    ends = [(row.get(c.key + CI_LOW), row.get(c.key + CI_HIGH), c.unit) for c in columns]
+    cells = [
+        replace(cell, shown=with_interval(cell.shown, *end)) for cell, end in zip(cells, ends, strict=True)
+    ]
+    return Row(tuple(cells), _filters(row))
 
 
 def _cell(value: Any, column: Column, link: str | None) -> Cell:
