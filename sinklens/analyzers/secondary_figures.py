@@ -1,0 +1,110 @@
+"""What the report draws of secondary sinks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from sinklens.core.figures import Event, Figure, Heatmap, Life, Lines, Series, Timeline
+from sinklens.tracers import signals as sig
+from sinklens.tracers.trace import PromptRecord
+
+from .aligned_tokens import Aligned, Level, Primary
+
+TIMELINE_ROWS = 40
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One prompt with its primary sink and the tokens aligned with it."""
+
+    record: PromptRecord
+    primary: Primary
+    tokens: list[Aligned]
+
+
+def draw(
+    seen: Sequence[Seen], secondary: Sequence[Aligned], levels: Sequence[Level], layers: int
+) -> list[Figure]:
+    aligned = np.zeros(layers)
+    for token in secondary:
+        aligned[list(token.layers)] += 1
+    norm = np.mean([item.record[sig.RESIDUAL_NORM][:, item.primary.position] for item in seen], axis=0)
+    median = np.mean([np.median(item.record[sig.RESIDUAL_NORM], axis=1) for item in seen], axis=0)
+    x = np.arange(layers)
+    figures: list[Figure] = [
+        Lines(
+            "strength",
+            "Norm of the primary sink against the median token",
+            f"L2 norm of the hidden state after each block, mean over {len(seen)} prompts.",
+            (Series("primary sink", x, norm, emphasis=True), Series("median token", x, median)),
+            "layer",
+            "L2 norm",
+            log_y=True,
+        )
+    ]
+    if not secondary:
+        return figures
+    per_thousand = 1000 / sum(len(item.record) for item in seen)
+    alive = Series("secondary sinks", x, aligned * per_thousand, emphasis=True)
+    return [
+        _timeline(secondary, layers),
+        _level_map(secondary, levels, layers),
+        Lines(
+            "alive",
+            "Secondary sinks alive by layer",
+            f"Tokens aligned with the primary sink per 1000 tokens, over {len(seen)} prompts.",
+            (alive,),
+            "layer",
+            "per 1000 tokens",
+            bars=True,
+        ),
+        *figures,
+    ]
+
+
+def _timeline(secondary: Sequence[Aligned], layers: int) -> Timeline:
+    """The secondary sinks that receive most attention, from creation to end."""
+    strongest = sorted(secondary, key=lambda t: (-np.nan_to_num(t.score), t.prompt, t.position))[
+        :TIMELINE_ROWS
+    ]
+    rows = tuple(
+        Life(
+            f"prompt {token.prompt}, position {token.position} {token.piece!r}",
+            token.creation,
+            token.layers[-1],
+            min(1.0, abs(token.cosine)),
+            (Event(token.creation, "created", "rise"),),
+            tuple(sorted(set(range(token.creation, token.layers[-1])) - set(token.layers))),
+            f"{token.lifetime} layers",
+        )
+        for token in sorted(strongest, key=lambda t: (t.creation, -t.lifetime, t.prompt, t.position))
+    )
+    return Timeline(
+        "lives",
+        "Secondary sinks from creation to end",
+        f"The {len(rows)} of {len(secondary)} that receive most attention, in order of creation. Depth of colour: size "
+        "of the cosine with the primary sink's state, mean over the aligned layers. Gaps: layers not aligned.",
+        rows,
+        layers,
+        "|cosine|",
+    )
+
+
+def _level_map(secondary: Sequence[Aligned], levels: Sequence[Level], layers: int) -> Heatmap:
+    counts = np.zeros((layers, layers + 1))
+    for token in secondary:
+        counts[token.creation, token.lifetime] += 1
+    return Heatmap(
+        "levels",
+        "Sink levels: creation layer and lifetime",
+        f"Number of secondary sinks created at a layer (rows) that live for so many layers (columns), all prompts "
+        f"together. Rings: the {len(levels)} sink levels.",
+        np.where(counts > 0, counts, np.nan),
+        "tokens",
+        y_label="creation layer",
+        x_label="lifetime",
+        marks=tuple((level.creation, level.lifetime) for level in levels),
+    )
