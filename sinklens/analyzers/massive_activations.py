@@ -91,6 +91,7 @@ class MassiveActivations(Analyzer):
             rows=rows,
             summary=summary,
             units=UNITS,
+            labels=LABELS,
             figures=_figures(trace, rows, summary),
             tiles=[_tile(rows, summary)],
             notes=self._notes(trace, per_prompt),
@@ -167,6 +168,24 @@ class MassiveActivations(Analyzer):
 UNITS = {
     "value": "activation (signed, mean over prompts)",
     "ratio_to_median": "ratio to the whole-layer median of |h|",
+}
+
+LABELS = {
+    "absolute": "floor of |h|",
+    "relative": "least ratio to the median",
+    "written_at": "appears in layer",
+    "down_proj_output": "written by its down projection",
+    "dims": "massive dimensions",
+    "positions": "positions",
+    "max_abs": "largest against its layer: |value|",
+    "max_ratio": "its ratio to the median",
+    "max_layer": "its layer",
+    "max_position": "its position",
+    "max_token": "its token",
+    "max_dim": "its dimension",
+    "max_written_at": "it appears in layer",
+    "max_down_proj_output": "what the down projection wrote there",
+    "largest_abs": "largest |value| of all",
 }
 
 

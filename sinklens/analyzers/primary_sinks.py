@@ -131,6 +131,7 @@ class PrimarySinks(Analyzer):
             rows=rows,
             summary=summary,
             units=UNITS,
+            labels=LABELS,
             figures=self._figures(evidence, strongest),
             tiles=_tiles(rows, summary),
             notes=self._notes(trace, evidence, summary),
@@ -282,6 +283,41 @@ UNITS = {
 }
 
 
+LABELS = {
+    "sink_rate": "sink rate",
+    "strongest_position": "strongest position",
+    "share": "attention received",
+    "lift": "against uniform",
+    "rate": "sink rate",
+    "uniform_share": "uniform attention would give",
+    "epsilon": "threshold ε",
+    "first_position_rate": "sink rate of the first token",
+    "first_position_share": "attention to the first token",
+    "heads_in_all": "heads in all",
+    "seq_len": "median prompt length",
+    "seq_len_min": "shortest prompt",
+    "seq_len_max": "longest prompt",
+    "heads": "heads that sink on it",
+    "dormant_heads": "heads dormant on the first token",
+    "learned_sink_mass": "attention on learned sink logits",
+    "value_drain": "smallest value norm against the others",
+    "norm_sink_positions": "positions with a sink's hidden-state norm",
+    "agree": "of these, also sinks by attention",
+    "attention_only": "sinks by attention only",
+    "norm_only": "by hidden-state norm only",
+    "n_heads": "heads that sink on it",
+    "top1_share": "queries with their largest weight here",
+    "same_token_share": "prompts with this token here",
+    "min_rate": "rate that makes a row",
+    "min_lift": "least times uniform",
+    "min_prompts": "least share of prompts",
+    "min_visible": "least queries that see it",
+    "min_tokens": "shortest prompt used",
+    "norm_ratio": "norm ratio of a sink by norm",
+    "exclude_diagonal": "without attention to itself",
+}
+
+
 def value_drain(evidence: list[SinkEvidence], position: int) -> Float[np.ndarray, "layer kv_head"] | None:
     """Norm of the position's value states over the mean norm of the others; None if values were not seen."""
     ratios = []
@@ -357,7 +393,9 @@ def _verdict(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
 def _tiles(rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[Tile]:
     top = rows[0] if rows else None
     where = f"position {top['position']} · {top['token']}" if top else "no position qualifies"
-    protocol = f"ε = {summary['epsilon']:g}, T = {summary['seq_len']}"
+    varied = summary["seq_len_min"] != summary["seq_len_max"]
+    length = f"T up to {summary['seq_len_max']}" if varied else f"T = {summary['seq_len']}"
+    protocol = f"ε = {summary['epsilon']:g}, {length}"
     return [
         Tile("Sink rate", f"{summary['sink_rate']:.1f} %", protocol, link="primary-sinks"),
         Tile(
