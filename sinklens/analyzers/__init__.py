@@ -10,6 +10,7 @@ from sinklens.core.errors import UsageError
 from sinklens.core.suggest import did_you_mean
 
 from .base import Analyzer, Finding, Reference, Status, registry
+from .head_roles import HeadRoles
 from .massive_activations import MassiveActivations
 from .primary_sinks import PrimarySinks
 from .secondary_sinks import SecondarySinks
@@ -20,6 +21,7 @@ from .super_experts import SuperExperts
 __all__ = [
     "Analyzer",
     "Finding",
+    "HeadRoles",
     "MassiveActivations",
     "PrimarySinks",
     "Reference",

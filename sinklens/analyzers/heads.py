@@ -18,6 +18,8 @@ from .evidence import column, gather
 from .primary_sinks import PrimarySinks
 
 PerHead = Float[np.ndarray, "layer head"]
+Histogram = Float[np.ndarray, "layer head bin"]
+BINS = sig.FIRST_MASS_BINS
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,53 @@ def mass_after(record: PromptRecord, position: int) -> PerHead | None:
         return None
     seen = record[sig.VISIBLE_QUERIES][:, position, None].astype(np.float64)
     return np.where(seen > 1, (received * seen - own) / np.maximum(seen - 1, 1), np.nan)
+
+
+def spread(record: PromptRecord, position: int) -> Histogram:
+    """Queries by the mass they put on the position, of those that see it; NaN where it was not looked at.
+
+    The recorded histogram holds all queries after the position. Those that do not see it (a sliding window) put 0
+    on it; they are taken out of the lowest bin, so that a window cannot pass for a choice.
+    """
+    shape = (len(record[sig.VISIBLE_QUERIES]), n_heads(record), BINS)
+    counts = np.full(shape, np.nan)
+    if sig.REFERENCE_MASS.name not in record.arrays or sig.REFERENCE_POSITION.name not in record.arrays:
+        return counts
+    for layer, slot in np.argwhere(reference_slots(record, position)).tolist():
+        found = record[sig.REFERENCE_MASS][layer, :, slot].astype(np.float64)
+        seen = max(int(record[sig.VISIBLE_QUERIES][layer, position]) - 1, 0)
+        if (found < 0).any():
+            continue
+        hidden = np.maximum(found.sum(-1) - seen, 0)
+        found[:, 0] -= np.minimum(hidden, found[:, 0])
+        counts[layer] = found
+    return counts
+
+
+def groups(spread: Histogram) -> tuple[PerHead, PerHead]:
+    """Share of the queries with more than 0.9, and with less than 0.1, of their mass on the position."""
+    total = spread.sum(-1)
+    share = spread / np.where(total > 0, total, np.nan)[..., None]
+    return share[..., -BINS // 10 :].sum(-1), share[..., : BINS // 10].sum(-1)
+
+
+def bimodality(spread: Histogram) -> PerHead:
+    """Sarle's coefficient `(skewness^2 + 1) / (excess kurtosis + 3 (n - 1)^2 / ((n - 2)(n - 3)))` of a histogram.
+
+    With the bias corrections of skewness and kurtosis; NaN for fewer than 4 queries, 0 if all are in one bin.
+    """
+    centre = (np.arange(BINS) + 0.5) / BINS
+    n = spread.sum(-1)
+    n = np.where(n > 3, n, np.nan)
+    middle = (spread * centre).sum(-1) / n
+    gap = centre - middle[..., None]
+    m2, m3, m4 = ((spread * gap**k).sum(-1) / n for k in (2, 3, 4))
+    flat = m2 < 1e-9
+    m2, m4 = np.where(flat, 1.0, m2), np.where(flat, 3.0, m4)
+    skew = m3 / m2**1.5 * np.sqrt(n * (n - 1)) / (n - 2)
+    excess = (n - 1) / ((n - 2) * (n - 3)) * ((n + 1) * (m4 / m2**2 - 3) + 6)
+    value = (skew**2 + 1) / (excess + 3 * (n - 1) ** 2 / ((n - 2) * (n - 3)))
+    return np.where(flat & ~np.isnan(n), 0.0, value)
 
 
 def named(pairs: Sequence[tuple[int, int]], most: int = 3) -> str:
