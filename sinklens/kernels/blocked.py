@@ -27,7 +27,7 @@ from .reduce import PER_KEY, Accumulator, Block, Peak, native_serves, needs_peak
 from .scores import Scores
 from .shapes import sizes_of
 from .spec import AttentionCall, AttentionStatistics, BlockPlan, Stat, Want
-from .visibility import tail_rows, visibility
+from .visibility import keys_seen, tail_rows, visibility
 from .walk import Chunk, chunks, row_blocks
 from .workspace import workspace
 
@@ -100,8 +100,10 @@ class _Pass:
         self.result = torch.promote_types(call.query.dtype, torch.float32)
         self.values = {stat: self._zeros(stat) for stat in want.stats}
         self.live = self._live_rows()
-        self.native = native_serves(call, want, plan)
-        self.tail = tail_rows(self.view.rows, want.tail) if Stat.RECEIVED_TAIL in want.stats else None
+        self.native = native_serves(call, plan)
+        self.picked = self._picked_rows()
+        wanted = Stat.ENTROPY_NORMALISED in want.stats
+        self.keys_seen = keys_seen(call, self.sizes, self.blocks) if wanted else None
 
     def fused(self) -> tuple[Tensor, AttentionStatistics]:
         sizes = self.sizes
@@ -131,7 +133,8 @@ class _Pass:
         for rows, keys in self._walk():
             logits = scores.block(rows, keys)
             half = None if value is None or not self.native else value.half_buffer(logits)
-            block = self._weighed(found, logits, rows, keys, peaks, half)
+            keep = output is not None and half is None
+            block = self._weighed(found, logits, rows, keys, peaks, half, keep=keep)
             if call.learned_sinks is not None and block.peak is not None:
                 factor = torch.sigmoid(block.peak.norm - call.learned_sinks[:, None].to(logits.dtype))
                 block = replace(block, factor=factor)
@@ -154,18 +157,28 @@ class _Pass:
         peaks = needs_peak(self.want.stats, known=True)
         for rows, keys in self._walk():
             logits = scores.block(rows, keys)
-            found.add(self._weighed(found, logits, rows, keys, peaks, None))
+            found.add(self._weighed(found, logits, rows, keys, peaks))
         found.finish()
 
     def _weighed(
-        self, found: Accumulator, logits: Tensor, rows: slice, keys: slice, peaks: bool, half: Tensor | None
+        self,
+        found: Accumulator,
+        logits: Tensor,
+        rows: slice,
+        keys: slice,
+        peaks: bool,
+        half: Tensor | None = None,
+        *,
+        keep: bool = False,
     ) -> Block:
         """A block of weights from one of logits: their softmax, or `2^logits` if the log-sum-exp is known."""
-        buffer = self._buffer(logits)
         if self.native:
-            done = found.pass_rows(logits, rows, keys, half)
+            done = found.pass_rows(logits, rows, keys, half, keep=keep)
             peak = Peak(*done.peak) if done.peak is not None else None
+            # The second buffer is scratch of statistics that read the weights.
+            buffer = self._buffer(logits) if found.reads_weights else logits
             return Block(rows, keys, logits, buffer, peak, done=done)
+        buffer = self._buffer(logits)
         if found.known:
             # exp2 rather than exp, whose CPU kernel is several times slower where it underflows.
             torch.exp2(logits, out=buffer)
@@ -193,8 +206,10 @@ class _Pass:
             self.want,
             {stat: value[chunk.batch, chunk.heads] for stat, value in self.values.items()},
             live=None if self.live is None else chunk.of(self.live),
-            tail=None if self.tail is None else self.tail[chunk.batch],
+            picked={stat: rows[chunk.batch] for stat, rows in self.picked.items()},
             groups=self._groups(chunk, call),
+            other=self._other(chunk),
+            seen=None if self.keys_seen is None else chunk.of(self.keys_seen),
             lse=lse,
             unit=unit,
         )
@@ -206,6 +221,22 @@ class _Pass:
         member = (groups if groups.ndim == 4 else groups[:, :, None]).permute(1, 2, 0, 3)
         value = call.value.to(self.result) if Stat.GROUP_OUTPUT in self.want.stats else None
         return KeyGroups(chunk.of(member), value)
+
+    def _other(self, chunk: Chunk) -> Tensor | None:
+        """Keys outside of the group that `RECEIVED_BAND_REST` leaves out."""
+        groups = self.want.groups
+        if groups is None or Stat.RECEIVED_BAND_REST not in self.want.stats:
+            return None
+        return chunk.of(~(groups[0] if groups.ndim == 4 else groups[0][:, None]))
+
+    def _picked_rows(self) -> dict[Stat, Tensor]:
+        """Rows of the sums that do not take all that count."""
+        picked, want = {}, self.want
+        if Stat.RECEIVED_TAIL in want.stats:
+            picked[Stat.RECEIVED_TAIL] = tail_rows(self.view.rows, want.tail)
+        if Stat.RECEIVED_ROWS in want.stats and want.probes is not None:
+            picked[Stat.RECEIVED_ROWS] = self.view.rows & want.probes
+        return picked
 
     def _zeros(self, stat: Stat) -> Tensor:
         sizes, groups = self.sizes, self.want.groups

@@ -6,7 +6,7 @@ Mitigations stand on these two numbers (an edited output is `o + Σ_g (c_g − 1
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 # Gathering costs one memory access per row and column, a product one pass over all columns.
@@ -34,12 +34,21 @@ class KeyGroups:
             # Range of columns if all groups are equally wide, which spares the ordinary case its bookkeeping.
             self._range = (int(self._columns.min()), int(self._columns.max())) if full else None
 
+    def columns(self, heads: int) -> Int[Tensor, "batch head column"] | None:
+        """Keys of narrow groups, in the order that `folded` expects, those that are none far below 0; else None."""
+        if self._width is None:
+            return None
+        return torch.where(self._valid, self._columns, -(2**40)).expand(-1, heads, -1)
+
+    def folded(self, found: Float[Tensor, "b h r column"]) -> Float[Tensor, "b h r group"]:
+        """Masses of narrow groups from the weights at their columns."""
+        return found if self._width == 1 else found.unflatten(-1, (self.n, self._width or 0)).sum(-1)
+
     def mass(self, weights: Float[Tensor, "b h r k"], keys: slice) -> Float[Tensor, "b h r group"]:
         """`sum_{k in group} weights` for weights of the keys in `keys`."""
         b, h, r, k = weights.shape
         if self._width is not None:
-            found = self._gathered(weights, keys)
-            return found if self._width == 1 else found.unflatten(-1, (self.n, self._width)).sum(-1)
+            return self.folded(self._gathered(weights, keys))
         member = self._member[..., keys].mT.to(weights.dtype)  # b 1|h key group
         if member.shape[1] == 1:
             return (weights.reshape(b, h * r, k) @ member[:, 0]).view(b, h, r, self.n)

@@ -16,14 +16,26 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from . import native
+from .bands import add_band, nearness
 from .groups import KeyGroups
 from .spec import AttentionCall, BlockPlan, Stat, Want
 from .workspace import workspace
 
 PER_KEY = frozenset(stat for stat in Stat if stat.startswith("received")) | {Stat.TOP1}
 _FROM_PEAK = frozenset({Stat.TOP1, Stat.ROW_MAX})
-_FROM_NORM = frozenset({Stat.LSE, Stat.ENTROPY, Stat.RECEIVED_LOG, Stat.LEARNED_SINK})
-_FROM_PRODUCT = frozenset({Stat.ENTROPY, Stat.RECEIVED_LOG})
+_ENTROPIES = frozenset({Stat.ENTROPY, Stat.ENTROPY_NORMALISED})
+_FROM_NORM = _ENTROPIES | {Stat.LSE, Stat.RECEIVED_LOG, Stat.LEARNED_SINK}
+_FROM_PRODUCT = _ENTROPIES | {Stat.RECEIVED_LOG}
+_BANDS = (Stat.RECEIVED_BAND, Stat.RECEIVED_BAND_REST)
+# Sums over rows that the compiled pass makes, by its own names.
+_NATIVE_SUMS = {
+    Stat.RECEIVED: "received",
+    Stat.RECEIVED_LOG: "received_log",
+    Stat.RECEIVED_TAIL: "received_tail",
+    Stat.RECEIVED_ROWS: "received_rows",
+    Stat.RECEIVED_BAND: "band",
+    Stat.RECEIVED_BAND_REST: "band_rest",
+}
 _CHUNK = 64
 _TINY = 1e-38
 
@@ -51,7 +63,8 @@ class Block:
         logits: `log P` plus a constant per row, hidden keys very negative but finite. Overwritten.
         peak: If `needs_peak`.
         factor: `A / P`, `[b, h, r]`; None if 1.
-        done: What the compiled row pass has found already; received attention is then added too.
+        done: What the compiled row pass has found already; its sums over rows are then added too, and `weights`
+            are only there if `Accumulator.reads_weights`.
     """
 
     rows: slice
@@ -63,10 +76,10 @@ class Block:
     done: native.RowResults | None = None
 
 
-def native_serves(call: AttentionCall, want: Want, plan: BlockPlan) -> bool:
-    """Whether the compiled row pass can take the place of the torch passes; column entropy needs the logits."""
+def native_serves(call: AttentionCall, plan: BlockPlan) -> bool:
+    """Whether the compiled row pass can take the place of the torch passes."""
     ordinary = call.query.device.type == "cpu" and call.query.dtype != torch.float64
-    return plan.native and ordinary and Stat.RECEIVED_LOG not in want.stats and native.available()
+    return plan.native and ordinary and native.available()
 
 
 def needs_peak(stats: frozenset[Stat], *, known: bool) -> bool:
@@ -127,8 +140,10 @@ class Accumulator:
         want: The statistics.
         into: Where results go: zeros, shaped as `Stat` says.
         live: Rows that count, by head if that differs; None for all.
-        tail: Rows of `RECEIVED_TAIL`, None without.
+        picked: Rows of `RECEIVED_TAIL` and of `RECEIVED_ROWS`, where they are wanted.
         groups: Key sets of `GROUP_*`, None without.
+        other: Keys outside of the group that `RECEIVED_BAND_REST` leaves out, None without.
+        seen: Number of keys each row sees, for `ENTROPY_NORMALISED`.
         lse: Log-sum-exp with learned sinks (nats), if it was known: then `P` is `A`.
         unit: Nats per unit of the logits: 1, or ln 2 where they are logarithms to base 2.
     """
@@ -140,18 +155,24 @@ class Accumulator:
         into: dict[Stat, Tensor],
         *,
         live: Bool[Tensor, "b visible_head q"] | None = None,
-        tail: Bool[Tensor, "b q"] | None = None,
+        picked: dict[Stat, Bool[Tensor, "b q"]] | None = None,
         groups: KeyGroups | None = None,
+        other: Bool[Tensor, "other_batch other_head key"] | None = None,
+        seen: Int[Tensor, "seen_batch seen_head q"] | None = None,
         lse: Float[Tensor, "b h q"] | None = None,
         unit: float = 1.0,
     ) -> None:
         self.want, self.into, self.groups, self.unit = want, into, groups, unit
-        self._sinks, self._lse, self._tail = call.learned_sinks, lse, tail
+        self._sinks, self._lse, self._picked, self._seen = call.learned_sinks, lse, picked or {}, seen
         self._queries, self._offset = call.query.shape[2], call.key.shape[2] - call.query.shape[2]
         self._heads = call.query.shape[1]
         self._dtype = next(iter(into.values())).dtype if into else torch.float32
         self._live = None if live is None else live.expand(-1, self._heads, -1)
         self._weight = None if self._live is None else self._live.to(self._dtype)
+        self._other = None if other is None else other.to(self._dtype)
+        self._columns = None
+        if groups is not None and Stat.GROUP_MASS in want.stats:
+            self._columns = groups.columns(self._heads)
         self._raw: dict[str, list[Tensor]] = defaultdict(list)
         self._heights: list[int] = []
         device = call.query.device
@@ -169,24 +190,15 @@ class Accumulator:
             self._raw["top"].append(block.peak.weight)
         if block.factor is not None:
             self._raw["factor"].append(block.factor)
-        weight = self._row_weights(block)
-        if Stat.RECEIVED in stats and block.done is None:
-            self._add_sum(Stat.RECEIVED, block, weight, block.weights)
-        if self._tail is not None:
-            tail = self._tail[:, None, block.rows]
-            if bool(tail.any()):
-                self._add_sum(Stat.RECEIVED_TAIL, block, torch.where(tail, weight, 0.0), block.weights)
-        if Stat.DISTANCE in stats:
-            done = None if block.done is None else block.done.mean_back
-            self._raw["back"].append(self._mean_back(block) if done is None else done)
-        if Stat.DISTANCE_WINDOWED in stats:
-            self._raw["near"].append(self._nearness(block))
-        if Stat.DIAGONAL in stats:
-            self._diagonal(block)
-        if Stat.GROUP_MASS in stats and self.groups is not None:
+        if block.done is None:
+            self._add_torch(block)
+        else:
+            self._take(block.rows, block.done)
+        if Stat.GROUP_MASS in stats and self.groups is not None and not self._done_mass(block):
             self.into[Stat.GROUP_MASS][:, :, block.rows] = self.groups.mass(block.weights, block.keys)
-        if stats & _FROM_PRODUCT:
-            self._products(block, weight)
+        if not stats & {Stat.RECEIVED_SQUARED, Stat.RECEIVED_MAX, Stat.GROUP_OUTPUT}:
+            return
+        weight = self._row_weights(block)
         if Stat.RECEIVED_SQUARED in stats:
             square = torch.mul(block.weights, block.weights, out=block.logits)
             self._add_sum(Stat.RECEIVED_SQUARED, block, weight.square(), square)
@@ -199,6 +211,48 @@ class Accumulator:
             found = self.groups.output(block.weights, block.keys, block.logits)
             self.into[Stat.GROUP_OUTPUT][:, :, block.rows] = found
 
+    def _add_torch(self, block: Block) -> None:
+        """What the compiled row pass would have found on its way."""
+        stats, weight = self.want.stats, self._row_weights(block)
+        if Stat.RECEIVED in stats:
+            self._add_sum(Stat.RECEIVED, block, weight, block.weights)
+        for stat, rows in self._picked.items():
+            some = rows[:, None, block.rows]
+            if bool(some.any()):
+                self._add_sum(stat, block, torch.where(some, weight, 0.0), block.weights)
+        for stat in stats.intersection(_BANDS):
+            scale = weight if stat is Stat.RECEIVED_BAND else self._over_rest(block, weight)
+            where = (block.rows, block.keys, self._offset, self.want.band)
+            add_band(self.into[stat], block.weights, scale, *where)
+        if Stat.DISTANCE in stats:
+            self._raw["back"].append(self._mean_back(block))
+        if Stat.DISTANCE_WINDOWED in stats:
+            where = (block.rows, block.keys, self._offset, self.want.window)
+            self._raw["near"].append(nearness(block.weights, *where))
+        if Stat.DIAGONAL in stats:
+            self._diagonal(block)
+        if stats & _FROM_PRODUCT:  # the last, for it overwrites the logits
+            self._products(block, weight)
+
+    def _take(self, rows: slice, done: native.RowResults) -> None:
+        """What the compiled row pass has found per row."""
+        for name, found in (("back", done.mean_back), ("near", done.near), ("product", done.product)):
+            if found is not None:
+                self._raw[name].append(found)
+        if done.own is not None:
+            self.into[Stat.DIAGONAL][:, :, rows] = done.own
+        if done.mass is not None and self.groups is not None:
+            self.into[Stat.GROUP_MASS][:, :, rows] = self.groups.folded(done.mass)
+
+    def _done_mass(self, block: Block) -> bool:
+        return block.done is not None and block.done.mass is not None
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether `add` needs the weights of a block that the compiled row pass has gone over."""
+        asked = self.want.stats & {Stat.RECEIVED_SQUARED, Stat.RECEIVED_MAX, Stat.GROUP_OUTPUT}
+        return bool(asked) or (Stat.GROUP_MASS in self.want.stats and self._columns is None)
+
     @property
     def known(self) -> bool:
         """Whether the log-sum-exp was known, so that weights are `A` itself."""
@@ -210,23 +264,61 @@ class Accumulator:
         rows: slice,
         keys: slice,
         half: Float[Tensor, "b h r k"] | None,
+        *,
+        keep: bool,
     ) -> native.RowResults:
-        """The compiled row pass: logits become weights in place; received attention is added here and now."""
+        """The compiled row pass: what it can find is added here and now; logits become weights if to `keep`."""
         stats, known = self.want.stats, self.known
-        sinks = None
-        if not known and self._sinks is not None:
+        sinks = sink_mass = None
+        if self._sinks is not None and not known:
             sinks = self._sinks.to(logits.dtype).expand(logits.shape[:2])
+        elif self._sinks is not None and self._lse is not None and self._other is not None:
+            sink_mass = self._sink_mass(self._lse[:, :, rows])
+        picked = {stat: mask[:, rows] for stat, mask in self._picked.items()}
         request = native.RowRequest(
             known=known,
+            keep=keep or self.reads_weights,
+            place=rows.start + self._offset - keys.start,
             peak=needs_peak(stats, known=known) or sinks is not None,
-            product=Stat.ENTROPY in stats,
+            product=bool(stats & _ENTROPIES),
+            own=Stat.DIAGONAL in stats,
+            window=self.want.window if Stat.DISTANCE_WINDOWED in stats else None,
             back=self._back(rows, keys) if Stat.DISTANCE in stats else None,
-            received=self.into[Stat.RECEIVED][:, :, keys] if Stat.RECEIVED in stats else None,
+            columns=None if self._columns is None else self._columns - keys.start,
+            sums={name: self.into[stat][:, :, keys] for stat, name in _NATIVE_SUMS.items() if stat in stats},
+            tail=picked.get(Stat.RECEIVED_TAIL),
+            probe=picked.get(Stat.RECEIVED_ROWS),
+            band=self.want.band,
+            other=self._other_rows(logits.shape[:2], keys),
+            sink_mass=sink_mass,
             count=None if self._weight is None else self._weight[:, :, rows],
             sinks=sinks,
             half=half,
         )
         return native.pass_rows(logits, request)
+
+    def _other_rows(self, shape: tuple[int, ...], keys: slice) -> Float[Tensor, "heads k"] | None:
+        """Keys outside of the first group, one row for all heads where they agree."""
+        if self._other is None:
+            return None
+        if self._other.shape[0] == 1 and self._other.shape[1] == 1:
+            return self._other[0, :, keys]
+        return self._other[..., keys].expand(*shape, -1).reshape(-1, keys.stop - keys.start)
+
+    def _over_rest(self, block: Block, weight: Float[Tensor, "b h r"]) -> Float[Tensor, "b h r"]:
+        """`weight / (1 - mass of the first group)`, 0 where the group has everything.
+
+        What is left is added up, the share of a learned sink included: a difference would cancel where the group
+        has nearly everything.
+        """
+        assert self._other is not None  # only asked for with groups
+        left = (block.weights @ self._other[..., block.keys, None])[..., 0]
+        if block.factor is not None and block.peak is not None and self._sinks is not None:
+            share = torch.sigmoid(self._sinks[:, None].to(self._dtype) - block.peak.norm)
+            left = left * block.factor + share
+        elif self._lse is not None and self._sinks is not None:
+            left = left + self._sink_mass(self._lse[:, :, block.rows])
+        return torch.where(left > 0, weight / left.clamp_min(_TINY), 0.0)
 
     def _row_weights(self, block: Block) -> Float[Tensor, "b h r"]:
         """`A / P` of the rows that count, 0 of the others."""
@@ -244,14 +336,15 @@ class Accumulator:
 
     def _products(self, block: Block, weight: Tensor) -> None:
         """Entropy of rows and columns: both are sums of `P log P`."""
+        norm = None if self.known or block.peak is None else block.peak.norm
         if Stat.RECEIVED_LOG not in self.want.stats:
-            done = None if block.done is None else block.done.product
-            self._raw["product"].append(_row_products(block.weights, block.logits) if done is None else done)
+            product = _row_products(block.weights, block.logits) * self.unit
+            self._raw["product"].append(product if norm is None else product - norm)
             return
-        if not self.known and block.peak is not None:
-            block.logits.sub_(block.peak.norm[..., None])  # before the product: sums of it would cancel
+        if norm is not None:
+            block.logits.sub_(norm[..., None])  # before the product: sums of it would cancel
         product = block.logits.mul_(block.weights)
-        self._raw["product"].append(product.sum(-1))
+        self._raw["product"].append(product.sum(-1) * self.unit)
         self._add_sum(Stat.RECEIVED_LOG, block, weight, product, self.unit)
         if block.factor is not None:
             log_factor = block.factor.clamp_min(_TINY).log()
@@ -276,15 +369,6 @@ class Accumulator:
         back = self._back(block.rows, block.keys)
         return (block.weights.view(-1, back.shape[0]) @ back).view(block.weights.shape[:3])
 
-    def _nearness(self, block: Block) -> Float[Tensor, "b h r"]:
-        """`sum_k P relu(w - d)`, for `min(d, w) = w - relu(w - d)`: only keys nearer than the window matter."""
-        window, device = self.want.window, block.weights.device
-        place = torch.arange(block.rows.start, block.rows.stop, device=device)[:, None] + self._offset
-        first = max(block.keys.start, block.rows.start + self._offset - window + 1)
-        key = torch.arange(first, max(first, block.keys.stop), device=device)
-        near = block.weights[..., first - block.keys.start :]
-        return torch.einsum("bhrk,rk->bhr", near, (window - (place - key)).clamp_min(0).to(near.dtype))
-
     def finish(self) -> None:
         """Turn what was collected per row into statistics; all blocks are in."""
         raw = {name: torch.cat(parts[::-1], 2) for name, parts in self._raw.items()}
@@ -299,6 +383,8 @@ class Accumulator:
         if Stat.TOP1 in self.want.stats:
             votes = torch.ones_like(raw["top"]) if self._weight is None else self._weight
             self.into[Stat.TOP1].scatter_add_(-1, raw["index"], votes)
+        if Stat.RECEIVED_BAND_REST in self.want.stats and self._other is not None:
+            self.into[Stat.RECEIVED_BAND_REST].mul_(self._other)
         if self._live is not None:
             for stat in self.want.stats - PER_KEY:
                 dead = ~self._live[(..., *(None,) * (self.into[stat].ndim - 3))]
@@ -330,18 +416,20 @@ class Accumulator:
             found[Stat.LSE] = lse
         if Stat.LEARNED_SINK in stats:
             found[Stat.LEARNED_SINK] = torch.zeros_like(lse) if self._sinks is None else self._sink_mass(lse)
-        if Stat.ENTROPY in stats:
-            found[Stat.ENTROPY] = self._entropy(raw, norm)
+        if stats & _ENTROPIES:
+            found |= self._entropies(raw)
         return found
 
-    def _entropy(self, raw: dict[str, Tensor], norm: Tensor) -> Float[Tensor, "b h q"]:
-        """`-sum A log A` from `sum P logits`; where `P` was `A`, the logits were `log A`."""
-        entropy = raw["product"] * -self.unit
-        if self._lse is None and Stat.RECEIVED_LOG not in self.want.stats:
-            entropy += norm
+    def _entropies(self, raw: dict[str, Tensor]) -> dict[Stat, Tensor]:
+        """`-sum A log A` from `sum P log P`, and its share of the most that the row's keys allow."""
+        entropy = -raw["product"]
         if "factor" in raw:
             entropy = (entropy - raw["factor"].clamp_min(_TINY).log()) * raw["factor"]
-        return entropy
+        found = {Stat.ENTROPY: entropy} if Stat.ENTROPY in self.want.stats else {}
+        if self._seen is not None:
+            share = entropy / self._seen.clamp(min=2).to(entropy.dtype).log()
+            found[Stat.ENTROPY_NORMALISED] = torch.where(self._seen > 1, share, 0.0)
+        return found
 
     def _sink_mass(self, lse: Tensor) -> Float[Tensor, "b h q"]:
         assert self._sinks is not None  # the callers have looked

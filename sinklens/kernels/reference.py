@@ -97,6 +97,14 @@ def _statistic(
             counted = live.any(1)
             rank_from_end = counted.flip(1).cumsum(1).flip(1)
             return torch.where((counted & (rank_from_end <= want.tail))[:, None, :, None], A, 0.0).sum(2)
+        case Stat.RECEIVED_ROWS:
+            assert want.probes is not None  # sizes_of has refused the call otherwise
+            return torch.where(want.probes[:, None, :, None], A, 0.0).sum(2)
+        case Stat.RECEIVED_BAND | Stat.RECEIVED_BAND_REST:
+            inside = (distance >= want.band[0]) & (distance <= want.band[1])
+            if stat is Stat.RECEIVED_BAND:
+                return torch.where(inside, A, 0.0).sum(2)
+            return torch.where(inside, _rest(want, A, live), 0.0).sum(2)
         case Stat.RECEIVED_MAX:
             return A.amax(2)
         case Stat.TOP1:
@@ -105,6 +113,10 @@ def _statistic(
             return torch.where(distance == 0, A, 0.0).sum(-1)
         case Stat.ENTROPY:
             return -torch.xlogy(A, A).sum(-1)
+        case Stat.ENTROPY_NORMALISED:
+            keys_seen = dense_visibility(call, sizes_of(call, want)).sum(-1)
+            entropy = -torch.xlogy(A, A).sum(-1) / keys_seen.clamp(min=2).double().log()
+            return torch.where(keys_seen > 1, entropy, 0.0)
         case Stat.DISTANCE:
             return (A * distance).sum(-1)
         case Stat.DISTANCE_WINDOWED:
@@ -121,3 +133,13 @@ def _statistic(
             if stat is Stat.GROUP_MASS:
                 return A @ groups.double().permute(1, 2, 3, 0)
             return torch.stack([(A * group[:, :, None]) @ value for group in groups], 3)
+
+
+def _rest(want: Want, A: Tensor, live: Tensor) -> Tensor:
+    """`A` without the first group, over the mass off it (a learned sink's share included); 0 where that is 0."""
+    assert want.groups is not None  # sizes_of has refused the call otherwise
+    group = want.groups[0][:, None] if want.groups.ndim == 3 else want.groups[0]
+    others = A.masked_fill(group[:, :, None], 0.0)
+    # 1 - mass, added up from what is left: a difference would cancel where the group has nearly everything.
+    left = others.sum(-1) + torch.where(live, 1.0 - A.sum(-1), 0.0).clamp(min=0.0)
+    return torch.where(left[..., None] > 0, others / left[..., None].clamp(min=1e-300), 0.0)

@@ -10,6 +10,8 @@ from torch import Tensor
 from ..core.errors import UsageError
 from .spec import AttentionCall, Stat, Want
 
+NEED_GROUPS = frozenset({Stat.GROUP_MASS, Stat.GROUP_OUTPUT, Stat.RECEIVED_BAND_REST})
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -49,7 +51,7 @@ def sizes_of(call: AttentionCall, want: Want) -> Sizes:
     if heads % kv_heads:
         wrong.append(f"{heads} query heads cannot share {kv_heads} key heads")
     wrong += _mask_misfits(call.mask, (batch, heads, queries, keys))
-    wrong += _group_misfits(want, batch, heads, keys)
+    wrong += _group_misfits(want, batch, heads, keys) + _probe_misfits(want, batch, queries)
     if wrong:
         query = f"query is (batch head query dim) = {tuple(call.query.shape)}"
         raise UsageError(
@@ -67,11 +69,23 @@ def _mask_misfits(mask: Tensor | None, full: tuple[int, int, int, int]) -> list[
     return [f"mask is {tuple(mask.shape)}, expected to broadcast to (batch head query key) = {full}"]
 
 
+def _probe_misfits(want: Want, batch: int, queries: int) -> list[str]:
+    if Stat.RECEIVED_ROWS not in want.stats:
+        return []
+    if want.probes is None:
+        return ["RECEIVED_ROWS needs `probes`"]
+    if tuple(want.probes.shape) == (batch, queries):
+        return []
+    return [f"probes is {tuple(want.probes.shape)}, expected {(batch, queries)}"]
+
+
 def _group_misfits(want: Want, batch: int, heads: int, keys: int) -> list[str]:
-    if not want.stats & {Stat.GROUP_MASS, Stat.GROUP_OUTPUT}:
+    if not want.stats & NEED_GROUPS:
         return []
     if want.groups is None:
-        return ["GROUP_MASS and GROUP_OUTPUT need `groups`"]
+        return ["GROUP_MASS, GROUP_OUTPUT and RECEIVED_BAND_REST need `groups`"]
+    if Stat.RECEIVED_BAND_REST in want.stats and not want.groups.shape[0]:
+        return ["RECEIVED_BAND_REST needs at least one group"]
     if tuple(want.groups.shape[1:]) in {(batch, keys), (batch, heads, keys)}:
         return []
     return [f"groups is {tuple(want.groups.shape)}, expected (group, {batch}[, {heads}], {keys})"]

@@ -90,6 +90,18 @@ def _spans(touched: Tensor) -> tuple[RowRange, ...]:
     return tuple((int(a), int(b)) for a, b in ranges.tolist())
 
 
+def keys_seen(
+    call: AttentionCall, sizes: Sizes, blocks: Sequence[RowRange]
+) -> Int[Tensor, "mask_batch visible_head query"]:
+    """Number of keys that each row sees."""
+    if call.mask is not None:
+        mask = four_axes(call.mask, sizes.queries, sizes.keys)
+        return torch.cat([visible_of(mask[:, :, s:e]).sum(-1) for s, e in blocks], -1)
+    place = torch.arange(sizes.queries, device=call.query.device) + sizes.offset
+    seen = (place + 1).clamp(0, sizes.keys) if call.causal else torch.full_like(place, sizes.keys)
+    return seen[None, None]
+
+
 def tail_rows(rows: Bool[Tensor, "batch query"], tail: int) -> Bool[Tensor, "batch query"]:
     """The last `tail` of the rows that count."""
     return rows & (rows.flip(1).cumsum(1).flip(1) <= tail)

@@ -107,7 +107,8 @@ def test_log_sum_exp_of_a_row_that_sees_nothing_does_not_matter(value: float, na
     mask[:, :, [0, 4]] = False
     query, key = torch.randn(2, 4, 11, 8), torch.randn(2, 2, 7, 8)
     call = AttentionCall(query, key, key, 0.3, mask=mask)
-    stats = Want(ALL - {Stat.GROUP_MASS, Stat.GROUP_OUTPUT, Stat.RECEIVED_LOG})
+    groups, probes = torch.rand(2, 2, 7) > 0.7, torch.rand(2, 11) > 0.5
+    stats = Want(ALL, groups=groups, probes=probes, band=(1, 4))
     lse = true_lse(call)
     lse[:, :, [0, 4]] = value
     found = attention_sweep(call, stats, lse, BlockPlan(native=native))
@@ -197,4 +198,15 @@ def test_misfits_are_named() -> None:
     with pytest.raises(UsageError, match=r"groups is \(1, 2, 5\)"):
         attention_sweep(
             call, Want(frozenset({Stat.GROUP_MASS}), groups=torch.ones(1, 2, 5, dtype=torch.bool))
+        )
+    with pytest.raises(UsageError, match="needs `probes`"):
+        attention_sweep(call, Want(frozenset({Stat.RECEIVED_ROWS})))
+    with pytest.raises(UsageError, match=r"probes is \(1, 4\), expected \(1, 5\)"):
+        attention_sweep(
+            call, Want(frozenset({Stat.RECEIVED_ROWS}), probes=torch.ones(1, 4, dtype=torch.bool))
+        )
+    with pytest.raises(UsageError, match="at least one group"):
+        attention_sweep(
+            call,
+            Want(frozenset({Stat.RECEIVED_BAND_REST}), groups=torch.ones(0, 1, 5, dtype=torch.bool)),
         )

@@ -17,7 +17,9 @@ from sinklens.kernels.spec import AttentionCall, Stat, Want
 
 from .calls import ALL, assert_close, expected, near_ties, true_lse
 
-STATS = Want(ALL - {Stat.GROUP_MASS, Stat.GROUP_OUTPUT})
+STATS = Want(
+    ALL - {Stat.GROUP_MASS, Stat.GROUP_OUTPUT, Stat.RECEIVED_BAND_REST, Stat.RECEIVED_ROWS}, band=(1, 4)
+)
 
 
 def call_of(queries: int = 11, keys: int = 11, **more: Any) -> AttentionCall:

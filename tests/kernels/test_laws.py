@@ -69,7 +69,8 @@ def test_all_keys_together_have_mass_one_and_write_the_output(kernel: Kernel, ca
 def test_decoding_a_row_equals_the_last_row_of_prefill(kernel: Kernel, case: Case) -> None:
     call, want, _ = build(replace(case, counted=False, queries=case.keys))
     whole = kernel(call, want)
-    last = kernel(replace(call, query=call.query[:, :, -1:]), want)
+    assert want.probes is not None
+    last = kernel(replace(call, query=call.query[:, :, -1:]), replace(want, probes=want.probes[:, -1:]))
     for stat in (Stat.DIAGONAL, Stat.ENTROPY, Stat.DISTANCE, Stat.ROW_MAX, Stat.LSE, Stat.GROUP_MASS):
         torch.testing.assert_close(last[stat][:, :, 0], whole[stat][:, :, -1], atol=1e-5, rtol=0)
     assert last.visible is not None
@@ -166,7 +167,8 @@ def test_padding_never_enters(kernel: Kernel) -> None:
         torch.randn(1, 2, length, 5),
     )
     stats = frozenset(Stat) - {Stat.GROUP_MASS, Stat.GROUP_OUTPUT}
-    want = Want(stats, tail=4)
+    first, probes = torch.arange(length) == 0, torch.rand(1, length) > 0.5
+    want = Want(stats, tail=4, groups=first[None, None], probes=probes, band=(2, 7))
     plain = kernel(AttentionCall(query, key, value, 0.4), want)
 
     def padded(tensor: Tensor) -> Tensor:
@@ -175,7 +177,9 @@ def test_padding_never_enters(kernel: Kernel) -> None:
     real = torch.arange(length + pad) >= pad
     mask = (torch.ones(length + pad, length + pad).tril().bool() & real)[None, None]
     call = AttentionCall(padded(query), padded(key), padded(value), 0.4, mask=mask, counted=real[None])
-    found = kernel(call, want)
+    pad_ = torch.nn.functional.pad
+    wide = replace(want, groups=pad_(first, (pad, 0))[None, None], probes=pad_(probes, (pad, 0), value=True))
+    found = kernel(call, wide)
     for stat in stats:
         torch.testing.assert_close(found[stat][..., pad:], plain[stat], atol=2e-6, rtol=1e-5)
         assert not found[stat][..., :pad].any()
@@ -190,13 +194,64 @@ def test_a_row_that_sees_nothing_is_zero_everywhere(kernel: Kernel) -> None:
     mask[0, 0, 3] = False
     query, key = torch.randn(1, 2, 7, 4), torch.randn(1, 2, 5, 4)
     call = AttentionCall(query, key, key, 1.0, mask=mask, learned_sinks=torch.randn(2))
-    found = kernel(call, Want(frozenset(Stat), groups=torch.ones(1, 1, 5, dtype=torch.bool)))
+    groups, probes = torch.ones(1, 1, 5, dtype=torch.bool), torch.ones(1, 7, dtype=torch.bool)
+    found = kernel(call, Want(frozenset(Stat), groups=groups, probes=probes))
     assert found.rows is not None
     assert found.rows.tolist() == [[True, True, True, False, True, True, True]]
     for stat, value in found.values.items():
         if value.shape[2] == 7:
             assert not value[:, :, 3].any(), stat
     assert found[Stat.TOP1].sum() == 2 * 6
+
+
+@kernels
+def test_entropy_of_equal_weights_is_all_that_the_keys_allow(kernel: Kernel) -> None:
+    """Also behind a sliding window, where rows see fewer keys than stand before them."""
+    length, window = 43, 5
+    zero = torch.zeros(1, 3, length, 8)
+    mask = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - window)
+    for call in (
+        AttentionCall(zero, zero, zero, 1.0),
+        AttentionCall(zero, zero, zero, 1.0, mask=mask[None, None]),
+    ):
+        found = kernel(call, Want(frozenset({Stat.ENTROPY_NORMALISED})))[Stat.ENTROPY_NORMALISED]
+        assert not found[..., 0].any()
+        torch.testing.assert_close(found[..., 1:], torch.ones_like(found[..., 1:]), atol=2e-6, rtol=0)
+
+
+@kernels
+def test_band_without_the_first_group_is_attention_without_those_keys(kernel: Kernel) -> None:
+    """Taking a key out and renormalising is attention that never saw it: here as a mask."""
+    length, gone = 31, 3
+    query, key = torch.randn(1, 4, length, 8), torch.randn(1, 2, length, 8)
+    key[:, :, gone] *= 6  # nearly everything goes to it, in some heads
+    triangle = torch.ones(length, length, dtype=torch.bool).tril()
+    group = torch.arange(length) == gone
+    want = Want(
+        frozenset({Stat.RECEIVED_BAND, Stat.RECEIVED_BAND_REST}), groups=group[None, None], band=(2, 9)
+    )
+    found = kernel(AttentionCall(query, key, key, 0.7, mask=triangle[None, None]), want)
+    without = kernel(AttentionCall(query, key, key, 0.7, mask=(triangle & ~group)[None, None]), want)
+    rest = found[Stat.RECEIVED_BAND_REST]
+    torch.testing.assert_close(rest, without[Stat.RECEIVED_BAND], atol=1e-5, rtol=1e-5)
+    assert not rest[..., gone].any()
+    assert not rest[..., length - 2 :].any()
+    assert found[Stat.RECEIVED_BAND][..., gone].max() > rest.max()
+
+
+@kernels
+def test_sums_over_chosen_rows_add_up(kernel: Kernel) -> None:
+    length = 29
+    query, key = torch.randn(2, 4, length, 8), torch.randn(2, 2, length, 8)
+    counted = torch.rand(2, length) > 0.3
+    probes = torch.rand(2, length) > 0.5
+    call = AttentionCall(query, key, key, 0.5, counted=counted)
+    asked = Want(frozenset({Stat.RECEIVED, Stat.RECEIVED_ROWS}), probes=probes)
+    some, others = kernel(call, asked), kernel(call, replace(asked, probes=~probes))
+    total = some[Stat.RECEIVED_ROWS] + others[Stat.RECEIVED_ROWS]
+    torch.testing.assert_close(total, some[Stat.RECEIVED], atol=1e-5, rtol=1e-5)
+    only = kernel(replace(call, counted=counted & probes), asked)
+    torch.testing.assert_close(some[Stat.RECEIVED_ROWS], only[Stat.RECEIVED], atol=1e-5, rtol=1e-5)
 
 
 def test_mass_transfer_from_groups_is_exact() -> None:

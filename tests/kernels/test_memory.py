@@ -38,7 +38,8 @@ def test_largest_tensor_is_a_block(kind: str, masked: bool) -> None:
     query, key = torch.randn(1, HEADS, LENGTH, 8), torch.randn(1, 2, LENGTH, 8)
     mask = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().triu(-100)[None, None] if masked else None
     call = AttentionCall(query, key, key, 0.3, mask=mask)
-    want = Want(ALL - {Stat.GROUP_OUTPUT}, groups=torch.rand(3, 1, LENGTH) > 0.5)
+    probes = torch.rand(1, LENGTH) > 0.5
+    want = Want(ALL - {Stat.GROUP_OUTPUT}, groups=torch.rand(3, 1, LENGTH) > 0.5, probes=probes)
     lse = true_lse(call) if kind == "sweep with lse" else None
     workspace().release()
     with Largest() as largest:

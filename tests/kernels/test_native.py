@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from sinklens.kernels import native
 from sinklens.kernels.blocked import attention_fused, attention_sweep
 from sinklens.kernels.reduce import native_serves
-from sinklens.kernels.spec import BlockPlan, Stat
+from sinklens.kernels.spec import BlockPlan
 
 from .calls import ALL, Case, assert_close, build, cases, expected, near_ties, output_error, true_lse
 
@@ -25,7 +25,6 @@ needs_compiler = pytest.mark.skipif(compiler is None, reason="no C compiler")
 
 # Weights, their product with the values, and that less a learned sink's share are each rounded to 8 bits.
 HALF_BOUND = 2**-7
-SERVED = ALL - {Stat.RECEIVED_LOG}
 
 
 @pytest.fixture
@@ -39,8 +38,7 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def compare(case: Case, output_bound: float = 2e-6) -> None:
     call, want, plan = build(case)
-    want = replace(want, stats=SERVED)
-    assert native_serves(call, want, plan)
+    assert native_serves(call, plan)
     true_output, truth = expected(call, want)
     ties = near_ties(call)
     output, fused = attention_fused(call, want, plan)
@@ -75,7 +73,6 @@ def test_threads_change_nothing() -> None:
     call, want, plan = build(
         Case(2, 3, 2, 101, 101, 8, 5, "window", None, True, True, True, "few", 50_000, 4)
     )
-    want = replace(want, stats=SERVED)
     _, one = attention_fused(call, want, plan)
     before = torch.get_num_threads()
     try:
@@ -83,7 +80,7 @@ def test_threads_change_nothing() -> None:
         _, three = attention_fused(call, want, plan)
     finally:
         torch.set_num_threads(before)
-    for stat in SERVED:
+    for stat in ALL:
         torch.testing.assert_close(three[stat], one[stat], atol=1e-6, rtol=1e-6)
 
 
@@ -151,18 +148,13 @@ def test_torch_takes_over(spoil: Any, monkeypatch: pytest.MonkeyPatch, fresh: Pa
     call, want, plan = build(
         Case(1, 2, 3, 37, 37, 8, 5, "causal", None, False, False, False, "few", 5_000, 1)
     )
-    want = replace(want, stats=SERVED)
-    assert not native_serves(call, want, plan)
+    assert not native_serves(call, plan)
     assert_close(attention_fused(call, want, plan)[1], expected(call, want)[1], ties=near_ties(call))
 
 
 def test_where_the_compiled_pass_does_not_serve() -> None:
-    call, want, plan = build(
-        Case(1, 2, 3, 37, 37, 8, 5, "causal", None, False, False, False, "few", 5_000, 1)
-    )
-    served = replace(want, stats=SERVED)
-    assert native_serves(call, served, plan) == native.available()
-    assert not native_serves(call, want, plan)  # column entropy needs the logits
-    assert not native_serves(call, served, BlockPlan(native=False))
+    call, _, plan = build(Case(1, 2, 3, 37, 37, 8, 5, "causal", None, False, False, False, "few", 5_000, 1))
+    assert native_serves(call, plan) == native.available()
+    assert not native_serves(call, BlockPlan(native=False))
     double = replace(call, query=call.query.double(), key=call.key.double(), value=call.value.double())
-    assert not native_serves(double, served, plan)
+    assert not native_serves(double, plan)
