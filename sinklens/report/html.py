@@ -13,7 +13,7 @@ from sinklens.core.canonical import plain
 from sinklens.core.errors import DataError
 from sinklens.core.figures import Figure, Samples, Tile
 
-from . import assets, colour, embed, heatmap, lines, page, redact, samples, tables, text, views
+from . import assets, colour, embed, heatmap, intervals, lines, page, redact, samples, tables, text, views
 from .mathml import formula
 from .views import FigureView, svgs
 
@@ -101,7 +101,7 @@ def _render(
         ids=ids,
         tiles=boxes[: page.FIRST_TILES],
         more_tiles=boxes[page.FIRST_TILES :],
-        first=_first_screen(figures, ids),
+        first=_first_screen(figures, ids, page.verdict(document)),
         sections=[(s, drawings[s.analyzer], tables.table(s.rows, s.units, s.labels)) for s in found],
         prompts=[redact.bare_prompt(prompt) for prompt in prompts],
         viewer=_viewer(prompts) if include_text else [],
@@ -137,24 +137,30 @@ def _facts(document: Mapping[str, Any], title: str | None) -> dict[str, Any]:
 
 
 def _first_screen(
-    figures: Mapping[str, Sequence[Figure]], ids: Mapping[str, str]
+    figures: Mapping[str, Sequence[Figure]], ids: Mapping[str, str], verdict: page.Verdict
 ) -> dict[str, FigureView | None]:
-    """The main map and the curve, drawn to fit; they share the embedded values of their sections."""
-    shown: dict[str, FigureView | None] = {"map": None, "norms": None}
+    """The main map, the curve and the strip, drawn to fit; they share the embedded values of their sections."""
+    shown: dict[str, FigureView | None] = {"map": None, "norms": None, "strip": None}
     known = {name: found for name, found in figures.items() if name in ids}
+    widths, height = page.first_sizes(verdict, with_strip=page.strip(known) is not None)
     if (main := page.main_map(known)) is not None:
         name, figure = main
         identifier = f"{ids[name]}--{text.slug(figure.key)}"
         flat = samples.rate_map(figure) if isinstance(figure, Samples) else figure
-        drawing = heatmap.draw(flat, figure_id=identifier, width=660, height=396, cap=(120, 64))
+        drawing = heatmap.draw(flat, figure_id=identifier, width=widths[0], height=height, cap=(120, 64))
         shown["map"] = FigureView(
             identifier, flat.title, flat.caption, flat.unit, svgs(drawing), drawing.notes
         )
     if (curve := page.norm_curve(known)) is not None:
         name, line = curve
         identifier = f"{ids[name]}--{text.slug(line.key)}"
-        drawing = lines.draw(line, figure_id=identifier, width=536, height=378)
+        drawing = lines.draw(line, figure_id=identifier, width=widths[1], height=height - 18)
         shown["norms"] = FigureView(identifier, line.title, line.caption, "", svgs(drawing), drawing.notes)
+    if (beside := page.strip(known)) is not None:
+        name, row = beside
+        identifier = f"{ids[name]}--{text.slug(row.key)}"
+        drawing = intervals.draw(page.narrow(row, height), width=widths[2])
+        shown["strip"] = FigureView(identifier, row.title, row.caption, "", svgs(drawing), drawing.notes)
     return shown
 
 

@@ -6,7 +6,7 @@ rules that make a readable name of any other key.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 _SHARED = {
     "n_prompts": "prompts",
@@ -43,7 +43,7 @@ _WORDS = {
 }
 _FRONT = {"n": "number of", "max": "largest", "min": "smallest", "mean": "mean", "median": "median"}
 _BACK = {"min": "smallest", "max": "largest", "low": "lower end", "high": "upper end"}
-CI_LOW, CI_HIGH = "_ci_low", "_ci_high"
+_ENDS = (("_ci_low", "_ci_high"), ("_low", "_high"))
 
 
 def name(key: str, labels: Mapping[str, str] | None = None) -> str:
@@ -57,7 +57,7 @@ def name(key: str, labels: Mapping[str, str] | None = None) -> str:
         return own
     if key in _SHARED:
         return _SHARED[key]
-    for ending, joint in ((CI_LOW, "from"), (CI_HIGH, "to")):
+    for ending, joint in zip(_ENDS[0], ("from", "to"), strict=True):
         if key.endswith(ending):
             return f"{name(key.removesuffix(ending), labels)}, 95 % interval {joint}"
     parts = key.replace("-", "_").split("_")
@@ -66,6 +66,18 @@ def name(key: str, labels: Mapping[str, str] | None = None) -> str:
     if len(parts) > 1 and parts[-1] in _BACK:
         return f"{_spelled(parts[:-1])}, {_BACK[parts[-1]]}"
     return _spelled(parts)
+
+
+def ends(key: str, keys: Collection[str]) -> tuple[str, str] | None:
+    """The two keys that hold the interval of a key's value, if both are there."""
+    pairs = ((key + low, key + high) for low, high in _ENDS)
+    return next((pair for pair in pairs if pair[0] in keys and pair[1] in keys), None)
+
+
+def folded(keys: Collection[str]) -> set[str]:
+    """The keys that are only the ends of another key's interval."""
+    found = (ends(key, keys) for key in keys)
+    return {end for pair in found if pair for end in pair}
 
 
 def _spelled(parts: list[str]) -> str:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from sinklens.core.figures import Figure, Heatmap, Lines, Samples, Tile
+from sinklens.core.figures import Figure, Heatmap, Intervals, Lines, Samples, Tile
 
 from . import names, text
 from .marks import Marks, marks
 from .numbers import brief, duration, number, size, with_unit
 from .tables import short_unit, with_interval
 
-FIRST_TILES = 6
+FIRST_TILES, FIRST_LINES = 6, 8
 
 RESERVED = {
     "top",
@@ -283,6 +284,28 @@ def norm_curve(figures: Mapping[str, Sequence[Figure]]) -> tuple[str, Lines] | N
     return None
 
 
+def strip(figures: Mapping[str, Sequence[Figure]]) -> tuple[str, Intervals] | None:
+    """The first screen's third drawing, if the run has one: how the sink changes with the input."""
+    found = (("sensitivity", f) for f in figures.get("sensitivity", ()) if isinstance(f, Intervals))
+    return next(found, None)
+
+
+def first_sizes(verdict: Verdict, *, with_strip: bool) -> tuple[tuple[int, int, int], int]:
+    """Widths of the first screen's drawings and their height: what the verdict leaves of 800 px."""
+    taken = 21.5 * math.ceil(len(verdict.sentence) / 100) + 19 * math.ceil(
+        len(verdict.lines[:FIRST_LINES]) / 2
+    )
+    height = round(max(240.0, min(396.0, 396.0 - max(0.0, taken - 108.0))))
+    return ((480, 396, 320) if with_strip else (660, 536, 0)), height
+
+
+def narrow(figure: Intervals, height: int) -> Intervals:
+    """The rows that have room in a small box, without the words at their ends."""
+    most = max(4, (height - 60) // 20)
+    rows = [row for row in figure.rows if math.isfinite(row.value)][:most]
+    return replace(figure, rows=tuple(replace(row, note="", group="") for row in rows))
+
+
 def tile_views(
     tiles: Iterable[Tile], ids: Mapping[str, str], methods: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -350,10 +373,10 @@ def pairs(
 ) -> tuple[tuple[str, str], ...]:
     """Names and values as they are printed, with the unit where one is known.
 
-    An interval (`x_ci_low`, `x_ci_high`) stands behind its value.
+    An interval (`x_low`, `x_high`) stands behind its value.
     """
     known = units or {}
-    inside = {key + ending for key in values for ending in (names.CI_LOW, names.CI_HIGH)}
+    inside = names.folded(values)
     shown = []
     for key, value in values.items():
         if key in inside:
@@ -361,9 +384,10 @@ def pairs(
         unit = known.get(key, "")
         percentage = isinstance(value, float) and unit.startswith("%")
         printed = with_unit(value, unit) if percentage else _short(value)
-        ends = (values.get(key + names.CI_LOW), values.get(key + names.CI_HIGH))
         printed = f"{printed} {short_unit(unit)}".rstrip()
-        shown.append((names.name(str(key), labels), with_interval(printed, *ends, unit)))
+        if (ends := names.ends(key, values)) is not None:
+            printed = with_interval(printed, values[ends[0]], values[ends[1]], unit)
+        shown.append((names.name(str(key), labels), printed))
     return tuple(shown)
 
 

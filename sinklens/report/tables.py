@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import quote
 
 from . import text
-from .names import CI_HIGH, CI_LOW, name
+from .names import ends, folded, name
 from .numbers import with_unit
 
 SHOWN, KEPT = 20, 500
@@ -92,12 +92,13 @@ def table(
 ) -> Table | None:
     """The rows as a table, or None if there are none. Columns: all keys, in order of appearance.
 
-    `x_ci_low` and `x_ci_high` beside `x` are no columns of their own: the cells of `x` carry the interval.
+    `x_low` and `x_high` (or `x_ci_low`, ...) beside `x` are no columns of their own: the cells of `x` carry the
+    interval.
     """
     if not rows:
         return None
     keys = list(dict.fromkeys(key for row in rows for key in row))
-    inside = {key + ending for key in keys for ending in (CI_LOW, CI_HIGH)}
+    inside = folded(keys)
     columns = tuple(
         Column(
             key,
@@ -115,8 +116,7 @@ def table(
 
 
 def _column_name(key: str, keys: Sequence[str], labels: Mapping[str, str] | None) -> str:
-    interval = " (95 % interval)" if key + CI_LOW in keys else ""
-    return name(key, labels) + interval
+    return name(key, labels) + (" (interval)" if ends(key, keys) else "")
 
 
 def with_interval(shown: str, low: Any, high: Any, unit: str) -> str:
@@ -141,11 +141,16 @@ def _row(row: dict[str, Any], columns: tuple[Column, ...]) -> Row:
     if isinstance(row.get("layer"), int) and isinstance(row.get("head"), int):
         place = f"#L{row['layer']}H{row['head']}"
     cells = [_cell(row.get(c.key), c, place if c.key in ("layer", "head") else None) for c in columns]
-    ends = [(row.get(c.key + CI_LOW), row.get(c.key + CI_HIGH), c.unit) for c in columns]
-    cells = [
-        replace(cell, shown=with_interval(cell.shown, *end)) for cell, end in zip(cells, ends, strict=True)
-    ]
+    cells = [_widened(cell, c, row) for cell, c in zip(cells, columns, strict=True)]
     return Row(tuple(cells), _filters(row))
+
+
+def _widened(cell: Cell, column: Column, row: dict[str, Any]) -> Cell:
+    """The cell with its interval, if the row has one."""
+    pair = ends(column.key, row)
+    if pair is None:
+        return cell
+    return replace(cell, shown=with_interval(cell.shown, row[pair[0]], row[pair[1]], column.unit))
 
 
 def _cell(value: Any, column: Column, link: str | None) -> Cell:
