@@ -15,14 +15,17 @@ from sinklens.inputs.spec import Prompt, PromptSet
 from sinklens.kernels.native import available
 from sinklens.kernels.spec import BlockPlan
 from sinklens.models.spec import OpenedModel, Tower
+from sinklens.models.sums import find_sums
 
 from .attention import AttentionTap, Edit, Mode, Site
-from .batch import Batch, collate, forward
-from .experts import ExpertsTap
+from .batch import Batch, collate, forward, shortened
+from .experts import ExpertsTap, router_tap
 from .fallback import calls_kernel_directly, fallback_tap
+from .record_vectors import OF_PROJECTION, projection_tap
+from .record_experts import ROUTER_SIGNALS
 from .recorder import Limits, Recorder
 from .signals import ALL_SIGNALS, Signal, Source
-from .states import down_proj_tap, residual_tap
+from .states import block_tap, down_proj_tap
 from .store import RunStore
 from .trace import PromptRecord, Trace, layer_table
 
@@ -84,6 +87,9 @@ def trace_batch(opened: OpenedModel, batch: Batch, plan: TracePlan, *, logits: b
     """Trace one batch through the main tower. Nothing stays on the model, also after an error."""
     model, tower = opened.module, opened.anatomy.main
     recorder = Recorder(batch, len(tower.blocks), plan.signals, plan.limits)
+    if recorder.states.closely and not any(block.sum.checked for block in tower.blocks):
+        short = shortened(batch)
+        find_sums(model, tower, lambda: forward(model, short, logits=False))
     with ExitStack() as stack:
         attention = None
         if Source.ATTENTION in plan.sources():
@@ -100,16 +106,23 @@ def trace_batch(opened: OpenedModel, batch: Batch, plan: TracePlan, *, logits: b
                 stack.enter_context(attention.attached(model))
             else:
                 attention = stack.enter_context(fallback_tap(model, tower, batch, recorder))
+            if plan.signals & OF_PROJECTION:
+                stack.enter_context(projection_tap(model, tower, recorder.attention.on_projection))
         if Source.RESIDUAL in plan.sources():
-            stack.enter_context(residual_tap(model, tower, recorder.states.on_residual))
+            stack.enter_context(
+                block_tap(model, tower, recorder.states.on_block, closely=recorder.states.closely)
+            )
         if Source.DOWN_PROJ in plan.sources():
             stack.enter_context(down_proj_tap(model, tower, recorder.states.on_down_proj))
-        if (Source.EXPERTS in plan.sources() or plan.ablate) and tower.n_experts:
+        if (recorder.experts.wanted or plan.ablate) and tower.n_experts:
+            if plan.signals & ROUTER_SIGNALS:
+                stack.enter_context(router_tap(model, tower, recorder.experts.on_router))
             experts = ExpertsTap(
                 sites(model, tower, "experts"),
-                recorder.experts.on_experts if Source.EXPERTS in plan.sources() else None,
+                recorder.experts.on_experts if recorder.experts.wanted else None,
                 ablate=plan.ablate,
                 own_output=plan.own_experts,
+                lookup=recorder.experts.lookup,
             )
             stack.enter_context(experts.attached())
         output = forward(model, batch, logits=logits)

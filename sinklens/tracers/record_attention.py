@@ -4,35 +4,58 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
+from jaxtyping import Float, Int
+from torch import Tensor, nn
 
 from sinklens.kernels.spec import AttentionCall, AttentionStatistics, Stat, Want
 
 from . import signals as sig
 from .attention import Site
-from .ledger import Arrays, Ledger, Limits
+from .ledger import USERS_OF_REFERENCES, Arrays, Ledger, Limits
+from .prompt_view import PromptView
+from .record_reading import ReadingRecorder
+from .record_vectors import VectorsRecorder
+from .references import Leaders, seen_by_enough
 from .signals import Signal
 
-STATS_OF: dict[Signal, Stat] = {
-    sig.ATTENTION_RECEIVED: Stat.RECEIVED,
-    sig.ATTENTION_RECEIVED_MEAN: Stat.RECEIVED,
-    sig.ATTENTION_RECEIVED_PEAK: Stat.RECEIVED,
-    sig.KEPT_POSITIONS: Stat.RECEIVED,
-    sig.VISIBLE_QUERIES: Stat.RECEIVED,
-    sig.ATTENTION_SELF: Stat.DIAGONAL,
-    sig.ATTENTION_TOP1: Stat.TOP1,
-    sig.ATTENTION_ENTROPY: Stat.ENTROPY,
-    sig.ATTENTION_DISTANCE: Stat.DISTANCE,
-    sig.ATTENTION_ROW_MAX: Stat.ROW_MAX,
-    sig.FIRST_MASS: Stat.GROUP_MASS,
-    sig.LEARNED_SINK_MASS: Stat.LEARNED_SINK,
+# What is kept per head is kept for the positions that receive most.
+KEPT = frozenset(s for s in sig.ALL_SIGNALS if s.source is sig.Source.ATTENTION and "kept" in s.axes)
+
+STATS_OF: dict[Signal, frozenset[Stat]] = {
+    **{signal: frozenset({Stat.RECEIVED}) for signal in KEPT | USERS_OF_REFERENCES},
+    sig.ATTENTION_RECEIVED_MEAN: frozenset({Stat.RECEIVED}),
+    sig.ATTENTION_RECEIVED_PEAK: frozenset({Stat.RECEIVED}),
+    sig.VISIBLE_QUERIES: frozenset({Stat.RECEIVED}),
+    sig.ATTENTION_SELF: frozenset({Stat.RECEIVED, Stat.DIAGONAL}),
+    sig.ATTENTION_TOP1: frozenset({Stat.RECEIVED, Stat.TOP1}),
+    sig.ATTENTION_ENTROPY: frozenset({Stat.ENTROPY}),
+    sig.ATTENTION_DISTANCE: frozenset({Stat.DISTANCE}),
+    sig.ATTENTION_ROW_MAX: frozenset({Stat.ROW_MAX}),
+    sig.FIRST_MASS: frozenset({Stat.GROUP_MASS}),
+    sig.LEARNED_SINK_MASS: frozenset({Stat.LEARNED_SINK}),
+    sig.REFERENCE_MASS: frozenset({Stat.RECEIVED, Stat.GROUP_MASS}),
+    sig.COLUMN_ENTROPY: frozenset({Stat.RECEIVED, Stat.RECEIVED_LOG}),
+    sig.COLUMN_ENTROPY_PEAK: frozenset({Stat.RECEIVED, Stat.RECEIVED_LOG}),
+    sig.ATTENTION_TAIL: frozenset({Stat.RECEIVED, Stat.RECEIVED_TAIL}),
+    sig.TAIL_ENTROPY: frozenset({Stat.RECEIVED_TAIL}),
+    sig.TAIL_PEAK: frozenset({Stat.RECEIVED_TAIL}),
+    sig.ATTENTION_ENTROPY_NORMALISED: frozenset({Stat.ENTROPY_NORMALISED}),
+    sig.LOCAL_DISTANCE: frozenset({Stat.DISTANCE, Stat.DISTANCE_WINDOWED, Stat.GROUP_MASS}),
+    sig.FUTURE_INFLUENCE: frozenset({Stat.DISTANCE, Stat.RECEIVED_BAND, Stat.RECEIVED_BAND_REST}),
+    sig.PROBE_RECEIVED: frozenset({Stat.RECEIVED_ROWS}),
+    sig.PROBE_VISIBLE: frozenset({Stat.RECEIVED_ROWS}),
 }
-_PER_KEY = {sig.ATTENTION_RECEIVED: Stat.RECEIVED, sig.ATTENTION_TOP1: Stat.TOP1}
 _PER_ROW = {
     sig.ATTENTION_ENTROPY: Stat.ENTROPY,
+    sig.ATTENTION_ENTROPY_NORMALISED: Stat.ENTROPY_NORMALISED,
     sig.ATTENTION_DISTANCE: Stat.DISTANCE,
     sig.ATTENTION_ROW_MAX: Stat.ROW_MAX,
+    sig.LEARNED_SINK_MASS: Stat.LEARNED_SINK,
 }
+# Without these nothing can be kept per head.
+_ALWAYS = frozenset({sig.VISIBLE_QUERIES, sig.ATTENTION_RECEIVED})
+_COLUMNS = frozenset({sig.COLUMN_ENTROPY, sig.COLUMN_ENTROPY_PEAK})
+_TAILS = frozenset({sig.ATTENTION_TAIL, sig.TAIL_ENTROPY, sig.TAIL_PEAK})
 
 
 class AttentionRecorder:
@@ -40,46 +63,101 @@ class AttentionRecorder:
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
+        self.leaders = Leaders(ledger)
+        self.vectors = VectorsRecorder(ledger)
+        self.reading = ReadingRecorder(ledger)
+        self._stats = frozenset(stat for signal in ledger.wanted for stat in STATS_OF.get(signal, ()))
 
     def asks(self, site: Site, call: AttentionCall) -> Want:
-        """The statistics the wanted signals need; the one key group is the first real token."""
-        stats = {STATS_OF[signal] for signal in self.ledger.wanted if signal in STATS_OF}
-        if call.learned_sinks is None:
-            stats.discard(Stat.LEARNED_SINK)
-        if Stat.GROUP_MASS not in stats:
-            return Want(frozenset(stats))
-        first = torch.zeros(1, call.key.shape[0], call.key.shape[2], dtype=torch.bool, device=call.key.device)
-        for row, places in enumerate(self.ledger.places(call.key.shape[2], call.key.device)):
-            first[0, row, places[:1]] = True
-        return Want(frozenset(stats), groups=first)
+        """The statistics the wanted signals need. Key groups are the first token, and the leader if it is asked for.
+
+        Here, before the attention runs, the block's reference positions are settled.
+        """
+        self.leaders.choose()
+        stats = self._stats if call.learned_sinks is not None else self._stats - {Stat.LEARNED_SINK}
+        groups = self._groups(call) if stats & {Stat.GROUP_MASS, Stat.RECEIVED_BAND_REST} else None
+        probes = self.reading.probes(call) if Stat.RECEIVED_ROWS in stats else None
+        return Want(stats, groups=groups, probes=probes)
+
+    def _groups(self, call: AttentionCall) -> Tensor:
+        count = sig.REFERENCES if sig.REFERENCE_MASS in self.ledger.wanted else 1
+        batch, keys = call.key.shape[0], call.key.shape[2]
+        groups = torch.zeros(count, batch, keys, dtype=torch.bool, device=call.key.device)
+        for row, places in enumerate(self.ledger.places(keys, call.key.device)):
+            for slot, position in enumerate(self.ledger.references[row][:count]):
+                if 0 <= position < len(places):
+                    groups[slot, row, places[position]] = True
+        return groups
 
     def on_attention(self, site: Site, call: AttentionCall, statistics: AttentionStatistics) -> None:
         """Reduce one layer's statistics to per-prompt arrays on the CPU."""
-        assert statistics.visible is not None
-        for row, places in enumerate(self.ledger.places(call.key.shape[2], call.key.device)):
-            visible = statistics.visible[row, :, places]
-            self.ledger.put(row, sig.VISIBLE_QUERIES.name, site.layer, visible.amax(0).to(torch.int32))
-            for signal, stat in _PER_KEY.items():
-                if stat in statistics.values:
-                    share = statistics[stat][row][:, places] / visible.clamp(min=1)
-                    self.ledger.put(row, signal.name, site.layer, share)
-            for signal, stat in _PER_ROW.items():
-                if signal in self.ledger.wanted:
-                    self.ledger.put(row, signal.name, site.layer, statistics[stat][row][:, places].mean(-1))
-            if Stat.DIAGONAL in statistics.values:
-                self.ledger.put(
-                    row, sig.ATTENTION_SELF.name, site.layer, statistics[Stat.DIAGONAL][row][:, places]
-                )
-            if Stat.GROUP_MASS in statistics.values:
-                mass = statistics[Stat.GROUP_MASS][row, :, places[1:], 0]
-                self.ledger.put(row, sig.FIRST_MASS.name, site.layer, _histogram(mass))
-            if sig.VALUE_NORM in self.ledger.wanted and call.value.shape[-1]:
-                norms = torch.linalg.vector_norm(call.value[row][:, places].float(), dim=-1)
-                self.ledger.put(row, sig.VALUE_NORM.name, site.layer, norms)
-                self.ledger.put(row, sig.VALUE_NORM_MEAN.name, site.layer, norms.mean(-1))
-            if Stat.LEARNED_SINK in statistics.values:
-                mass = statistics[Stat.LEARNED_SINK][row][:, places].mean(-1)
-                self.ledger.put(row, sig.LEARNED_SINK_MASS.name, site.layer, mass)
+        self.vectors.begin(site, call)
+        spans = self.ledger.spans(call.key.shape[2], call.key.device)
+        lengths = [len(places) for places in self.ledger.places(call.key.shape[2], call.key.device)]
+        for row, (span, length) in enumerate(zip(spans, lengths, strict=True)):
+            view = PromptView(row, site.layer, call, statistics, span, length)
+            self._keys(view)
+            self._rows(view)
+            self._references(view)
+            self.vectors.on_prompt(view)
+            self.reading.on_prompt(view)
+
+    def on_projection(self, layer: int, heads: int, module: nn.Module, x: Tensor) -> None:
+        """The attention output projection of a block is about to run on `x`."""
+        self.vectors.on_projection(layer, heads, module, x)
+
+    def _put(self, view: PromptView, signal: Signal, value: Tensor, suffix: str = "") -> None:
+        if signal in self.ledger.wanted or signal in _ALWAYS:
+            self.ledger.put(view.row, signal.name + suffix, view.layer, value)
+
+    def _keys(self, view: PromptView) -> None:
+        """What keys receive."""
+        wanted, visible = self.ledger.wanted, view.visible
+        self._put(view, sig.VISIBLE_QUERIES, visible.amax(0).to(torch.int32))
+        if view.has(Stat.RECEIVED):
+            self._put(view, sig.ATTENTION_RECEIVED, view.share)
+            if wanted & USERS_OF_REFERENCES:
+                self.leaders.add(view)
+        if view.has(Stat.TOP1):
+            self._put(view, sig.ATTENTION_TOP1, view.of(Stat.TOP1) / visible.clamp(min=1))
+        if view.has(Stat.DIAGONAL):
+            self._put(view, sig.ATTENTION_SELF, view.of(Stat.DIAGONAL))
+        if wanted & _COLUMNS:
+            entropy = column_entropy(view.of(Stat.RECEIVED), view.of(Stat.RECEIVED_LOG), visible)
+            self._put(view, sig.COLUMN_ENTROPY, entropy)
+            enough = seen_by_enough(visible.amax(0), self.ledger.limits.min_visible)
+            peak, place = entropy.nan_to_num(-1.0).masked_fill(~enough, -1.0).max(-1)
+            self._put(view, sig.COLUMN_ENTROPY_PEAK, torch.where(peak >= 0, peak, float("nan")))
+            self._put(view, sig.COLUMN_ENTROPY_PEAK, torch.where(peak >= 0, place, -1).int(), "_pos")
+        if wanted & _TAILS:
+            tail = view.of(Stat.RECEIVED_TAIL) / min(Want.tail, view.length)
+            self._put(view, sig.ATTENTION_TAIL, tail)
+            self._put(view, sig.TAIL_ENTROPY, -torch.xlogy(tail, tail).sum(-1))
+            peak, place = tail.max(-1)
+            self._put(view, sig.TAIL_PEAK, peak)
+            self._put(view, sig.TAIL_PEAK, place.int(), "_pos")
+
+    def _rows(self, view: PromptView) -> None:
+        """Means over the queries."""
+        for signal, stat in _PER_ROW.items():
+            if view.has(stat):
+                self._put(view, signal, view.of(stat).mean(-1))
+
+    def _references(self, view: PromptView) -> None:
+        """Which positions the block's references are, and what the queries after them give."""
+        wanted, places = self.ledger.wanted, self.ledger.references[view.row]
+        self._put(view, sig.REFERENCE_POSITION, torch.tensor(places, dtype=torch.int32))
+        if not view.has(Stat.GROUP_MASS):
+            return
+        mass = view.of(Stat.GROUP_MASS)
+        if sig.FIRST_MASS in wanted:
+            self._put(view, sig.FIRST_MASS, mass_histogram(mass[:, 1:, 0]))
+        if sig.REFERENCE_MASS in wanted:
+            counts = [mass_histogram(mass[:, place + 1 :, slot]) for slot, place in enumerate(places)]
+            for slot, place in enumerate(places):
+                if place < 0:
+                    counts[slot].fill_(-1)
+            self._put(view, sig.REFERENCE_MASS, torch.stack(counts, 1))
 
 
 def keep_positions(arrays: Arrays, limits: Limits) -> None:
@@ -94,13 +172,28 @@ def keep_positions(arrays: Arrays, limits: Limits) -> None:
     ranking = np.argsort(np.where(enough, -peak, np.inf), kind="stable")
     kept = np.union1d(np.arange(min(limits.leading, len(peak))), ranking[: limits.strongest])
     arrays[sig.KEPT_POSITIONS.name] = kept.astype(np.int32)
-    for signal in (sig.ATTENTION_RECEIVED, sig.ATTENTION_SELF, sig.ATTENTION_TOP1, sig.VALUE_NORM):
-        if signal.name in arrays:
+    for signal in KEPT:
+        if signal.name in arrays and len(signal.axes) == 3:
             arrays[signal.name] = np.ascontiguousarray(arrays[signal.name][:, :, kept])
 
 
-def _histogram(mass: Tensor) -> Tensor:
-    """`[head, query]` masses to `[head, bin]` counts."""
+def column_entropy(
+    received: Float[Tensor, "head pos"],
+    received_log: Float[Tensor, "head pos"],
+    visible: Int[Tensor, "visible_head pos"],
+) -> Float[Tensor, "head pos"]:
+    """Entropy of each column normalised to sum 1, over its largest possible; 0 for one query, NaN without weight.
+
+    With S the sum of a column and L that of A log A, the entropy of A / S is log S - L / S.
+    """
+    entropy = received.log() - received_log / received
+    ratio = entropy.clamp(min=0.0) / visible.clamp(min=2).log()
+    ratio = torch.where(visible > 1, ratio.clamp(max=1.0), 0.0)
+    return torch.where(received > 0, ratio, float("nan"))
+
+
+def mass_histogram(mass: Float[Tensor, "head query"]) -> Int[Tensor, "head bin"]:
+    """Counts of masses in [0, 1]."""
     bins = (mass * sig.FIRST_MASS_BINS).long().clamp(0, sig.FIRST_MASS_BINS - 1)
     counts = torch.zeros(len(mass), sig.FIRST_MASS_BINS, dtype=torch.int32, device=mass.device)
     return counts.scatter_add_(1, bins, torch.ones_like(bins, dtype=torch.int32))

@@ -15,6 +15,7 @@ from .batch import Batch
 from .ledger import Ledger, Limits
 from .record_attention import AttentionRecorder, keep_positions
 from .record_experts import ExpertsRecorder
+from .record_reading import join_reading
 from .record_states import StatesRecorder
 from .signals import Signal
 from .trace import PromptRecord
@@ -36,7 +37,8 @@ class Recorder:
         return [self._record(row) for row in range(self.ledger.batch.size)]
 
     def _record(self, row: int) -> PromptRecord:
-        arrays = self.ledger.arrays(row)
+        arrays = self.ledger.arrays(row) | self.states.arrays(row)
+        join_reading(arrays)
         if sig.ATTENTION_RECEIVED.name in arrays:
             keep_positions(arrays, self.ledger.limits)
         for name in (sig.ROUTER_CHOICE.name, sig.ROUTER_WEIGHT.name):
