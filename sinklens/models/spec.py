@@ -8,6 +8,65 @@ from torch import nn
 
 
 @dataclass(frozen=True)
+class Write:
+    """A module whose output, times `scale`, is added to the residual stream.
+
+    Attributes:
+        copied: The block changes that output in place later on, so who wants it has to copy it.
+    """
+
+    path: str
+    scale: float = 1.0
+    copied: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A module's output, or a part of its last axis: `all`, `first half`, `second half`, `even` or `odd`."""
+
+    path: str
+    part: str = "all"
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """A dense feed-forward part from inside: `product = act(gate) * up`, or `act(up)` where there is no gate."""
+
+    up: Piece
+    act: str
+    gate: Piece | None = None
+
+
+@dataclass
+class Sum:
+    """How a block's residual stream comes about: after = before + attention + mlp.
+
+    `before` is the block's input and `after` its output. Blocks that end with a LayerNorm are different: `after` is
+    that norm's input, and `attention` is what the attention and the first LayerNorm together make of the input,
+    because that norm rescales what came in.
+
+    Attributes:
+        checked: Whether a forward pass was searched for the writers.
+        exact: Whether the sum was found to hold to rounding. If not, nobody can say what was added.
+        error: The largest error of the sum, relative to the terms of each entry.
+        attention: What the attention (or what stands in its place) adds; empty if it adds nothing.
+        middle: Blocks that end with a LayerNorm: the module that makes the state between the two sublayers.
+        mlp: What the feed-forward part adds: one module, or several beside each other.
+        input_copied: The block changes its input in place.
+        feed_forward: The dense feed-forward part from inside, None if it could not be told apart.
+    """
+
+    checked: bool = False
+    exact: bool = False
+    error: float | None = None
+    attention: tuple[Write, ...] = ()
+    middle: str | None = None
+    mlp: tuple[Write, ...] = ()
+    input_copied: bool = False
+    feed_forward: FeedForward | None = None
+
+
+@dataclass(frozen=True)
 class Block:
     """One decoder or encoder layer. All names are module paths from the root of the model, or None if absent.
 
@@ -24,6 +83,7 @@ class Block:
         residual_norm: For post-LayerNorm blocks, the block's last LayerNorm: its *input* is the residual
             stream worth measuring. None when the block's output is the residual stream itself.
         norms: Role to module path; roles are `pre_attention, post_attention, pre_mlp, post_mlp`.
+        sum: What the block adds to its input; filled in by `find_sums`, which runs the model.
     """
 
     index: int
@@ -37,6 +97,7 @@ class Block:
     router: str | None = None
     residual_norm: str | None = None
     norms: dict[str, str] = field(default_factory=dict)
+    sum: Sum = field(default_factory=Sum, compare=False)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .parts import is_norm
 from .spec import Anatomy, Block, Tower
+from .sums import find_sums
 
 FEEDERS = ("down_proj", "shared_down_proj", "experts")
 WRITERS = ("attention_output", *FEEDERS)
@@ -51,7 +52,7 @@ class Seen:
 
 @torch.no_grad()
 def verify_anatomy(model: nn.Module, anatomy: Anatomy, run: Callable[[], Any]) -> list[AnatomyCheck]:
-    """Runs the model once, and up to five times more per tower; fills in the norm roles of `anatomy`.
+    """Runs the model once, and up to six times more per tower; fills in the norm roles and sums of `anatomy`.
 
     Args:
         run: Runs one forward pass of `model`, the same each time, on two or more tokens. Rows may be padded, but
@@ -74,6 +75,8 @@ def verify_anatomy(model: nn.Module, anatomy: Anatomy, run: Callable[[], Any]) -
         checks += [check for role in WRITERS if (check := _writes(model, tower, role, seen, run))]
         checks += [_norm_roles(model, tower, seen), _residual(model, tower, seen)]
         checks += [check for check in [_direction(model, tower, seen, run)] if check]
+        find_sums(model, tower, run)
+        checks.append(_sums(tower))
     return checks
 
 
@@ -343,6 +346,21 @@ def _residual(model: nn.Module, tower: Tower, seen: Seen) -> AnatomyCheck:
         float(len(wrong)),
         0.0,
         f"it is {kind}" + (f"; not so in block {wrong[0]}" if wrong else ""),
+    )
+
+
+def _sums(tower: Tower) -> AnatomyCheck:
+    """Whether attention and feed-forward part add up to what a block changes. Not a condition: where they do not,
+    nothing is said about who wrote what, and everything else stands."""
+    errors = [block.sum.error for block in tower.blocks if block.sum.error is not None]
+    unknown = [block.index for block in tower.blocks if not block.sum.exact]
+    name = "input + attention + feed-forward part = output"
+    return AnatomyCheck(
+        f"{tower.name}: {name}" + (f", not found in blocks {unknown}" if unknown else ""),
+        True,
+        max(errors, default=None),
+        None,
+        "largest error of the sum, relative to the terms of an entry",
     )
 
 

@@ -56,6 +56,18 @@ def collate(
     return Batch(inputs, valid.to(device), tuple(prompts))
 
 
+def shortened(batch: Batch, length: int = 12) -> Batch:
+    """The first real tokens of the longest prompt of a batch; batches that are not text alone stay as they are."""
+    ids = batch.inputs.get("input_ids")
+    others = batch.inputs.keys() - {"input_ids", "attention_mask", "position_ids"}
+    if not isinstance(ids, Tensor) or others:
+        return batch
+    valid = batch.valid if batch.valid is not None else torch.ones_like(ids, dtype=torch.bool)
+    row = int(valid.sum(-1).argmax())
+    kept = ids[row][valid[row]][:length][None]
+    return Batch({"input_ids": kept}, torch.ones_like(kept, dtype=torch.bool))
+
+
 def forward(model: nn.Module, batch: Batch, *, logits: bool = True) -> Any:
     """Run the model on a batch without gradients or cache.
 

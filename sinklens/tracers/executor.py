@@ -21,8 +21,8 @@ from .attention import AttentionTap, Edit, Mode, Site
 from .batch import Batch, collate, forward, shortened
 from .experts import ExpertsTap, router_tap
 from .fallback import calls_kernel_directly, fallback_tap
-from .record_vectors import OF_PROJECTION, projection_tap
 from .record_experts import ROUTER_SIGNALS
+from .record_vectors import OF_PROJECTION, projection_tap
 from .recorder import Limits, Recorder
 from .signals import ALL_SIGNALS, Signal, Source
 from .states import block_tap, down_proj_tap

@@ -9,7 +9,7 @@ the output and runs the loop beside it for the statistics only.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from sinklens.core.errors import ModelError
+from sinklens.models.spec import Tower
 
 from .attention import Site
 
@@ -37,6 +38,9 @@ class Routed:
         weight: Its routing weight.
         value: The signed entry of largest magnitude of the expert's output for that row, float32.
         dim: The dim of that entry.
+        neuron: The input of `down_proj` with the largest part in that entry; -1 where nobody asked.
+        module, hidden: The experts and what they read, `[token, hidden]`: references, not copies.
+        ablated: Experts whose output was set to zero afterwards.
     """
 
     n_experts: int
@@ -45,9 +49,20 @@ class Routed:
     weight: Float[Tensor, " row"]
     value: Float[Tensor, " row"]
     dim: Int[Tensor, " row"]
+    neuron: Int[Tensor, " row"]
+    module: Any
+    hidden: Float[Tensor, "token hidden"]
+    ablated: frozenset[int] = frozenset()
+
+    @property
+    def index(self) -> Int[Tensor, "token slot"]:
+        return self.expert.view(-1, self.slots)
 
 
 Observer = Callable[[Site, Routed], None]
+RouterObserver = Callable[[int, Tensor], None]
+Lookup = Callable[[Tensor, int, Tensor], Tensor]
+"""`(tokens, all tokens, values) -> places`: those of one expert's rows whose neuron shall be found."""
 
 
 class ExpertsTap:
@@ -59,6 +74,7 @@ class ExpertsTap:
         ablate: `(layer, expert)` pairs whose output becomes zero. Routing weights are not renormalised: the token
             loses that expert's contribution, exactly as with a zeroed `down_proj`.
         own_output: Let the model's own experts function compute the output (not with `ablate`).
+        lookup: Which rows' neurons to find; None finds none.
     """
 
     def __init__(
@@ -68,10 +84,12 @@ class ExpertsTap:
         *,
         ablate: Collection[tuple[int, int]] = (),
         own_output: bool = False,
+        lookup: Lookup | None = None,
     ) -> None:
         self.sites = {id(module): site for module, site in sites.items()}
         self._modules = list(sites)
         self.observer, self.ablate, self.own_output = observer, frozenset(ablate), own_output
+        self.lookup = lookup
         self._before: dict[int, str | None] = {}
         self.calls = 0
 
@@ -103,7 +121,9 @@ class ExpertsTap:
         """One experts call: the layer's routed output; the rows go to the observer."""
         self.calls += 1
         site = self.sites[id(module)]
-        output, routed = routed_experts(module, hidden, index, weights, self._ablated(site.layer))
+        output, routed = routed_experts(
+            module, hidden, index, weights, self._ablated(site.layer), self.lookup
+        )
         if self.own_output:
             output = own_experts(module, self._before[id(module.config)])(hidden, index, weights)
         if self.observer is not None:
@@ -129,6 +149,7 @@ def routed_experts(
     index: Int[Tensor, "token slot"],
     weights: Float[Tensor, "token slot"],
     ablated: frozenset[int] = frozenset(),
+    lookup: Lookup | None = None,
 ) -> tuple[Float[Tensor, "token hidden"], Routed]:
     """The layer output of a fused experts module, an expert at a time, and the largest entry of every row."""
     tokens, slots = index.shape
@@ -139,33 +160,145 @@ def routed_experts(
     rows_out = hidden.new_zeros(tokens * slots, hidden.shape[-1])
     value = torch.zeros(tokens * slots, dtype=torch.float32, device=hidden.device)
     dim = torch.zeros(tokens * slots, dtype=torch.long, device=hidden.device)
+    neuron = torch.full_like(dim, -1)
     start = 0
     for expert, count in enumerate(counts[:n_experts]):
         if not count:
             continue
         rows = order[start : start + count]
         start += count
-        y = expert_output(module, expert, hidden[rows // slots])
+        inner = expert_inner(module, expert, hidden[rows // slots])
+        y = expert_outer(module, expert, inner)
         dim[rows] = y.abs().argmax(-1)
         value[rows] = y.gather(-1, dim[rows, None]).squeeze(-1).float()
+        if lookup is not None:
+            asked = lookup(rows // slots, tokens, value[rows])
+            neuron[rows[asked]] = strongest_inputs(module, expert, inner[asked], dim[rows[asked]])[0]
         if expert not in ablated:
             rows_out[rows] = y
     output = (rows_out * weights.reshape(-1, 1)).view(tokens, slots, -1).sum(1).to(hidden.dtype)
-    return output, Routed(n_experts, slots, flat, weights.reshape(-1).float(), value, dim)
+    weight = weights.reshape(-1).float()
+    return output, Routed(n_experts, slots, flat, weight, value, dim, neuron, module, hidden, ablated)
 
 
 def expert_output(module: Any, expert: int, x: Float[Tensor, "row hidden"]) -> Float[Tensor, "row hidden"]:
     """`down_proj` output of one fused expert, with the layout flags transformers puts on the module."""
-    transposed, biased, gated = module.is_transposed, module.has_bias, module.has_gate
-    up, down = (module.gate_up_proj if gated else module.up_proj)[expert], module.down_proj[expert]
-    inner = x @ (up if transposed else up.T)
-    if biased:
-        inner = inner + (module.gate_up_proj_bias if gated else module.up_proj_bias)[expert]
-    inner = module._apply_gate(inner) if gated else module.act_fn(inner)
-    y = inner @ (down if transposed else down.T)
-    if biased:
+    return expert_outer(module, expert, expert_inner(module, expert, x))
+
+
+def expert_inner(module: Any, expert: int, x: Float[Tensor, "row hidden"]) -> Float[Tensor, "row inner"]:
+    """What the expert's `down_proj` reads."""
+    inner = _projected(module, expert, x)
+    return module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
+
+
+def expert_outer(module: Any, expert: int, inner: Float[Tensor, "row inner"]) -> Float[Tensor, "row hidden"]:
+    """What the expert makes of that."""
+    down = module.down_proj[expert]
+    y = inner @ (down if module.is_transposed else down.T)
+    if module.has_bias:
         y = y + module.down_proj_bias[expert]
     return module.post_expert_norm(y) if module.has_post_expert_norm else y
+
+
+def expert_parts(
+    module: Any, expert: int, x: Float[Tensor, "row hidden"]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gate, up and act(gate) of an expert; None where it has none, or where they cannot be told apart.
+
+    The two halves are taken at their word only if `act(gate) * up` is what the module makes of them.
+    """
+    inner = _projected(module, expert, x)
+    if not module.has_gate:
+        return None, inner, None
+    product = module._apply_gate(inner)
+    for gate, up in (inner.chunk(2, -1), (inner[..., 0::2], inner[..., 1::2])):
+        act = getattr(module, "act_fn", None)
+        if act is not None and torch.allclose(act(gate) * up, product, rtol=1e-3, atol=1e-6):
+            return gate, up, act(gate)
+    return None, None, None
+
+
+def strongest_inputs(
+    module: Any, expert: int, inner: Float[Tensor, "row inner"], dim: Int[Tensor, " row"]
+) -> tuple[Int[Tensor, " row"], Float[Tensor, " row"]]:
+    """The input of the expert's `down_proj` with the largest part in output `dim` of each row, and that part."""
+    down = module.down_proj[expert]
+    rows = down[:, dim].T if module.is_transposed else down[dim]
+    parts = inner.float() * rows.float()
+    neuron = parts.abs().argmax(-1)
+    return neuron, parts.gather(-1, neuron[:, None]).squeeze(-1)
+
+
+def _projected(module: Any, expert: int, x: Float[Tensor, "row hidden"]) -> Float[Tensor, "row wide"]:
+    """The expert's first projection, gate and up together where it has a gate."""
+    gated = module.has_gate
+    up = (module.gate_up_proj if gated else module.up_proj)[expert]
+    inner = x @ (up if module.is_transposed else up.T)
+    if module.has_bias:
+        inner = inner + (module.gate_up_proj_bias if gated else module.up_proj_bias)[expert]
+    return inner
+
+
+@contextmanager
+def router_tap(model: nn.Module, tower: Tower, observer: RouterObserver) -> Iterator[None]:
+    """`observer(layer, scores)` with what each router says of every expert, `[token, expert]`, before the choice."""
+
+    def hook(layer: int) -> Callable[..., None]:
+        def see(module: nn.Module, args: Any, output: Any) -> None:
+            parts = output if isinstance(output, tuple | list) else (output,)
+            for part in parts:
+                if (
+                    isinstance(part, Tensor)
+                    and part.is_floating_point()
+                    and part.shape[-1] == tower.n_experts
+                ):
+                    observer(layer, part.reshape(-1, part.shape[-1]))
+                    return
+
+        return see
+
+    with ExitStack() as stack:
+        for block in tower.blocks:
+            if block.experts and block.router:
+                handle = model.get_submodule(block.router).register_forward_hook(hook(block.index))
+                stack.callback(handle.remove)
+        yield
+
+
+def router_scores(
+    raw: Float[Tensor, "token expert"], index: Int[Tensor, "token slot"], weights: Float[Tensor, "token slot"]
+) -> Float[Tensor, "token expert"] | None:
+    """The scores that the routing weights were made of: softmax or sigmoid of what the router put out, or itself.
+
+    Routing weights are the chosen experts' scores up to a factor per token (normalisation, scaling), so the right
+    function is the one that gives weights and scores the same ratio in every slot. None if none does.
+    """
+    raw = raw.float()
+    sample = torch.linspace(0, len(raw) - 1, min(len(raw), 32), device=raw.device).long().unique()
+    index, given = index[sample], weights[sample].float()
+    routed = (index >= 0) & (index < raw.shape[-1])
+    limit = 4 * torch.finfo(weights.dtype if weights.dtype != torch.float64 else torch.float32).eps
+    best, least = None, max(limit, 1e-4)
+    # A router that has no slot to compare with must give the weights themselves.
+    alone = index.shape[-1] == 1
+    for function in _score_functions(raw):
+        scores = function(raw[sample]).gather(-1, index.clamp(0, raw.shape[-1] - 1))
+        ratio = torch.where(routed, given / scores.clamp_min(1e-30), torch.nan)
+        middle = ratio.nanmean(-1, keepdim=True)
+        error = float(
+            ((ratio - (torch.ones_like(middle) if alone else middle)).abs() / middle).nan_to_num(0).max()
+        )
+        if error < least:
+            best, least = function, error
+    return best(raw) if best is not None else None
+
+
+def _score_functions(raw: Tensor) -> tuple[Callable[[Tensor], Tensor], ...]:
+    shares = bool((raw >= 0).all()) and bool(((raw.sum(-1) - 1).abs() < 1e-2).all())
+    softmax, sigmoid = (lambda x: torch.softmax(x, -1)), torch.sigmoid
+    roots = lambda x: torch.nn.functional.softplus(x).sqrt()  # noqa: E731
+    return (lambda x: x, softmax, sigmoid) if shares else (softmax, sigmoid, roots)
 
 
 def _entry(module: Any, hidden: Tensor, index: Tensor, weights: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .batch import Batch
+from .experts import Routed
 from .signals import ALL_SIGNALS, REFERENCES, Signal, Source
 
 Arrays = dict[str, np.ndarray]
@@ -52,6 +53,7 @@ class Ledger:
             `signals.REFERENCES`), -1 where there is none yet. The recorder of the attention seam moves the leader
             just before a block's attention runs, so attention, states and experts of a block see the same one.
         attention_leads: Whether that recorder decides the leader; without attention the states' recorder does.
+        routed: What the experts of the running block did, until the block ends.
     """
 
     def __init__(self, batch: Batch, layers: int, wanted: Iterable[Signal], limits: Limits) -> None:
@@ -61,6 +63,7 @@ class Ledger:
             self.real = [row.nonzero().squeeze(-1) for row in batch.valid]
         self.seen: list[dict[str, dict[int, np.ndarray]]] = [{} for _ in range(batch.size)]
         self.references: list[list[int]] = [[0] + [-1] * (REFERENCES - 1) for _ in range(batch.size)]
+        self.routed: dict[int, Routed] = {}
         self.attention_leads = any(signal.source is Source.ATTENTION for signal in self.wanted)
 
     def places(self, length: int, device: torch.device) -> list[Tensor]:
@@ -74,6 +77,11 @@ class Ledger:
         if self.real is None:
             return [slice(0, length)] * self.batch.size
         return [_as_slice(places) for places in self.places(length, device)]
+
+    def row(self, row: int, state: Tensor) -> Tensor:
+        """The real tokens of one prompt, `[pos, dim]`: a view where they follow each other."""
+        state = state.detach().reshape(self.batch.size, -1, state.shape[-1])
+        return state[row][self.spans(state.shape[1], state.device)[row]]
 
     def rows(self, state: Tensor) -> Iterable[tuple[int, Tensor]]:
         """The real tokens of each prompt, `[pos, dim]`; flat outputs are unfolded first."""
