@@ -8,16 +8,22 @@ from typing import Annotated
 import typer
 
 NAME = "ls"
-HELP = "List analyzers, models, corpora, presets or signals."
-EXAMPLES = "Examples:  sinklens ls analyzers  ·  sinklens ls models  ·  sinklens ls presets --json"
+HELP = "List analyzers, models, corpora, presets, signals or published reference values."
+EXAMPLES = "Examples:  sinklens ls analyzers  ·  sinklens ls models  ·  sinklens ls references -m llama-2-7b"
 
 Rows = list[dict[str, str]]
 
 
 def command(
     what: Annotated[
-        str, typer.Argument(help="analyzers, models, corpora, presets or signals.")
+        str, typer.Argument(help="analyzers, models, corpora, presets, signals or references.")
     ] = "analyzers",
+    model: Annotated[
+        str | None, typer.Option("-m", "--model", help="references: of this model or its family only.")
+    ] = None,
+    unverified: Annotated[
+        bool, typer.Option("--unverified", help="references: also values that nobody read again.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     from sinklens.core.errors import UsageError
@@ -28,7 +34,9 @@ def command(
             f"There is no list {what!r}.",
             detail=did_you_mean(what, LISTS) or f"There are: {', '.join(LISTS)}.",
         )
-    rows = LISTS[what]()
+    if what != "references" and (model is not None or unverified):
+        raise UsageError("--model and --unverified belong to: sinklens ls references")
+    rows = references(model, unverified=unverified) if what == "references" else LISTS[what]()
     if as_json:
         from .console import print_json
 
@@ -44,8 +52,32 @@ def analyzers() -> Rows:
     from sinklens.pipeline.methods import first_line
 
     return [
-        {"name": name, "paper": cls.reference.label, "finds": first_line(cls)}
+        {
+            "name": name,
+            "runs": "by default" if cls.default else "if named",
+            "source": cls.reference.label,
+            "finds": first_line(cls),
+        }
         for name, cls in sorted(registry.items(), key=lambda item: item[1].place)
+    ]
+
+
+def references(model: str | None = None, *, unverified: bool = False) -> Rows:
+    """Published values, of one model (or its relatives) or of all."""
+    from sinklens.pipeline.references import STATUS, of_model, published
+
+    values = published(unverified=unverified) if model is None else of_model(model, unverified=unverified)
+    return [
+        {
+            "model": value.model,
+            "quantity": value.quantity,
+            "value": value.words,
+            "status": STATUS[value.status].partition(":")[0],
+            "source": f"{value.source}, {value.where}",
+            "protocol": value.protocol_words,
+            "remark": value.remark,
+        }
+        for value in values
     ]
 
 
@@ -84,5 +116,5 @@ def signals() -> Rows:
 
 
 LISTS: dict[str, Callable[[], Rows]] = {
-    function.__name__: function for function in (analyzers, models, corpora, presets, signals)
+    function.__name__: function for function in (analyzers, models, corpora, presets, signals, references)
 }

@@ -17,6 +17,7 @@ from sinklens.tracers.selfcheck import Check
 from sinklens.tracers.store import SCHEMA, RunStore, describe_trace
 from sinklens.tracers.trace import Trace
 
+from .references import references
 from .verdict import Verdict, judge
 
 # What a document that is passed on says of its run; the folder's own manifest also has what resuming needs.
@@ -92,6 +93,7 @@ class Run:
                 "verdict": self.verdict.to_json(),
                 "checks": [check.to_json() for check in self.checks],
                 "findings": {name: finding.to_json() for name, finding in self.findings.items()},
+                "references": references(self),
                 "manifest": {
                     key: part for key, part in self.trace.manifest.items() if key in SHARED_SECTIONS
                 },
