@@ -10,6 +10,7 @@ from sinklens.core.errors import UsageError
 from sinklens.core.suggest import did_you_mean
 
 from .base import Analyzer, Finding, Reference, Status, registry
+from .head_classes import HeadClasses
 from .head_roles import HeadRoles
 from .massive_activations import MassiveActivations
 from .primary_sinks import PrimarySinks
@@ -17,10 +18,13 @@ from .secondary_sinks import SecondarySinks
 from .sensitivity import Sensitivity
 from .sink_geometry import SinkGeometry
 from .super_experts import SuperExperts
+from .window_shares import WindowShares
+from .writers import Writers
 
 __all__ = [
     "Analyzer",
     "Finding",
+    "HeadClasses",
     "HeadRoles",
     "MassiveActivations",
     "PrimarySinks",
@@ -30,6 +34,8 @@ __all__ = [
     "SinkGeometry",
     "Status",
     "SuperExperts",
+    "WindowShares",
+    "Writers",
     "chosen_analyzers",
     "make",
     "registry",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +56,24 @@ def find_sinks(trace: Trace, rule: PrimarySinks | None = None) -> tuple[list[Sin
         holders = tuple(e.record for e in evidence if e.is_seen(row["position"], rule.min_visible))
         sinks.append(Sink(row["position"], row["token"], mask, holders))
     return sinks, None
+
+
+def usable(
+    trace: Trace, signals: Iterable[Signal], min_tokens: int = 2
+) -> tuple[list[PromptRecord], str | None]:
+    """The prompts an attention metric can read, or none and a sentence that says why."""
+    if not any(layer.attention for layer in trace.layers):
+        return [], "the model has no softmax attention."
+    records = [record for record in trace if len(record) >= min_tokens]
+    if not records:
+        longest = max((len(record) for record in trace), default=0)
+        return [], f"it needs prompts of at least {min_tokens} tokens; the longest has {longest}."
+    names = sorted(signal.name for signal in signals)
+    missing = [name for name in names if any(name not in record.arrays for record in records)]
+    if missing:
+        hidden = "this model does not show it, or it was not asked for."
+        return [], f"the trace does not hold {', '.join(missing)}; {hidden}"
+    return records, None
 
 
 def mean(values: Sequence[np.ndarray]) -> np.ndarray:
