@@ -1,9 +1,10 @@
-"""What a profile costs: a traced forward pass, with every signal of the default analyzers, against a plain one.
+"""What a profile costs: a traced forward pass, with every signal of the analyzers, against a plain one.
 
     python -m benchmarks.profile --lengths 512,1024,2048,4096,8192 --threads 2 --out benchmarks/results/profile.json
 
 Same reference model, interleaving and measures as `attention.py`; here the whole product path runs: attention
-statistics, value norms, hidden-state norms, largest entries and medians, down projections, and the records.
+statistics, hidden states, down projections, and the records. `fused` and `faithful` trace what primary sinks,
+massive activations and Super Experts read; `fused all` and `faithful all` what all language analyzers read.
 """
 
 from __future__ import annotations
@@ -27,18 +28,28 @@ from sinklens.models.spec import OpenedModel
 from sinklens.tracers.attention import Mode
 from sinklens.tracers.batch import Batch, forward
 from sinklens.tracers.executor import TracePlan, trace_batch
+from sinklens.tracers.signals import Signal
 
 from .attention import memory_exponent, peak_memory, reference_model
 
 
+WAYS = ("plain", "fused", "faithful", "fused all", "faithful all")
+FINDERS = ("primary-sinks", "massive-activations", "super-experts")
+
+
+def signals_of(names: tuple[str, ...] | str) -> frozenset[Signal]:
+    """What the analyzers read."""
+    return frozenset(signal for analyzer in chosen_analyzers(names) for signal in analyzer.needs)
+
+
 def ways(opened: OpenedModel, batch: Batch) -> dict[str, Callable[[], object]]:
     """Ways to run the model; the first is the floor."""
-    signals = frozenset(signal for analyzer in chosen_analyzers(()) for signal in analyzer.needs)
-    return {
-        "plain": lambda: forward(opened.module, batch),
-        "fused": lambda: trace_batch(opened, batch, TracePlan(signals, Mode.FUSED)),
-        "faithful": lambda: trace_batch(opened, batch, TracePlan(signals, Mode.FAITHFUL)),
-    }
+    found: dict[str, Callable[[], object]] = {"plain": lambda: forward(opened.module, batch)}
+    for label, signals in (("", signals_of(FINDERS)), (" all", signals_of("all"))):
+        for mode in (Mode.FUSED, Mode.FAITHFUL):
+            plan = TracePlan(signals, mode)
+            found[f"{mode}{label}"] = lambda plan=plan: trace_batch(opened, batch, plan)
+    return found
 
 
 def measure(opened: OpenedModel, length: int, repeats: int) -> list[dict[str, float | str]]:
@@ -97,13 +108,13 @@ def main() -> None:
     rows: list[dict[str, float | str]] = []
     for length in map(int, options.lengths.split(",")):
         rows += measure(opened, length, options.repeats)
-        for row in rows[-3:]:
+        for row in rows[-len(WAYS) :]:
             print(
-                f"T={row['length']:<6} {row['variant']:<9} cpu {row['cpu_s']:8.3f} s  x{row['cpu_ratio']:.3f}"
+                f"T={row['length']:<6} {row['variant']:<12} cpu {row['cpu_s']:8.3f} s  x{row['cpu_ratio']:.3f}"
                 f"   wall {row['wall_s']:8.3f} s   peak {row['peak_mb']:8.0f} MB",
                 flush=True,
             )
-    exponents = {name: memory_exponent(rows, name) for name in ("plain", "fused", "faithful")}
+    exponents = {name: memory_exponent(rows, name) for name in WAYS}
     setting = machine(options.threads, options.dtype)
     print(setting, "memory ~ T^p:", {name: round(p, 2) for name, p in exponents.items()})
     if options.out:
