@@ -314,11 +314,11 @@ def _correlations(secondary: Sequence[Aligned]) -> dict[str, Any]:
 
 
 def _spearman(pairs: Float[np.ndarray, "n 2"]) -> float | None:
-    from scipy.stats import spearmanr
+    from scipy.stats import rankdata
 
     if len(pairs) < 5 or (np.ptp(pairs, axis=0) == 0).any():
         return None
-    return float(spearmanr(pairs[:, 0], pairs[:, 1])[0])
+    return float(np.corrcoef(rankdata(pairs[:, 0]), rankdata(pairs[:, 1]))[0, 1])
 
 
 def _token_classes(seen: Sequence[Seen], secondary: Sequence[Aligned]) -> dict[str, Any]:

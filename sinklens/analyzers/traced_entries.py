@@ -1,0 +1,303 @@
+"""One entry of the residual stream followed through the blocks: which block adds how much of it, and by what part."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from sinklens.tracers import signals as sig
+from sinklens.tracers.trace import PromptRecord, Trace
+
+ATTENTION, MLP, BLOCK = "attention", "mlp", "block"
+"""What adds to the stream; `block` where the two cannot be told apart."""
+
+SIGNALS = frozenset(
+    {
+        sig.RESIDUAL_AFTER,
+        sig.RESIDUAL_BEFORE,
+        sig.ATTENTION_WRITE,
+        sig.MLP_WRITE,
+        sig.WRITE_EXPERT,
+        sig.WRITE_EXPERT_VALUE,
+        sig.WRITE_NEURON,
+        sig.WRITE_NEURON_VALUE,
+    }
+)
+
+
+@dataclass(frozen=True)
+class Path:
+    """The values of one (position, dim) of one prompt after every block, and what the blocks added.
+
+    Where a layer did not list the entry among its strongest, what it added is NaN; the value after it may still be
+    known from the block that follows.
+
+    Attributes:
+        after: Value after the block.
+        attention, mlp: What the sublayers add; both NaN where the sum was not verified.
+        expert, neuron: What wrote most of `mlp`, -1 if not looked up.
+        expert_value, neuron_value: Its part.
+    """
+
+    record: PromptRecord
+    position: int
+    dim: int
+    after: Float[np.ndarray, " layer"]
+    before: Float[np.ndarray, " layer"]
+    attention: Float[np.ndarray, " layer"]
+    mlp: Float[np.ndarray, " layer"]
+    expert: Int[np.ndarray, " layer"]
+    expert_value: Float[np.ndarray, " layer"]
+    neuron: Int[np.ndarray, " layer"]
+    neuron_value: Float[np.ndarray, " layer"]
+
+    @property
+    def peak_layer(self) -> int:
+        """The block after which the entry is largest."""
+        return int(np.nanargmax(np.abs(self.after)))
+
+    @property
+    def peak(self) -> float:
+        """Signed value there."""
+        return float(self.after[self.peak_layer])
+
+    @property
+    def change(self) -> Float[np.ndarray, " layer"]:
+        """What each block adds, NaN where not known."""
+        return self.after - self.before
+
+
+@dataclass(frozen=True)
+class Step:
+    """A block that adds to an entry, or takes from it, a good part of its peak.
+
+    Attributes:
+        writes: Whether it adds (else it takes away).
+        value: What this sublayer adds, signed.
+        share: The same over the peak: positive where it writes, negative where it erases.
+    """
+
+    layer: int
+    part: str
+    writes: bool
+    value: float
+    share: float
+    expert: int
+    expert_value: float
+    neuron: int
+    neuron_value: float
+
+
+def follow(record: PromptRecord, position: int, dim: int) -> Path | None:
+    """The path of an entry through the blocks; None if no block lists it."""
+    listed = (record["residual_after_pos"] == position) & (record["residual_after_dim"] == dim)
+    listed &= ~np.isnan(record[sig.RESIDUAL_AFTER])
+    if not listed.any():
+        return None
+    at, known = listed.argmax(1), listed.any(1)
+
+    def read(signal: sig.Signal, missing: float) -> np.ndarray:
+        if signal.name not in record.arrays:
+            return np.full(len(at), missing)
+        values = np.take_along_axis(record[signal], at[:, None], axis=1)[:, 0]
+        return np.where(known, values, missing)
+
+    after, before = read(sig.RESIDUAL_AFTER, np.nan), read(sig.RESIDUAL_BEFORE, np.nan)
+    # What leaves one block enters the next. (Not so where the stream is read inside the block: see `is_continuous`.)
+    if is_continuous(after, before):
+        after[:-1] = np.where(np.isnan(after[:-1]), before[1:], after[:-1])
+        before[1:] = np.where(np.isnan(before[1:]), after[:-1], before[1:])
+    return Path(
+        record,
+        position,
+        dim,
+        after.astype(np.float64),
+        before.astype(np.float64),
+        read(sig.ATTENTION_WRITE, np.nan).astype(np.float64),
+        read(sig.MLP_WRITE, np.nan).astype(np.float64),
+        read(sig.WRITE_EXPERT, -1).astype(int),
+        read(sig.WRITE_EXPERT_VALUE, np.nan).astype(np.float64),
+        read(sig.WRITE_NEURON, -1).astype(int),
+        read(sig.WRITE_NEURON_VALUE, np.nan).astype(np.float64),
+    )
+
+
+def is_continuous(after: Float[np.ndarray, " layer"], before: Float[np.ndarray, " layer"]) -> bool:
+    """Whether the value after each block is the value before the next, where both are known (to 1 %)."""
+    left, right = after[:-1], before[1:]
+    both = ~np.isnan(left) & ~np.isnan(right)
+    size = np.maximum(np.abs(left[both]), np.abs(right[both]))
+    return bool((np.abs(left[both] - right[both]) <= 0.01 * size).all())
+
+
+def steps(path: Path, share: float, tolerance: float) -> list[Step]:
+    """The blocks that add or take at least `share` of the peak, in order of layer, by sublayer.
+
+    Args:
+        tolerance: Where after - before differs from attention + mlp by more than this part of the larger of the
+            two values, the sublayers are not told apart.
+    """
+    found = []
+    for layer in np.flatnonzero(~np.isnan(path.change)):
+        for part, value in _contributions(path, int(layer), tolerance):
+            if abs(value) >= share * abs(path.peak):
+                found.append(_step(path, int(layer), part, value))
+    return found
+
+
+def _contributions(path: Path, layer: int, tolerance: float) -> list[tuple[str, float]]:
+    """What a block adds: by sublayer where that is known, else as a whole."""
+    if not residue(path)[layer] <= tolerance:
+        return [(BLOCK, float(path.change[layer]))]
+    return [(ATTENTION, float(path.attention[layer])), (MLP, float(path.mlp[layer]))]
+
+
+def residue(path: Path) -> Float[np.ndarray, " layer"]:
+    """How far each block is from before + attention + mlp = after, relative; NaN where a part is not known."""
+    size = np.fmax(np.abs(path.after), np.abs(path.before))
+    gap = np.abs(path.change - path.attention - path.mlp)
+    return gap / np.where(size > 0, size, np.nan)
+
+
+def _step(path: Path, layer: int, part: str, value: float) -> Step:
+    by_mlp = part == MLP
+    return Step(
+        layer,
+        part,
+        value * path.peak > 0,
+        value,
+        value / path.peak,
+        int(path.expert[layer]) if by_mlp else -1,
+        float(path.expert_value[layer]) if by_mlp else float("nan"),
+        int(path.neuron[layer]) if by_mlp else -1,
+        float(path.neuron_value[layer]) if by_mlp else float("nan"),
+    )
+
+
+def is_erased(path: Path) -> bool:
+    """Whether the entry falls below half of its peak later on; unknown values do not count as fallen."""
+    later = path.after[path.peak_layer :] / path.peak
+    return bool((later[~np.isnan(later)] < 0.5).any())
+
+
+def largest_residue(records: Iterable[PromptRecord]) -> float | None:
+    """Largest |after - before - attention - mlp| over the larger of the two values, over all traced entries.
+
+    Entries whose parts are unknown do not count; None if no entry has them.
+    """
+    worst = None
+    parts = {sig.ATTENTION_WRITE.name, sig.MLP_WRITE.name}
+    for record in (record for record in records if parts <= record.arrays.keys()):
+        after, before = record[sig.RESIDUAL_AFTER].astype(float), record[sig.RESIDUAL_BEFORE].astype(float)
+        gap = np.abs(after - before - record[sig.ATTENTION_WRITE] - record[sig.MLP_WRITE])
+        size = np.maximum(np.abs(after), np.abs(before))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            relative = np.where(size > 0, gap / size, np.nan)
+        if not np.isnan(relative).all():
+            worst = max(worst or 0.0, float(np.nanmax(relative)))
+    return worst
+
+
+Place = tuple[int, int]
+"""position, dim"""
+
+COMMON = 0.5
+
+
+@dataclass(frozen=True)
+class Group:
+    """The same kind of step of one entry over the prompts: one sublayer of one block that writes it, or erases it."""
+
+    layer: int
+    part: str
+    writes: bool
+    steps: tuple[Step, ...]
+    paths: tuple[Path, ...]
+
+    @property
+    def share(self) -> float:
+        """Mean share of the entry's peak over the prompts in which the step occurs."""
+        return float(np.mean([step.share for step in self.steps]))
+
+    @property
+    def expert(self) -> int | None:
+        return _usual([step.expert for step in self.steps])
+
+    @property
+    def neuron(self) -> int | None:
+        return _usual([step.neuron for step in self.steps])
+
+    @property
+    def name(self) -> str:
+        """`the MLP of block 1 (neuron 17)`"""
+        part = {ATTENTION: "attention", MLP: "the MLP", BLOCK: ""}[self.part]
+        where = f"{part} of block {self.layer}" if part else f"block {self.layer}"
+        if self.expert is not None:
+            where = f"expert {self.expert} of block {self.layer}"
+        return where + (f" (neuron {self.neuron})" if self.neuron is not None else "")
+
+
+@dataclass(frozen=True)
+class Spike:
+    """One (position, dim) over the prompts in which it stands out."""
+
+    position: int
+    dim: int
+    paths: tuple[Path, ...]
+    groups: tuple[Group, ...]
+
+    @property
+    def peak(self) -> float:
+        return float(np.mean([path.peak for path in self.paths]))
+
+    @property
+    def token(self) -> str:
+        return Counter(path.record.pieces[self.position] for path in self.paths).most_common(1)[0][0]
+
+    @property
+    def erased(self) -> float:
+        """Share of the prompts in which it falls below half of its peak before the last block ends."""
+        return float(np.mean([is_erased(path) for path in self.paths]))
+
+    def usual(self, *, writes: bool) -> list[Group]:
+        """The steps of one direction that occur in half of the prompts or more, in order of layer."""
+        least = COMMON * len(self.paths)
+        return [group for group in self.groups if group.writes == writes and len(group.steps) >= least]
+
+
+def trace_spike(
+    trace: Trace, place: Place, spike_ratio: float, step: float, tolerance: float
+) -> Spike | None:
+    """One entry over all prompts in which it stands out; None if the trace followed it in none of them."""
+    position, dim = place
+    paths = []
+    for record in trace:
+        path = follow(record, position, dim)
+        if path is not None and abs(path.peak) >= spike_ratio * record[sig.RESIDUAL_MEDIAN][path.peak_layer]:
+            paths.append(path)
+    if not paths:
+        return None
+    found: dict[tuple[bool, int, str], list[tuple[Step, Path]]] = {}
+    for path in paths:
+        for item in steps(path, step, tolerance):
+            found.setdefault((not item.writes, item.layer, item.part), []).append((item, path))
+    groups = tuple(
+        Group(layer, part, not erases, tuple(s for s, _ in pairs), tuple(p for _, p in pairs))
+        for (erases, layer, part), pairs in sorted(found.items())
+    )
+    return Spike(position, dim, tuple(paths), groups)
+
+
+def share_written(spike: Spike) -> float:
+    """Share of the peak that the writing steps up to the peak add, mean over prompts."""
+    total = sum(step.share for group in spike.groups if group.writes for step in group.steps)
+    return total / len(spike.paths)
+
+
+def _usual(values: Sequence[int]) -> int | None:
+    known = [value for value in values if value >= 0]
+    return Counter(known).most_common(1)[0][0] if known else None
