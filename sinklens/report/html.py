@@ -13,7 +13,21 @@ from sinklens.core.canonical import plain
 from sinklens.core.errors import DataError
 from sinklens.core.figures import Figure, Samples, Tile
 
-from . import assets, colour, embed, heatmap, intervals, lines, page, redact, samples, tables, text, views
+from . import (
+    assets,
+    colour,
+    embed,
+    heatmap,
+    intervals,
+    lines,
+    page,
+    published,
+    redact,
+    samples,
+    tables,
+    text,
+    views,
+)
 from .mathml import formula
 from .views import FigureView, svgs
 
@@ -86,7 +100,7 @@ def _render(
     ids = {section.analyzer: section.id for section in found}
     data: dict[str, Any] = {}
     drawings = {s.analyzer: views.draw_all(s.id, figures.get(s.analyzer, ()), data) for s in found}
-    boxes = page.tile_views(tiles, ids, methods)
+    first, rest = page.first_tiles(tiles)
     payload = {
         "schema": embed.SCHEMA,
         "document": document,
@@ -99,9 +113,9 @@ def _render(
     return assets.template("report.html").render(
         **_facts(document, title),
         ids=ids,
-        tiles=boxes[: page.FIRST_TILES],
-        more_tiles=boxes[page.FIRST_TILES :],
-        first=_first_screen(figures, ids, page.verdict(document)),
+        tiles=page.tile_views(first, ids, methods),
+        more_tiles=page.tile_views(rest, ids, methods),
+        first=_first_screen(figures, found, document),
         sections=[(s, drawings[s.analyzer], tables.table(s.rows, s.units, s.labels)) for s in found],
         prompts=[redact.bare_prompt(prompt) for prompt in prompts],
         viewer=_viewer(prompts) if include_text else [],
@@ -133,16 +147,21 @@ def _facts(document: Mapping[str, Any], title: str | None) -> dict[str, Any]:
         "sinks": _sink_positions(document),
         "groups": page.manifest_groups(manifest),
         "command": page.command(manifest),
+        "beside": published.beside(document),
     }
 
 
 def _first_screen(
-    figures: Mapping[str, Sequence[Figure]], ids: Mapping[str, str], verdict: page.Verdict
+    figures: Mapping[str, Sequence[Figure]], found: Sequence[page.Section], document: Mapping[str, Any]
 ) -> dict[str, FigureView | None]:
     """The main map, the curve and the strip, drawn to fit; they share the embedded values of their sections."""
     shown: dict[str, FigureView | None] = {"map": None, "norms": None, "strip": None}
-    known = {name: found for name, found in figures.items() if name in ids}
-    widths, height = page.first_sizes(verdict, with_strip=page.strip(known) is not None)
+    ids = {section.analyzer: section.id for section in found}
+    known = {name: given for name, given in figures.items() if name in ids}
+    beside = page.strip(known)
+    widths, height = page.first_sizes(
+        page.verdict(document), found, page.checks(document), with_strip=beside is not None
+    )
     if (main := page.main_map(known)) is not None:
         name, figure = main
         identifier = f"{ids[name]}--{text.slug(figure.key)}"
@@ -156,10 +175,12 @@ def _first_screen(
         identifier = f"{ids[name]}--{text.slug(line.key)}"
         drawing = lines.draw(line, figure_id=identifier, width=widths[1], height=height - 18)
         shown["norms"] = FigureView(identifier, line.title, line.caption, "", svgs(drawing), drawing.notes)
-    if (beside := page.strip(known)) is not None:
+    if beside is not None:
         name, row = beside
         identifier = f"{ids[name]}--{text.slug(row.key)}"
-        drawing = intervals.draw(page.narrow(row, height), width=widths[2])
+        few = page.narrow(row, height)
+        step = min(page.MOST_ROW, max(page.LEAST_ROW, (height - 60) / max(1, len(few.rows))))
+        drawing = intervals.draw(few, width=widths[2], row_height=step)
         shown["strip"] = FigureView(identifier, row.title, row.caption, "", svgs(drawing), drawing.notes)
     return shown
 

@@ -18,7 +18,7 @@ from .text import shorten
 _LEGEND, _FOOT, _APART = 22.0, 38.0, 4.0
 
 
-def draw(figure: Intervals, *, width: int = 578) -> Drawing:
+def draw(figure: Intervals, *, width: int = 578, row_height: float = 20.0) -> Drawing:
     """One row per value, with a line at the reference.
 
     Args:
@@ -28,10 +28,10 @@ def draw(figure: Intervals, *, width: int = 578) -> Drawing:
     known = [value for row in shown for value in _numbers(row) if math.isfinite(value)]
     if not known:
         return Drawing(None, ("There are no values to draw.",))
-    place = rows.layout(shown, width, _LEGEND)
+    place = rows.layout(shown, width, _LEGEND, row_height)
     scale = rows.Scale(*limits(known, figure.reference), place)
     left, top, plot, height = place.box
-    at = ticks(scale.low, scale.high, most=max(2, int(plot / 70)))
+    at = ticks(scale.low, scale.high, most=max(4, int(plot / 60)))
     parts = [
         rows.stripes(place),
         *rows.grid(scale, at, [brief(float(tick)) for tick in at], figure.x_label),

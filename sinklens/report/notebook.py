@@ -52,7 +52,7 @@ def run_repr_html(
         style="margin:6px 0",
     )
     boxes = tag(
-        "div", *(_tile(tile, verdict.trusted) for tile in tiles[: page.FIRST_TILES]), style="margin:6px 0"
+        "div", *(_tile(tile, verdict.trusted) for tile in page.first_tiles(tiles)[0]), style="margin:6px 0"
     )
     style = "max-width:900px;border:1px solid rgba(127,127,127,.35);border-radius:6px;padding:10px 14px;"
     return str(tag("div", head, says, boxes, _map(figures), style=style + "overflow-wrap:anywhere"))

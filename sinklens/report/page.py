@@ -17,6 +17,8 @@ from .numbers import brief, duration, number, size, with_unit
 from .tables import short_unit, with_interval
 
 FIRST_TILES, FIRST_LINES = 6, 8
+LEAST_ROW, MOST_ROW = 18, 32
+"""Height of a row of the first screen's strip, in px."""
 
 RESERVED = {
     "top",
@@ -290,20 +292,31 @@ def strip(figures: Mapping[str, Sequence[Figure]]) -> tuple[str, Intervals] | No
     return next(found, None)
 
 
-def first_sizes(verdict: Verdict, *, with_strip: bool) -> tuple[tuple[int, int, int], int]:
-    """Widths of the first screen's drawings and their height: what the verdict leaves of 800 px."""
-    taken = 21.5 * math.ceil(len(verdict.sentence) / 100) + 19 * math.ceil(
-        len(verdict.lines[:FIRST_LINES]) / 2
-    )
-    height = round(max(240.0, min(396.0, 396.0 - max(0.0, taken - 108.0))))
+def first_sizes(
+    verdict: Verdict, found: Sequence[Section], checked: Sequence[Check], *, with_strip: bool
+) -> tuple[tuple[int, int, int], int]:
+    """Widths of the first screen's drawings and their height: what the words above leave of 800 px."""
+    names_of_checks = 60 + sum(22 + 6 * len(check.name) for check in checked)
+    beside = 36 + 18 * math.ceil(names_of_checks / 380)
+    says = 18 + 21.5 * math.ceil(len(verdict.sentence) / 98)
+    lines = 19 * math.ceil(min(len(verdict.lines), FIRST_LINES) / 2)
+    navigation = 19.5 * math.ceil((270 + sum(18 + 6.7 * len(section.title) for section in found)) / 1232)
+    above = 78 + navigation + max(beside, says) + (lines + 15 if lines else 0) + 130
+    height = round(max(220.0, min(396.0, 800.0 - above - 108)))
     return ((480, 396, 320) if with_strip else (660, 536, 0)), height
 
 
 def narrow(figure: Intervals, height: int) -> Intervals:
     """The rows that have room in a small box, without the words at their ends."""
-    most = max(4, (height - 60) // 20)
+    most = max(4, (height - 60) // LEAST_ROW)
     rows = [row for row in figure.rows if math.isfinite(row.value)][:most]
     return replace(figure, rows=tuple(replace(row, note="", group="") for row in rows))
+
+
+def first_tiles(tiles: Sequence[Tile]) -> tuple[list[Tile], list[Tile]]:
+    """The boxes of the first screen and the others; where there are too many, those that say something come first."""
+    order = sorted(tiles, key=lambda tile: not tile.applicable) if len(tiles) > FIRST_TILES else list(tiles)
+    return order[:FIRST_TILES], order[FIRST_TILES:]
 
 
 def tile_views(

@@ -36,7 +36,7 @@ class Layout:
     box: tuple[float, float, float, float]
     centres: tuple[float, ...]
     headings: tuple[tuple[float, str], ...]
-    row: float = _ROW
+    row: float
 
     @property
     def foot(self) -> float:
@@ -56,7 +56,7 @@ class Scale:
         return left + width * (value - self.low) / (self.high - self.low)
 
 
-def layout(rows: Sequence[Named], width: float, top: float) -> Layout:
+def layout(rows: Sequence[Named], width: float, top: float, row_height: float = _ROW) -> Layout:
     """Room for the longest label and note within their shares of the width; the plot gets the rest."""
     left = _column([row.label for row in rows], _LABEL_SHARE * width)
     right = _column([row.note for row in rows], _NOTE_SHARE * width)
@@ -66,9 +66,9 @@ def layout(rows: Sequence[Named], width: float, top: float) -> Layout:
             y += _GROUP
             headings.append((y - 6, row.group))
             before = row.group
-        centres.append(y + _ROW / 2)
-        y += _ROW
-    return Layout((left, top, width - left - right, y - top), tuple(centres), tuple(headings))
+        centres.append(y + row_height / 2)
+        y += row_height
+    return Layout((left, top, width - left - right, y - top), tuple(centres), tuple(headings), row_height)
 
 
 def _column(words: Sequence[str], most: float) -> float:

@@ -12,11 +12,12 @@ from sinklens.core.figures import Event, Life, Timeline
 
 from . import colour, rows
 from .heatmap import Drawing
-from .numbers import number
+from .numbers import brief, number
 from .svg import canvas, index_ticks, label, tag, text_width
 from .text import shorten
 
 _LEGEND, _FOOT, _BAR = 22.0, 38.0, 9.0
+_PALEST, _DARKEST = 12, 46
 _SIGNS = {"rise": "written", "fall": "erased", "mark": "marked"}
 
 
@@ -86,9 +87,9 @@ def _depths(figure: Timeline) -> colour.Scale | None:
 def _life(figure: Timeline, row: Life, scale: rows.Scale, y: float, depths: colour.Scale | None) -> Markup:
     look = "life"
     if depths is not None and math.isfinite(row.strength):
-        # The palest fifth of the ramp would vanish on the page.
+        # The palest fifth of the ramp would vanish on the page, and on its dark end the marks of events would.
         level = int(depths.levels(np.array([[row.strength]]))[0, 0])
-        look = f"life q{12 + level * (colour.LEVELS - 13) // (colour.LEVELS - 1)}"
+        look = f"life q{_PALEST + level * (_DARKEST - _PALEST) // (colour.LEVELS - 1)}"
     start, end = scale.px(row.start - 0.5), scale.px(row.end + 0.5)
     bars = [
         tag(
@@ -135,7 +136,7 @@ def _notes(figure: Timeline) -> tuple[str, ...]:
     known = [row.strength for row in figure.rows if math.isfinite(row.strength)]
     if known and max(known) > 0:
         notes.append(
-            f"The darker a bar, the larger its {figure.unit or 'strength'}, up to {number(max(known))}."
+            f"The darker a bar, the larger its {figure.unit or 'strength'}, up to {brief(float(max(known)))}."
         )
     if any(row.gaps for row in figure.rows):
         notes.append("A thin line bridges layers in which it is absent.")
