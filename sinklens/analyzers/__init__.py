@@ -9,7 +9,9 @@ from typing import Any
 from sinklens.core.errors import UsageError
 from sinklens.core.suggest import did_you_mean
 
+from .attention_entropy import AttentionEntropy
 from .base import Analyzer, Finding, Reference, Status, registry
+from .causal_effects import CausalEffects
 from .head_classes import HeadClasses
 from .head_roles import HeadRoles
 from .massive_activations import MassiveActivations
@@ -23,6 +25,8 @@ from .writers import Writers
 
 __all__ = [
     "Analyzer",
+    "AttentionEntropy",
+    "CausalEffects",
     "Finding",
     "HeadClasses",
     "HeadRoles",

@@ -58,7 +58,8 @@ class HeadClasses(Analyzer):
     formula = (
         '<math display="block"><munder><mo>∑</mo><mrow><mi>k</mi><mo>&lt;</mo><mn>4</mn></mrow></munder><msub>'
         "<mi>m</mi><mi>k</mi></msub><mo>&gt;</mo><mn>0.5</mn><mtext> or </mtext><mn>0.2</mn><mo>,</mo>"
-        "<mspace width='1em'/><mfrac><mrow><mi>H</mi><mo>(</mo><mi>m</mi><mo>)</mo></mrow><mrow><mi>ln</mi><mi>T</mi></mrow></mfrac>"
+        "<mspace width='1em'/><mfrac>"
+        "<mrow><mi>H</mi><mo>(</mo><mi>m</mi><mo>)</mo></mrow><mrow><mi>ln</mi><mi>T</mi></mrow></mfrac>"
         "<mo>&gt;</mo><mn>0.8</mn><mo>,</mo><mspace width='1em'/><mi>arg max</mi><mspace width='0.2em'/><mi>m</mi>"
         "<mo>&gt;</mo><mn>0.8</mn><mi>T</mi><mo>,</mo><mspace width='2em'/><msub><mi>m</mi><mi>k</mi></msub>"
         "<mo>=</mo><munder><mi>mean</mi><mrow><mi>q</mi><mo>≥</mo><mi>T</mi><mo>−</mo><mn>64</mn></mrow></munder>"
