@@ -68,9 +68,21 @@ def methods_paragraph(analyzers: Sequence[Analyzer], document: dict[str, Any]) -
         f"We profiled {model['id']}{revision} ({size}) with sinklens {manifest.get('sinklens', {}).get('version', '')} "
         f"on {inputs.get('n_prompts')} prompts ({inputs.get('n_tokens')} tokens, at most {inputs.get('seq_len')} per "
         f"prompt; source: {inputs.get('source')}; BOS: {inputs.get('bos_added')}; chat template: "
-        f"{inputs.get('chat_template')}). Attention: {tracing.get('attention_path')}; statistics in float32. {did}. "
+        f"{inputs.get('chat_template')}). Attention: {tracing.get('attention_path')}; statistics in float32. {did}."
+        f"{_experiments(manifest)} "
         f"Software: torch {versions.get('torch')}, transformers {versions.get('transformers')}."
     )
+
+
+def _experiments(manifest: dict[str, Any]) -> str:
+    """What was run besides the main pass."""
+    done = (manifest.get("experiments") or {}).get("run", [])
+    said = {
+        "effects": " Causes were removed on a few of the prompts, beside matched random controls",
+        "sensitivity": " The measurement was repeated on a few of the prompts under other inputs and precisions",
+    }
+    seed = (manifest.get("seeds") or {}).get("prompts", 0)
+    return "".join(f"{said[name]} (seed {seed})." for name in done if name in said)
 
 
 def _sentence(analyzer: Analyzer) -> str:
@@ -78,4 +90,4 @@ def _sentence(analyzer: Analyzer) -> str:
     reference = type(analyzer).reference
     authors = reference.authors.split(" and ")
     who = authors[0].split()[-1] + (" et al." if len(authors) > 1 else "")
-    return f"{type(analyzer).title} follow {who} ({reference.year}, {reference.label}) with {settings}"
+    return f"{type(analyzer).title} after {who} ({reference.year}, {reference.label}) with {settings}"

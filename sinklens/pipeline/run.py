@@ -94,11 +94,18 @@ class Run:
                 "checks": [check.to_json() for check in self.checks],
                 "findings": {name: finding.to_json() for name, finding in self.findings.items()},
                 "references": references(self),
-                "manifest": {
-                    key: part for key, part in self.trace.manifest.items() if key in SHARED_SECTIONS
-                },
+                "manifest": self._shared_manifest(),
             }
         )
+
+    def _shared_manifest(self) -> dict[str, Any]:
+        """What a document that is passed on says of its run; of experiments their names, results are findings."""
+        manifest = self.trace.manifest
+        shared = {key: part for key, part in manifest.items() if key in SHARED_SECTIONS}
+        if "experiments" in manifest:
+            run, skipped = list(manifest["experiments"]), manifest.get("experiments_skipped", {})
+            shared["experiments"] = {"run": run, "skipped": skipped}
+        return shared
 
     @property
     def figures(self) -> dict[str, list[Figure]]:
