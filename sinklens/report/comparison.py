@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from sinklens.core.canonical import plain
 from sinklens.core.errors import DataError
-from sinklens.core.figures import Lines
+from sinklens.core.figures import Figure, Lines
 
 from . import assets, colour, embed, page, tables, text, views
 from .lines import XAxis
@@ -64,13 +64,14 @@ class Differences:
     rest: tuple[Setting, ...]
 
 
-def render_comparison(document: Mapping[str, Any], figures: Sequence[Lines]) -> str:
+def render_comparison(document: Mapping[str, Any], figures: Sequence[Figure]) -> str:
     """The comparison as one self-contained HTML string.
 
     Args:
         document: The `sinklens/compare/1` document: `x_label`; `rows` with `run, x, model, verdict` and numbers;
-            `differences` with run name to dotted key to `[value in the first run, value here]`.
-        figures: One per number, over the same x.
+            `differences` with run name to dotted key to `[value in the first run, value here]`; `summaries` with
+            `finding, label` and `values` by run.
+        figures: Curves, one per number, over the same x; then maps of differences.
 
     Raises:
         DataError: `document` is not a `sinklens/compare/1` document with at least one row.
@@ -88,8 +89,10 @@ def render_comparison(document: Mapping[str, Any], figures: Sequence[Lines]) -> 
     x_label = text.shorten(str(record.get("x_label") or BESIDE), _NAME_LENGTH)
     differences: dict[str, Any] = record.get("differences") or {}
     data: dict[str, Any] = {}
-    small, caption = _without_common_caption([_small(figure) for figure in figures])
+    curves = [figure for figure in figures if isinstance(figure, Lines)]
+    small, caption = _without_common_caption([_small(figure) for figure in curves])
     drawn = views.draw_all("plot", small, data, **_lines_options(rows, x_label))
+    maps = views.draw_all("map", [f for f in figures if not isinstance(f, Lines)], data)
     payload = {"schema": embed.SCHEMA, "document": record, "figures": data, "tokens": None, "text": True}
     script = assets.script()
     headline = title(rows, x_label)
@@ -105,6 +108,8 @@ def render_comparison(document: Mapping[str, Any], figures: Sequence[Lines]) -> 
         missing=missing(rows),
         heading="Side by side" if x_label == BESIDE else f"By {x_label}",
         figures=drawn,
+        maps=maps,
+        summaries=summary_table(record.get("summaries") or [], rows),
         caption=caption,
         script=Markup(script),
         script_hash=embed.script_hash(script),
@@ -116,7 +121,7 @@ def render_comparison(document: Mapping[str, Any], figures: Sequence[Lines]) -> 
 
 
 def write_comparison(
-    path: str | os.PathLike[str], document: Mapping[str, Any], figures: Sequence[Lines]
+    path: str | os.PathLike[str], document: Mapping[str, Any], figures: Sequence[Figure]
 ) -> Path:
     """`render_comparison` into a file; an older page stays until the new one is complete. Returns the path."""
     return assets.write(path, render_comparison(document, figures))
@@ -212,6 +217,20 @@ def table(rows: Sequence[Mapping[str, Any]], x_label: str) -> tables.Table:
         for made, row, cell in zip(built.rows, rows, shown, strict=False)
     )
     return replace(built, rows=marked)
+
+
+def summary_table(
+    summaries: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
+) -> tables.Table | None:
+    """The numbers of all findings, those first that are not the same in all runs."""
+    ordered = sorted(summaries, key=lambda entry: not entry.get("differs"))
+    names = {f"run {i}": row["run"] for i, row in enumerate(rows)}
+    shown = [
+        {"finding": page.words(entry["finding"]), "number": entry["label"]}
+        | {key: (entry.get("values") or {}).get(run) for key, run in names.items()}
+        for entry in ordered
+    ]
+    return tables.table(shown, {}, {key: _name(run) for key, run in names.items()})
 
 
 def missing(rows: Sequence[Mapping[str, Any]]) -> list[str]:

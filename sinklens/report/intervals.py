@@ -41,7 +41,7 @@ def draw(figure: Intervals, *, width: int = 578, row_height: float = 20.0) -> Dr
         x = scale.px(figure.reference)
         parts.append(tag("path", d=f"M{x:.1f} {top:g}v{height:g}", class_="reference"))
     both = any(math.isfinite(row.control) for row in shown)
-    parts += [_row(figure, row, scale, y, both) for row, y in zip(shown, place.centres, strict=True)]
+    parts += [_row(figure, row, scale, y) for row, y in zip(shown, place.centres, strict=True)]
     svg = canvas(
         width,
         place.foot + _FOOT,
@@ -86,8 +86,8 @@ def _numbers(row: Estimate) -> tuple[float, ...]:
     return (row.value, row.low, row.high, row.control, row.control_low, row.control_high)
 
 
-def _row(figure: Intervals, row: Estimate, scale: rows.Scale, y: float, both: bool) -> Markup:
-    apart = _APART if both else 0.0
+def _row(figure: Intervals, row: Estimate, scale: rows.Scale, y: float) -> Markup:
+    apart = _APART if math.isfinite(row.control) else 0.0
     return tag(
         "g",
         tag("title", spoken(figure, row)),

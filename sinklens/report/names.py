@@ -62,9 +62,9 @@ def name(key: str, labels: Mapping[str, str] | None = None) -> str:
             return f"{name(key.removesuffix(ending), labels)}, 95 % interval {joint}"
     parts = key.replace("-", "_").split("_")
     if len(parts) > 1 and parts[0] in _FRONT:
-        return f"{_FRONT[parts[0]]} {_spelled(parts[1:])}"
+        return f"{_FRONT[parts[0]]} {name('_'.join(parts[1:]), labels)}"
     if len(parts) > 1 and parts[-1] in _BACK:
-        return f"{_spelled(parts[:-1])}, {_BACK[parts[-1]]}"
+        return f"{name('_'.join(parts[:-1]), labels)}, {_BACK[parts[-1]]}"
     return _spelled(parts)
 
 

@@ -134,7 +134,7 @@ def _legend(kinds: list[str], left: float) -> Markup:
 def _notes(figure: Timeline) -> tuple[str, ...]:
     notes = []
     known = [row.strength for row in figure.rows if math.isfinite(row.strength)]
-    if known and max(known) > 0:
+    if known and max(known) > 0 and len(set(known)) > 1:
         notes.append(
             f"The darker a bar, the larger its {figure.unit or 'strength'}, up to {brief(float(max(known)))}."
         )
