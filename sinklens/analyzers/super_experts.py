@@ -14,6 +14,14 @@ from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
 
 from .base import Analyzer, Finding, Reference, Status, registry
+from .expert_effects import (
+    add_causes,
+    carrier_sentence,
+    causal_ranking,
+    effect_sentence,
+    removal,
+    stored_effects,
+)
 
 ROUTED, SHARED, DENSE = "routed", "shared", "dense"
 NOT_AN_EXPERT = -1
@@ -62,8 +70,9 @@ class SuperExperts(Analyzer):
     most 201 experts P99.5 lies between the two largest values and could never name more than one, so there the
     percentile is replaced by the condition of `scope="formation"`.
 
-    When not to trust it: magnitude is not cause. The largest expert may amplify what another one started; verify by
-    removing it. Values depend on which tokens were routed: use enough prompts.
+    When not to trust it: magnitude is not cause. The largest expert may amplify what another one started, or write
+    what no head reads; `--verify` prunes the candidates one by one and names the one that carries the sink.
+    Values depend on which tokens were routed: use enough prompts.
 
     Args:
         scope: `all` experts, or only those that write a spike (`formation`).
@@ -136,7 +145,17 @@ class SuperExperts(Analyzer):
         order = sorted(range(len(size)), key=lambda i: (-size[i], candidates[i].layer, candidates[i].expert))
         rank = {i: r for r, i in enumerate(order, start=1)}
         rows = [_row(candidates[i], rank[i], trace) for i in order if chosen[i]]
-        summary = {**self._summary(size, order, candidates, trace), "n_found": len(rows)}
+        effects = stored_effects(trace)
+        add_causes(rows, effects)
+        named = frozenset((row["layer"], row["expert"]) for row in rows if row["kind"] == ROUTED)
+        summary = {
+            **self._summary(size, order, candidates, trace),
+            **removal(effects, named),
+            "n_found": len(rows),
+            "causal_ranking": causal_ranking(
+                effects, {(c.layer, c.expert): c.size for c in candidates if c.kind == ROUTED and c.n_prompts}
+            ),
+        }
         return self.finding(
             Status.FOUND if rows else Status.NOT_FOUND,
             _verdict(rows, summary),
@@ -254,7 +273,6 @@ class SuperExperts(Analyzer):
             "largest": [float(size[i]) for i in order[:10]],
             "median": float(np.median(size)),
             "n_prompts": len(trace),
-            **_removal(trace),
         }
 
     def _notes(self, summary: dict[str, Any]) -> list[str]:
@@ -276,6 +294,9 @@ UNITS = {
     "value": "the same, signed",
     "share_of_sink_token": "share of prompts that route the token at this position to this expert",
     "routing_weight": "mean routing weight there",
+    "sink_share_change": "change of the sink's share of attention without this expert alone",
+    "sink_lost": "part of the sink's share beyond even attention that is lost without it (1 is all of it)",
+    "predictions_change": "KL of the predictions without it, nats per token",
 }
 
 
@@ -320,32 +341,6 @@ def _routing_at(trace: Trace, candidate: Candidate) -> tuple[float | None, float
     return float(routed.mean()), float(np.nanmean(weights)) if routed.any() else 0.0
 
 
-def _removal(trace: Trace) -> dict[str, float]:
-    """The effect of removing the experts, if the run measured it: sink rate and share of the strongest position."""
-    effect = trace.manifest.get("removal")
-    if effect is None:
-        return {}
-    ways = {"with_all": "all_experts", "without_them": "without_them", "without_others": "without_others"}
-    return {
-        f"{kind}_{name}": float(effect[key][kind])
-        for name, key in ways.items()
-        for kind in ("sink_rate", "share")
-    }
-
-
-def _effect(summary: dict[str, Any]) -> str:
-    if "share_without_them" not in summary:
-        return ""
-    before, after, control = (
-        f"{100 * summary[f'share_{way}']:.1f} %" for way in ("with_all", "without_them", "without_others")
-    )
-    one = summary["n_found"] == 1
-    return (
-        f" Without {'it' if one else 'them'} the sink's share goes from {before} to {after}; without "
-        f"{'another expert' if one else 'as many others'} of the same layer{'' if one else 's'} it is {control}."
-    )
-
-
 def _name(row: dict[str, Any]) -> str:
     return f"L{row['layer']}E{row['expert']}" if row["kind"] == ROUTED else f"L{row['layer']} {row['kind']}"
 
@@ -356,6 +351,7 @@ def _verdict(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
         ratio = summary["largest"][0] / max(summary["median"], 1e-30)
         return (
             f"No Super Expert among {compared}: the largest output is {ratio:.1f} times the median expert's."
+            f"{carrier_sentence(summary)}"
         )
     named = ", ".join(f"{_name(row)} ({row['abs_max']:.4g})" for row in rows[:6])
     more = f" and {len(rows) - 6} more" if len(rows) > 6 else ""
@@ -364,7 +360,7 @@ def _verdict(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
     return (
         f"{len(rows)} Super Expert{'s' * (len(rows) > 1)} among {summary['experts_seen']} routed experts: "
         f"{named}{more}; {subject} writes dim {top['dim']} on position {top['position']} ({top['token']!r})."
-        f"{_effect(summary)}"
+        f"{effect_sentence(summary)}"
     )
 
 

@@ -1,0 +1,359 @@
+"""Causal effects: what happens to the sink and to the predictions when a cause is taken away."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from sinklens.core.figures import Estimate, Figure, Intervals, Lines, Series, Tile
+from sinklens.tracers.trace import Trace
+
+from .base import Analyzer, Finding, Reference, Status, registry
+from .causal_rules import CARRIES, DID_NOT_ACT, HOLDS_BACK, NEED, ON_PREDICTIONS, PART, effect_rows
+from .expert_effects import stored_effects
+
+
+@registry.register("causal-effects")
+@dataclass(frozen=True)
+class CausalEffects(Analyzer):
+    """What taking a cause away does: to the sink, and to the predictions, beside controls of equal size.
+
+    How it is computed: a few prompts run again, each time with one change that matches a finding: massive entries set
+    to zero where they first appear, once or in every later block, or to the signed mean of other prompts; experts
+    pruned (routing weights not renormalised); the sink's key hidden from later queries; the strongest sink heads
+    silenced; what the feed-forward part or the attention of one block writes on the sink token set to zero. The
+    controls change as much elsewhere: other dims of the same tokens, entries of median size, other experts of the
+    same block, the key of another position, other heads, another token; they are drawn with a seed. Everything is
+    compared within a prompt. "Sink lost" is the drop of the sink's share relative to what it has beyond even
+    attention; D_sink is one minus the mean over heads of the ratio of attention after to attention before, over the
+    queries behind the sink, without heads that gave less than 0.01, mean over the blocks with sink heads. KL is taken
+    from the unchanged to the changed prediction, over all tokens of the prompt. A row counts as an effect only if it
+    exceeds every control of its own; the words follow a fixed table.
+
+    Compared with the paper: Sun et al. set entries to zero or to their mean at one block and measure perplexity; here
+    the same is done with values found in the model at hand, and the sink is measured too. D_sink follows equations 7
+    and 9 of arXiv 2507.23279, which leave the averaging over queries open; the layers that enter are ours, the values
+    of all layers are in the run. Shifts of equal size on other dims, what remains after a change, and the rule table
+    are ours. There is no published code for D_sink. The published code for the zeroing changes constants at fixed
+    tokens of two models.
+
+    When not to trust it: few prompts, cut to 256 tokens. What is taken away leaves a state the model never saw, so
+    damage may come from that; hence the controls. Causes that stand in for each other show no effect one by one.
+    "Not removed" means that later blocks restored what was cleared: such a row says nothing about need.
+
+    Args:
+        most_rows: Rows drawn in each figure.
+    """
+
+    most_rows: int = 16
+
+    name = "causal-effects"
+    title = "Causal effects"
+    place = 80
+    formula = (
+        '<math display="block"><msub><mi>D</mi><mtext>sink</mtext></msub><mo>=</mo><mn>1</mn><mo>-</mo>'
+        "<mfrac><mn>1</mn><mi>H</mi></mfrac><munder><mo>∑</mo><mi>h</mi></munder><mfrac><msub><msup><mi>p</mi><mo>′</mo></msup><mi>h</mi>"
+        "</msub><msub><mi>p</mi><mi>h</mi></msub></mfrac><mo>,</mo><mspace width='2em'/><mtext>lost</mtext><mo>=</mo>"
+        "<mfrac><mrow><mi>p</mi><mo>-</mo><msup><mi>p</mi><mo>′</mo></msup></mrow><mrow><mi>p</mi><mo>-</mo><msub><mi>p</mi>"
+        "<mtext>even</mtext></msub></mrow></mfrac></math>"
+    )
+    needs = frozenset()
+    reference = Reference(
+        key="sun2024massive",
+        title="Massive Activations in Large Language Models",
+        authors="Mingjie Sun and Xinlei Chen and J. Zico Kolter and Zhuang Liu",
+        year=2024,
+        arxiv="2402.17762",
+        section="3, massive activations set to zero and to their mean; D_sink: arXiv 2507.23279, equations 7 and 9",
+        code="https://github.com/locuslab/massive-activations",
+        venue="Conference on Language Modeling",
+    )
+
+    def analyze(self, trace: Trace) -> Finding:
+        effects = stored_effects(trace)
+        if not effects:
+            skipped = (trace.manifest.get("experiments_skipped") or {}).get("effects")
+            return self.not_applicable(skipped or "not run, add --verify.")
+        if not effects["experiments"]:
+            return self.not_applicable(f"{effects['reason']}.")
+        rows = effect_rows(effects)
+        if not rows:
+            return self.not_applicable(f"no change could be made: {effects['skipped'][0]}.")
+        rows.sort(key=lambda row: _ORDER.index(row["kind"]))
+        return self.finding(
+            Status.FOUND if any(_matters(row) for row in rows) else Status.NOT_FOUND,
+            _verdict(rows, effects),
+            rows=rows,
+            summary=_summary(rows, effects),
+            units=UNITS,
+            labels=LABELS,
+            figures=self._figures(rows, effects),
+            tiles=[_tile(rows)],
+            notes=_notes(rows, effects),
+        )
+
+    def _figures(self, rows: list[dict[str, Any]], effects: dict[str, Any]) -> list[Figure]:
+        figures: list[Figure] = []
+        lost = [row for row in rows if row["sink_lost"] is not None and row["kind"] != "key"]
+        if lost:
+            figures.append(_bars(lost[: self.most_rows], effects, "sink_lost", 100, *_SINK_TEXT))
+        costs = [row for row in rows if row["kl"] is not None]
+        if costs:
+            figures.append(_bars(costs[: self.most_rows], effects, "kl", 1, *_KL_TEXT))
+        decay = _decay_by_layer(rows, effects)
+        return [*figures, decay] if decay is not None else figures
+
+
+_ORDER = ("massive", "massive-mean", "expert", "write", "key", "heads")
+_GROUPS = {
+    "massive": "Massive entries",
+    "massive-mean": "Massive entries",
+    "expert": "Experts",
+    "write": "Writes on the sink token",
+    "key": "The sink's key",
+    "heads": "Sink heads",
+}
+_SINK_TEXT = (
+    "Sink lost when a cause is taken away",
+    "Drop of the sink's share of attention, relative to what it has beyond even attention: 100 % means that nothing "
+    "of the sink is left. Mean over the prompts and 95 % interval; hollow: the strongest control.",
+    "sink lost (%)",
+)
+_KL_TEXT = (
+    "Change of the predictions",
+    "KL divergence from the unchanged to the changed next-token distribution, mean over all tokens and prompts, with "
+    "95 % interval; hollow: the strongest control.",
+    "KL (nats per token)",
+)
+
+UNITS = {
+    "sink_lost": "part of the sink's share beyond even attention (1 is all of it)",
+    "sink_share_before": "share of attention, mean over prompts, layers and heads",
+    "sink_share_after": "share of attention, mean over prompts, layers and heads",
+    "sink_rate_before": "% of (prompt, layer, head) with share > epsilon",
+    "sink_rate_after": "% of (prompt, layer, head) with share > epsilon",
+    "d_sink": "mean over heads of 1 - attention after / attention before, blocks with sink heads",
+    "d_sink_of_means": "1 - ratio of the heads' means, blocks with sink heads",
+    "kl": "nats per token",
+    "loss_change": "nats per token",
+    "remains": "ratio of the largest targeted entry in later blocks to its former self",
+    "direction_kept": "cosine of the sink token's state with its former self, one block later",
+    "edited": "entries, routed rows, keys or numbers changed, all prompts",
+    "output_change": "largest absolute change of the model's output",
+}
+
+LABELS = {
+    "intervention": "what is changed",
+    "predictions": "the predictions",
+    "sink_lost": "sink lost",
+    "sink_lost_low": "sink lost, lower end",
+    "sink_lost_high": "sink lost, upper end",
+    "control_sink_lost": "sink lost in the strongest control",
+    "d_sink": "attention lost, mean of head ratios (D_sink)",
+    "d_sink_of_means": "attention lost, ratio of means",
+    "kl": "change of the predictions (KL)",
+    "kl_low": "change of the predictions, lower end",
+    "kl_high": "change of the predictions, upper end",
+    "control_kl": "change of the predictions in the strongest control",
+    "loss_change": "change of the loss",
+    "loss_change_low": "change of the loss, lower end",
+    "loss_change_high": "change of the loss, upper end",
+    "control_loss_change": "change of the loss in the strongest control",
+    "remains": "what remains of the massive entries",
+    "direction_kept": "direction kept",
+    "edited": "numbers changed",
+    "output_change": "largest change of the output",
+    "n_prompts": "prompts",
+    "base_loss": "loss of the unchanged model",
+    "carriers": "what carries the sink",
+    "faint_heads": "heads left out of D_sink",
+    "calibration_prompts": "prompts behind the means",
+    "held_out": "means from other prompts",
+}
+
+
+def _matters(row: dict[str, Any]) -> bool:
+    return row["verdict"] in (CARRIES, PART, HOLDS_BACK, NEED)
+
+
+def _summary(rows: list[dict[str, Any]], effects: dict[str, Any]) -> dict[str, Any]:
+    calibration = effects.get("calibration") or {}
+    ran = [experiment for experiment in effects["experiments"] if "failed" not in experiment]
+    return {
+        "position": effects["position"],
+        "sink_share": effects["base"]["sink_share"]["mean"],
+        "uniform_share": effects["base"]["uniform"]["mean"],
+        "sink_rate": effects["base"]["sink_rate"]["mean"],
+        "base_loss": effects["base"]["loss"]["mean"],
+        "carriers": [row["name"] for row in rows if row["verdict"] == CARRIES],
+        "interventions": len(rows),
+        "n_prompts": effects["n_prompts"],
+        "tokens": effects["tokens"],
+        "seed": effects["seed"],
+        "faint_heads": max(experiment["faint_heads"] for experiment in ran),
+        "calibration_prompts": calibration.get("prompts"),
+        "held_out": calibration.get("held_out"),
+    }
+
+
+def _percent(value: float | None) -> str:
+    return "not known" if value is None else f"{100 * value:.0f} %"
+
+
+def _on_sink(row: dict[str, Any]) -> str:
+    interval = (
+        f", 95 % interval {100 * row['sink_lost_low']:.0f} to {100 * row['sink_lost_high']:.0f}"
+        if row["sink_lost_low"] is not None
+        else ""
+    )
+    return (
+        f"with {row['intervention']}, {_percent(row['sink_lost'])} of the sink is lost{interval} "
+        f"(control: {_percent(row['control_sink_lost'])})"
+    )
+
+
+def _verdict(rows: list[dict[str, Any]], effects: dict[str, Any]) -> str:
+    """The strongest carrier first, else why there is none; then what the predictions say."""
+    sink = [row for row in rows if row["kind"] not in ON_PREDICTIONS and row["sink_lost"] is not None]
+    sentences = [_sink_sentence(sink)] if sink else []
+    cost = _cost_sentence(rows)
+    text = " ".join([*sentences, cost] if cost else sentences)
+    return (
+        text
+        or "None of the changes could be judged: the model has neither a sink nor predictions to compare."
+    )
+
+
+def _sink_sentence(rows: list[dict[str, Any]]) -> str:
+    carriers = [row for row in rows if row["verdict"] in (CARRIES, PART)]
+    if carriers:
+        best = max(
+            carriers, key=lambda row: (row["verdict"] == CARRIES, _SINGLE[row["kind"]], row["sink_lost"])
+        )
+        word = "What carries the sink" if best["verdict"] == CARRIES else "What carries part of the sink"
+        more = len([row for row in carriers if row["verdict"] == best["verdict"]]) - 1
+        others = f"; {more} other change{'s' * (more > 1)} did the like" if more else ""
+        return f"{word}: {_on_sink(best)}{others}."
+    stayed = next((row for row in rows if row["verdict"].startswith("not removed")), None)
+    if stayed is not None:
+        return (
+            f"Nothing that was taken away ended the sink, but {stayed['intervention']} did not last "
+            f"({_percent(stayed['remains'])} came back in later blocks), so whether the sink needs it is open."
+        )
+    top = max(rows, key=lambda row: row["sink_lost"])
+    return f"Nothing that was taken away ended the sink: {_on_sink(top)}, {top['verdict']}."
+
+
+_SINGLE = {"expert": 2, "massive": 1, "massive-mean": 0, "write": 1}
+"""A named expert says more than its block or the entries it writes."""
+
+
+def _cost_sentence(rows: list[dict[str, Any]]) -> str:
+    known = [row for row in rows if row["kl"] is not None]
+    needed = [row for row in known if row["predictions"] == NEED]
+    if not known:
+        return "The model has no language head, so KL and loss do not apply."
+    if not needed:
+        return "The predictions change no more than in the controls."
+    top = max(needed, key=lambda row: row["kl"] - (row["control_kl"] or 0.0))
+    loss = (
+        f"the loss by {top['loss_change']:+.2f}" if top["loss_change"] is not None else "the loss not at all"
+    )
+    if top["loss_change"] is None:
+        return f"The predictions change most with {top['intervention']}: {top['kl']:.3g} nats per token."
+    return (
+        f"The predictions change most with {top['intervention']}: {loss} nats per token "
+        f"(control: {top['control_loss_change']:+.2f})."
+        if top["control_loss_change"] is not None
+        else f"The predictions change most with {top['intervention']}: {loss} nats per token."
+    )
+
+
+def _tile(rows: list[dict[str, Any]]) -> Tile:
+    carriers = [row for row in rows if row["verdict"] == CARRIES]
+    if not carriers:
+        return Tile(
+            "Sink carried by", "not shown", "nothing that was taken away ended it", link="causal-effects"
+        )
+    best = max(carriers, key=lambda row: (_SINGLE[row["kind"]], row["sink_lost"]))
+    value = {"expert": best["name"].removeprefix("expert-"), "write": best["name"].removeprefix("write-")}
+    return Tile(
+        "Sink carried by",
+        value.get(best["kind"], "massive entries"),
+        f"{_percent(min(best['sink_lost'], 1.0))} of it lost without",
+        link="causal-effects",
+    )
+
+
+def _notes(rows: list[dict[str, Any]], effects: dict[str, Any]) -> list[str]:
+    notes = [f"Not tried: {text}." for text in effects["skipped"]]
+    if effects["n_prompts"] < 5:
+        notes.append(f"Only {effects['n_prompts']} prompts were looked at; intervals are wide or missing.")
+    if any(row["verdict"].startswith("not removed") for row in rows):
+        notes.append(
+            "Where something remains, the change did not last: such a row does not show that the cause is irrelevant."
+        )
+    means = [row for row in rows if row["kind"] == "massive-mean"]
+    if any(row["verdict"] == DID_NOT_ACT for row in means):
+        notes.append(
+            "The massive entries have the same value in every prompt, so their mean changes nothing."
+        )
+    if any(row["control"] == "none was possible" for row in rows):
+        notes.append("Some changes have no control, because nothing else of their kind was left to change.")
+    if rows and rows[0]["kl"] is not None and rows[0]["loss_change"] is None:
+        notes.append("The model does not predict the next token, so the change of the loss does not apply.")
+    return notes
+
+
+def _number(value: float | None, factor: float = 1.0) -> float:
+    return math.nan if value is None else factor * value
+
+
+def _bars(
+    rows: list[dict[str, Any]],
+    effects: dict[str, Any],
+    quantity: str,
+    factor: float,
+    title: str,
+    caption: str,
+    x_label: str,
+) -> Intervals:
+    estimates = tuple(
+        Estimate(
+            row["intervention"],
+            _number(row[quantity], factor),
+            _number(row[f"{quantity}_low"], factor),
+            _number(row[f"{quantity}_high"], factor),
+            _number(row[f"control_{quantity}"], factor),
+            note=row["verdict"] if quantity == "sink_lost" else row["predictions"],
+            group=_GROUPS[row["kind"]],
+        )
+        for row in rows
+    )
+    said = f"{caption} {effects['n_prompts']} prompts of up to {effects['tokens']} tokens."
+    return Intervals(quantity, title, said, estimates, x_label, "95 % interval over prompts")
+
+
+def _decay_by_layer(rows: list[dict[str, Any]], effects: dict[str, Any]) -> Lines | None:
+    """D_sink by layer of the strongest changes."""
+    by_name = {experiment["name"]: experiment for experiment in effects["experiments"]}
+    ranked = [row for row in rows if row["kind"] not in ON_PREDICTIONS and row["d_sink"] is not None]
+    ranked = sorted(ranked, key=lambda row: -row["d_sink"])[:4]
+    if not ranked:
+        return None
+    series = []
+    for place, row in enumerate(ranked):
+        y = np.array([math.nan if v is None else v for v in by_name[row["name"]]["d_sink_by_layer"]])
+        series.append(Series(row["name"], np.arange(len(y)), y, emphasis=place == 0))
+    return Lines(
+        "decay",
+        "Attention lost by layer (D_sink)",
+        "One minus the mean over heads of attention after over attention before, queries behind the sink, heads that "
+        "gave it at least 0.01; mean over prompts. The changes with the largest mean are shown.",
+        tuple(series),
+        "layer",
+        "D_sink",
+    )

@@ -1,0 +1,332 @@
+"""Which interventions match what was found, and their controls: equal in count and in size, drawn with a seed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from sinklens.analyzers.base import Finding, Status
+from sinklens.analyzers.super_experts import ROUTED
+from sinklens.inputs.spec import Prompt
+from sinklens.models.spec import OpenedModel
+from sinklens.tracers import signals as sig
+from sinklens.tracers.interventions import (
+    EntriesSet,
+    Entry,
+    ExpertsPruned,
+    HeadsZeroed,
+    Intervention,
+    KeyBlocked,
+    MedianEntriesZeroed,
+    ProjectionZeroed,
+    WriteZeroed,
+)
+from sinklens.tracers.trace import Trace
+
+from .causes import (
+    is_found,
+    largest_experts,
+    sink_layers,
+    sink_position,
+    spike_places,
+    spikes,
+    taken_positions,
+    watched_place,
+    writers,
+)
+from .controls import DRAWS, Control, Draw, Pair, Spike
+
+LARGEST, WRITERS, HEADS, KEYS = 6, 3, 3, 2
+"""Experts by magnitude and by routing of the sink token per block, strongest heads, and further keys that are tried."""
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One intervention with its controls.
+
+    Attributes:
+        kind: `massive`, `massive-mean`, `expert`, `key`, `heads` or `write`; decides how the effect is judged.
+        what: What is done, in words that complete "With ...".
+        target: What is changed, for tables.
+        after_block: Where it is changed first; what remains is looked at behind it. None: nothing to look for.
+    """
+
+    name: str
+    kind: str
+    what: str
+    intervention: Intervention
+    controls: tuple[Control, ...] = ()
+    target: dict[str, Any] = field(default_factory=dict)
+    after_block: int | None = None
+
+
+@dataclass(frozen=True)
+class Matched:
+    """The experiments of a run.
+
+    Attributes:
+        position: The position whose sink is measured, None if attention was not measured.
+        sink_layers: Blocks with a head that sinks on it, by the run's rule; empty if there is none.
+        watched: The position and dims in which massive entries are looked for afterwards.
+        skipped: What was found and could not be tried, with the reason.
+        calibration: Prompts that the mean values come from, and whether the tried prompts are among them.
+    """
+
+    position: int | None
+    watched: tuple[int, tuple[int, ...]] | None
+    experiments: tuple[Experiment, ...]
+    sink_layers: tuple[int, ...] = ()
+    skipped: tuple[str, ...] = ()
+    calibration: dict[str, Any] = field(default_factory=dict)
+
+
+def match(
+    opened: OpenedModel,
+    prompts: Sequence[Prompt],
+    trace: Trace,
+    findings: Mapping[str, Finding],
+    *,
+    seed: int,
+) -> Matched:
+    """The interventions that fit the findings of a run, for these (cut) prompts."""
+    position = sink_position(findings)
+    places = spike_places(trace, findings)
+    draw = Draw(np.random.default_rng(seed), trace, prompts, taken_positions(findings, places))
+    experiments: list[Experiment] = []
+    calibration: dict[str, Any] = {}
+    if places:
+        found, calibration = _massive(opened, prompts, trace, places, draw)
+        experiments += found
+    experiments += _experts(trace, findings, places, position, draw)
+    if position is not None and is_found(findings, "primary-sinks"):
+        experiments += _keys(findings, position, draw)
+        experiments += _heads(trace, findings, position, draw)
+    watched = watched_place(places, position)
+    if watched is not None:
+        experiments += _writes(opened, places, watched[0], draw)
+    layers = sink_layers(findings)
+    return Matched(position, watched, tuple(experiments), layers, tuple(draw.skipped), calibration)
+
+
+def _massive(
+    opened: OpenedModel,
+    prompts: Sequence[Prompt],
+    trace: Trace,
+    places: Mapping[tuple[int, int], int],
+    draw: Draw,
+) -> tuple[list[Experiment], dict[str, Any]]:
+    """Zero once, zero after every block from there on, and the signed mean of each entry over other prompts."""
+    lengths = {prompt.index: len(prompt) for prompt in prompts}
+    everywhere = spikes(trace, places)
+    mine = [spike for spike in everywhere if spike.position < lengths.get(spike.prompt, 0)]
+    if not mine:
+        draw.skipped.append("massive entries: none of the tried prompts has them")
+        return [], {}
+    others = [spike for spike in everywhere if spike.prompt not in lengths]
+    means = signed_means(others or everywhere)
+    last = len(opened.anatomy.main.blocks)
+    zero = tuple(Entry(s.prompt, s.layer, s.position, s.dim) for s in mine)
+    held = tuple(Entry(s.prompt, layer, s.position, s.dim) for s in mine for layer in range(s.layer, last))
+    mean = tuple(Entry(s.prompt, s.layer, s.position, s.dim, means[_bucket(s)]) for s in mine)
+    said, block = _entries_said(places), min(places.values())
+    target = {
+        "positions": sorted({p for p, _ in places}),
+        "dims": sorted({d for _, d in places}),
+        "layer": block,
+    }
+    kept = {_bucket(s) for s in mine}
+    calibration = {
+        "prompts": len({s.prompt for s in others or everywhere}),
+        "held_out": bool(others),
+        "means": [[*key, value] for key, value in sorted(means.items()) if key in kept],
+    }
+    sized = [(s, abs(s.value)) for s in mine]
+    ordinary = Control("as many entries of median magnitude zeroed", (_median_zeroed(mine),))
+    shifted = draw.other_dims(sized, set(target["dims"]))
+    found = [
+        Experiment(
+            "massive-zero",
+            "massive",
+            f"{said} set to zero",
+            EntriesSet(zero),
+            (*shifted, ordinary),
+            target,
+            block,
+        ),
+    ]
+    if any(s.layer < last - 1 for s in mine):
+        found.append(
+            Experiment(
+                "massive-held", "massive", f"{said} held at zero in every later block too", EntriesSet(held),
+                (*shifted, ordinary), target, block,
+            )
+        )  # fmt: skip
+    sized = [(s, abs(means[_bucket(s)] - s.value)) for s in mine]
+    found.append(
+        Experiment(
+            "massive-mean", "massive-mean", f"{said} set to the signed mean of other prompts", EntriesSet(mean),
+            draw.other_dims(sized, set(target["dims"])), target, block,
+        )
+    )  # fmt: skip
+    return found, calibration
+
+
+def _bucket(spike: Spike) -> tuple[int, bool, int]:
+    """Means are taken per block, first token or other token, and dim."""
+    return spike.layer, spike.position == 0, spike.dim
+
+
+def signed_means(found: Iterable[Spike]) -> dict[tuple[int, bool, int], float]:
+    """Signed mean value per bucket. Means of magnitudes would flip entries that are negative."""
+    values: dict[tuple[int, bool, int], list[float]] = {}
+    for spike in found:
+        values.setdefault(_bucket(spike), []).append(spike.value)
+    return {key: float(np.mean(found)) for key, found in values.items()}
+
+
+def _median_zeroed(found: Sequence[Spike]) -> MedianEntriesZeroed:
+    counts = Counter((spike.prompt, spike.layer) for spike in found)
+    return MedianEntriesZeroed(tuple((prompt, layer, n) for (prompt, layer), n in sorted(counts.items())))
+
+
+def _entries_said(places: Mapping[tuple[int, int], int]) -> str:
+    dims, positions = sorted({d for _, d in places}), sorted({p for p, _ in places})
+    shown = ", ".join(map(str, dims[:4])) + (", ..." if len(dims) > 4 else "")
+    at = ", ".join(map(str, positions[:4])) + (", ..." if len(positions) > 4 else "")
+    blocks = sorted(set(places.values()))
+    return (
+        f"the massive entries (dim{'s' * (len(dims) > 1)} {shown} on position{'s' * (len(positions) > 1)} {at}, "
+        f"after block {', '.join(map(str, blocks[:3]))})"
+    )
+
+
+def _experts(
+    trace: Trace,
+    findings: Mapping[str, Finding],
+    places: Mapping[tuple[int, int], int],
+    position: int | None,
+    draw: Draw,
+) -> list[Experiment]:
+    """Super Experts one by one and together, the largest by magnitude, and those the sink token is routed to."""
+    finding = findings.get("super-experts")
+    if finding is None or finding.status is Status.NOT_APPLICABLE or sig.EXPERT_MAX not in trace.signals:
+        return []
+    named = [(row["layer"], row["expert"]) for row in finding.rows if row["kind"] == ROUTED]
+    reach = max(sink_layers(findings), default=len(trace.layers))
+    tried = list(
+        dict.fromkeys(
+            [*named, *largest_experts(trace, LARGEST, reach), *writers(trace, places, position, WRITERS)]
+        )
+    )
+    out = []
+    if len(named) > 1:
+        group = frozenset(named)
+        out.append(_pruned("super-experts", f"the {len(group)} Super Experts pruned", group, tried, draw))
+    for pair in tried:
+        name = f"L{pair[0]}E{pair[1]}"
+        out.append(_pruned(f"expert-{name}", f"expert {name} pruned", frozenset([pair]), tried, draw))
+    for row in finding.rows:
+        if row["kind"] != ROUTED:
+            out.append(_projection(trace, row, draw))
+    return out
+
+
+def _pruned(name: str, what: str, experts: frozenset[Pair], tried: Sequence[Pair], draw: Draw) -> Experiment:
+    target = {"experts": sorted(map(list, experts))}
+    control = draw.other_experts(experts, tried)
+    return Experiment(
+        name, "expert", what, ExpertsPruned(experts), control, target, min(at for at, _ in experts)
+    )
+
+
+def _projection(trace: Trace, row: dict[str, Any], draw: Draw) -> Experiment:
+    layer, kind = int(row["layer"]), str(row["kind"])
+    role = "shared_expert" if kind == "shared" else "down_proj"
+    others = [info.index for info in trace.layers if getattr(info, role) and info.index != layer]
+    chosen = draw.some(others, DRAWS)
+    control = Control(
+        f"the {kind} projection of another block zeroed", tuple(ProjectionZeroed(i) for i in chosen)
+    )
+    return Experiment(
+        f"{kind}-L{layer}", "expert", f"the {kind} projection of block {layer} zeroed", ProjectionZeroed(layer),
+        (control,) if chosen else (), {"layer": layer, "projection": kind}, layer,
+    )  # fmt: skip
+
+
+def _keys(findings: Mapping[str, Finding], position: int, draw: Draw) -> list[Experiment]:
+    """The sink's key blocked, and those of further sinks and of secondary sinks."""
+    rows = [row["position"] for row in findings["primary-sinks"].rows]
+    secondary = findings.get("secondary-sinks")
+    rows += [row["position"] for row in secondary.rows if "position" in row] if secondary is not None else []
+    reach = max(len(prompt) for prompt in draw.prompts) - 1
+    further = [p for p in dict.fromkeys(rows) if p != position and p < reach][:KEYS]
+    out = []
+    for key in (position, *further):
+        ordinary = draw.other_positions()
+        control = Control("the key of an ordinary position blocked", tuple(KeyBlocked(p) for p in ordinary))
+        what = f"the key of position {key} blocked for all later queries"
+        out.append(
+            Experiment(
+                f"key-{key}", "key", what, KeyBlocked(key), (control,) if ordinary else (), {"position": key}
+            )
+        )
+    return out
+
+
+def _heads(trace: Trace, findings: Mapping[str, Finding], position: int, draw: Draw) -> list[Experiment]:
+    """The heads that give the sink most, together."""
+    sinking = {(layer, head) for layer, head, *_ in findings["primary-sinks"].summary.get("heads", [])}
+    alpha = [
+        record[sig.ATTENTION_RECEIVED][:, :, int(np.flatnonzero(record[sig.KEPT_POSITIONS] == position)[0])]
+        for record in trace
+        if position in record[sig.KEPT_POSITIONS]
+    ]
+    if not sinking or not alpha:
+        return []
+    mean = np.nan_to_num(np.mean(alpha, axis=0))
+    heads = sorted(sinking, key=lambda pair: (-mean[pair], pair))[:HEADS]
+    named = ", ".join(f"L{layer}H{head}" for layer, head in heads)
+    what = f"the output of the strongest sink head{'s' * (len(heads) > 1)} ({named}) zeroed"
+    control = draw.other_heads(heads, sinking, mean.shape)
+    return [
+        Experiment(
+            "heads",
+            "heads",
+            what,
+            HeadsZeroed(frozenset(heads)),
+            control,
+            {"heads": sorted(map(list, heads))},
+        )
+    ]
+
+
+def _writes(
+    opened: OpenedModel, places: Mapping[tuple[int, int], int], position: int, draw: Draw
+) -> list[Experiment]:
+    """What the feed-forward part writes at the position in the block where its entries appear and beside it, and what
+    the attention writes in that block."""
+    layer = min(at for (where, _), at in places.items() if where == position)
+    blocks = len(opened.anatomy.main.blocks)
+    ordinary = draw.other_positions()
+    out = []
+    around: list[tuple[Literal["mlp", "attention"], int]] = [
+        ("mlp", layer), ("mlp", layer - 1), ("mlp", layer + 1), ("attention", layer)
+    ]  # fmt: skip
+    for part, at in around:
+        if not 0 <= at < blocks:
+            continue
+        said = "feed-forward part" if part == "mlp" else "attention"
+        draws = tuple(WriteZeroed(at, part, p) for p in ordinary)
+        control = Control(f"what the same {said} writes on an ordinary token zeroed", draws)
+        out.append(
+            Experiment(
+                f"write-{part}-{at}", "write", f"what the {said} of block {at} writes on position {position} zeroed",
+                WriteZeroed(at, part, position), (control,) if ordinary else (),
+                {"layer": at, "part": part, "position": position}, at,
+            )
+        )  # fmt: skip
+    return out
