@@ -15,6 +15,7 @@ from .options import ProfileOptions
 from .prepare import EFFECTS, READERS, SENSITIVITY, Prepared
 from .run import Run
 from .sensitivity import sensitivity
+from .verify import verify
 
 AUTO_SECONDS = 60.0
 """Without --verify or --no-verify the causes are removed if that is predicted to take no longer than this."""
@@ -101,12 +102,6 @@ def _sensitivity(setting: Setting, run: Run) -> dict[str, Any]:
 
 
 def _effects(setting: Setting, run: Run) -> dict[str, Any]:
-    from importlib.util import find_spec
-
-    if find_spec("sinklens.pipeline.verify") is None:
-        return _removal(setting, run)
-    from .verify import verify  # pyright: ignore
-
     return verify(
         setting.prepared.opened,
         setting.prepared.prompts.prompts,
@@ -116,16 +111,3 @@ def _effects(setting: Setting, run: Run) -> dict[str, Any]:
         seed=setting.options.seed,
         progress=setting.listener.progress,
     )
-
-
-def _removal(setting: Setting, run: Run) -> dict[str, Any]:
-    from .removal import removal_effect
-
-    found = run.findings.get("super-experts")
-    if found is None or not found.rows:
-        return {}
-    prompts = setting.prepared.prompts.prompts
-    effect = removal_effect(setting.prepared.opened, prompts, setting.plan, run.trace, found.rows)
-    if effect is not None:
-        run.trace.manifest["removal"] = effect
-    return effect or {}
