@@ -11,7 +11,9 @@ from sinklens.core.suggest import did_you_mean
 
 from .attention_entropy import AttentionEntropy
 from .base import Analyzer, Finding, Reference, Status, registry
+from .bos_alignment import BosAlignment
 from .causal_effects import CausalEffects
+from .expert_cascade import ExpertCascade
 from .head_classes import HeadClasses
 from .head_roles import HeadRoles
 from .massive_activations import MassiveActivations
@@ -26,7 +28,9 @@ from .writers import Writers
 __all__ = [
     "Analyzer",
     "AttentionEntropy",
+    "BosAlignment",
     "CausalEffects",
+    "ExpertCascade",
     "Finding",
     "HeadClasses",
     "HeadRoles",

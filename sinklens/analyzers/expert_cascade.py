@@ -1,0 +1,391 @@
+"""The cascade of experts on the sink token: which starts its massive activation, which amplify it, which erase it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from sinklens.core.figures import Figure, Heatmap, Lines, Series
+from sinklens.tracers import signals as sig
+from sinklens.tracers.trace import Trace
+
+from .base import Analyzer, Finding, Reference, Status, registry
+from .expert_routing import Routing, contributions, mean_known, routing_at, usual_neuron
+from .massive_activations import MassiveActivations
+from .traced_entries import ATTENTION, BLOCK, COMMON, SIGNALS, Group, Spike, share_written, trace_spike
+from .writers import standing_out
+
+FIRST, AMPLIFIES, ERASES = "first writer", "amplifies", "erases"
+ROUTED = "routed"
+
+
+@registry.register("expert-cascade")
+@dataclass(frozen=True)
+class ExpertCascade(Analyzer):
+    """Which experts write the sink token's massive activation, layer after layer, and how the router picks them.
+
+    How it is computed: the entry (position, dim) that stands out most is followed through the blocks, as in
+    `writers`. What an expert adds to it, routing weight included, is divided by the entry's peak. The first block
+    part that adds at least `step` of the peak is the first writer, later ones amplify, and those that take as much
+    away erase. Parts that are no routed expert (a dense block, a shared expert, attention) are listed too. Beside each
+    expert stand its router score before the choice, on the sink token and on the mean of the other tokens, and how
+    often each chooses it.
+
+    Compared with the paper: Su et al. describe Super Experts in successive layers that form massive activations, and
+    their router scores on the sink token against others (softmax before the choice). The roles, the threshold `step`
+    and the division by the peak are ours. Their ranking is by magnitude before the routing weight; see
+    `super-experts`. D_sink is theirs and stands here if the run verified causes.
+
+    When not to trust it: shares add up along the layers but causes need not: the first writer is often small and
+    everything later hangs on it. An expert whose largest output lies elsewhere and which was not looked up at this
+    entry has no value (hatched). Router scores exist only where the sink token is the first token or the position
+    that receives most attention otherwise.
+
+    Args:
+        step: Least share of the peak that makes an expert part of the cascade.
+        spike_ratio: Multiple of the layer's median the entry must reach.
+        tolerance: As in `writers`.
+    """
+
+    step: float = 0.1
+    spike_ratio: float = 50.0
+    tolerance: float = 0.02
+
+    name = "expert-cascade"
+    title = "Cascade of experts"
+    place = 35
+    formula = (
+        '<math display="block"><msub><mi>c</mi><mrow><mi>l</mi><mo>,</mo><mi>e</mi></mrow></msub><mo>=</mo><mfrac>'
+        "<mrow><msub><mi>w</mi><mrow><mi>l</mi><mo>,</mo><mi>e</mi></mrow></msub><mo>(</mo><mi>s</mi><mo>)</mo><mo>·</mo><msub>"
+        "<mi>down_proj</mi><mrow><mi>l</mi><mo>,</mo><mi>e</mi></mrow></msub><msub><mrow><mo>(</mo><mi>s</mi><mo>)</mo>"
+        "</mrow><mi>j</mi></msub></mrow><mrow><munder><mi>max</mi><mi>l</mi></munder><msub><mi>h</mi><mrow><mi>l</mi>"
+        "<mo>,</mo><mi>s</mi><mo>,</mo><mi>j</mi></mrow></msub></mrow></mfrac></math>"
+    )
+    needs = (
+        SIGNALS
+        | MassiveActivations.needs
+        | {
+            sig.EXPERT_MAX,
+            sig.EXPERT_NEURON,
+            sig.ROUTER_CHOICE,
+            sig.ROUTER_WEIGHT,
+            sig.ROUTER_SCORE,
+            sig.ROUTER_SCORE_OTHERS,
+            sig.ROUTER_FREQUENCY_OTHERS,
+            sig.REFERENCE_POSITION,
+            sig.KEPT_POSITIONS,
+        }
+    )
+    reference = Reference(
+        key="su2025unveiling",
+        title="Unveiling Super Experts in Mixture-of-Experts Large Language Models",
+        authors="Zunhai Su and others",
+        year=2025,
+        arxiv="2507.23279",
+        section="4, attention sinks and router scores; the roles in the cascade are ours",
+        code="https://github.com/ZunhaiSu/Super-Experts-Profilling",
+    )
+
+    def analyze(self, trace: Trace) -> Finding:
+        if not trace.records:
+            return self.not_applicable("there are no prompts.")
+        if not any(layer.experts for layer in trace.layers):
+            return self.not_applicable(f"{trace.info.family} is dense, it has no experts; see writers.")
+        read = {signal.name for signal in (sig.RESIDUAL_AFTER, sig.RESIDUAL_BEFORE, sig.EXPERT_MAX)}
+        if any(not read <= record.arrays.keys() for record in trace):
+            return self.not_applicable(
+                "the trace does not follow entries into the experts; profile again to record it."
+            )
+        places, below = standing_out(trace, self.spike_ratio)
+        spike = self._strongest(trace, places)
+        if spike is None:
+            return self.not_applicable(
+                f"no token has an entry of {self.spike_ratio:g} times its layer's median that could be followed."
+            )
+        shares = contributions(spike)
+        routing = routing_at(trace, spike.position)
+        rows = self._rows(trace, spike, shares, routing)
+        summary = _summary(trace, spike, rows)
+        return self.finding(
+            Status.FOUND if any(row["kind"] == ROUTED for row in rows) else Status.NOT_FOUND,
+            _verdict(spike, rows),
+            rows=rows,
+            summary=summary,
+            units=UNITS,
+            labels=LABELS,
+            figures=_figures(spike, shares, routing, rows),
+            notes=_notes(spike, shares, routing, below),
+        )
+
+    def _strongest(self, trace: Trace, places: Sequence[tuple[int, int]]) -> Spike | None:
+        for place in places:
+            spike = trace_spike(trace, place, self.spike_ratio, self.step, self.tolerance)
+            if spike is not None:
+                return spike
+        return None
+
+    def _rows(
+        self,
+        trace: Trace,
+        spike: Spike,
+        shares: Float[np.ndarray, "prompt layer expert"],
+        routing: Routing,
+    ) -> list[dict[str, Any]]:
+        """The members of the cascade in order of layer."""
+        members = np.abs(np.nan_to_num(mean_known(shares))) >= self.step
+        members &= (~np.isnan(shares)).mean(0) >= COMMON
+        rows = [
+            _expert_row(trace, spike, shares[:, layer, expert], int(layer), int(expert), routing)
+            for layer, expert in np.argwhere(members)
+        ]
+        taken = {row["layer"] for row in rows}
+        groups = [*spike.usual(writes=True), *spike.usual(writes=False)]
+        rows += [
+            _other_row(spike, group, trace)
+            for group in groups
+            if group.part == ATTENTION or group.layer not in taken
+        ]
+        rows.sort(key=lambda row: (row["layer"], -abs(row["share"])))
+        first = True
+        for row in rows:
+            row["role"] = ERASES if row["share"] < 0 else FIRST if first else AMPLIFIES
+            first = first and row["share"] < 0
+        return rows
+
+
+UNITS = {
+    "share": "share of the entry's peak that this part adds (negative: takes away), mean over prompts",
+    "value": "what it adds to the entry, signed, routing weight included, mean over prompts",
+    "router_score": "router score on the sink token before the choice",
+    "router_score_others": "the same, mean over the other tokens",
+    "router_ratio": "ratio of the two",
+    "chosen": "share of prompts that route the sink token to the expert",
+    "chosen_others": "share of the other tokens routed to it",
+    "routing_weight": "mean routing weight of the sink token there",
+    "d_sink": "share of the sink's attention that is lost without the expert",
+}
+
+LABELS = {
+    "first_writer": "first writer",
+    "share_written": "share of the peak that the writing steps add up to",
+    "d_sink": "attention lost without it (D_sink)",
+    "n_amplifiers": "parts that amplify",
+    "n_erasers": "parts that erase",
+}
+
+
+def _expert_row(
+    trace: Trace,
+    spike: Spike,
+    shares: Float[np.ndarray, " prompt"],
+    layer: int,
+    expert: int,
+    routing: Routing,
+) -> dict[str, Any]:
+    known = np.flatnonzero(~np.isnan(shares))
+    score, others = routing.score[layer, expert], routing.others[layer, expert]
+    values = [shares[i] * spike.paths[i].peak for i in known]
+    return {
+        **_place(spike, layer),
+        "expert": expert,
+        "kind": ROUTED,
+        "share": float(shares[known].mean()),
+        "value": float(np.mean(values)),
+        "neuron": usual_neuron(spike, known, layer, expert),
+        "router_score": _number(score),
+        "router_score_others": _number(others),
+        "router_ratio": _number(score / others) if others > 0 else None,
+        "chosen": _number(routing.chosen[layer, expert]),
+        "chosen_others": _number(routing.chosen_others[layer, expert]),
+        "routing_weight": _number(routing.weight[layer, expert]),
+        "d_sink": _d_sink(trace, layer, expert),
+        "n_prompts": len(known),
+    }
+
+
+def _other_row(spike: Spike, group: Group, trace: Trace) -> dict[str, Any]:
+    """A step by something that is no single routed expert."""
+    info = trace.layers[group.layer]
+    kinds = {ATTENTION: "attention", BLOCK: "block"}
+    dense = "shared experts or several" if info.experts else "dense"
+    nothing = dict.fromkeys(
+        (
+            "router_score",
+            "router_score_others",
+            "router_ratio",
+            "chosen",
+            "chosen_others",
+            "routing_weight",
+            "d_sink",
+        )
+    )
+    return {
+        **_place(spike, group.layer),
+        "expert": None,
+        "kind": kinds.get(group.part, dense),
+        "share": group.share,
+        "value": float(np.mean([step.value for step in group.steps])),
+        "neuron": group.neuron,
+        **nothing,
+        "n_prompts": len(group.steps),
+    }
+
+
+def _place(spike: Spike, layer: int) -> dict[str, Any]:
+    return {
+        "layer": layer,
+        "role": "",
+        "position": spike.position,
+        "token": spike.token,
+        "dim": spike.dim,
+    }
+
+
+def _number(value: float) -> float | None:
+    return None if np.isnan(value) else float(value)
+
+
+def _d_sink(trace: Trace, layer: int, expert: int) -> float | None:
+    """D_sink of pruning this expert alone, if the run measured it."""
+    effects = trace.manifest.get("experiments", {}).get("effects", {})
+    for experiment in effects.get("experiments", []):
+        if experiment.get("target", {}).get("experts") == [[layer, expert]]:
+            return experiment.get("effect", {}).get("d_sink", {}).get("mean")
+    return None
+
+
+def _name(row: dict[str, Any]) -> str:
+    if row["kind"] == ROUTED:
+        return f"L{row['layer']}E{row['expert']}"
+    said = {"attention": "attention of block", "block": "block", "dense": "the dense MLP of block"}
+    return f"{said.get(row['kind'], 'shared experts of block')} {row['layer']}"
+
+
+def _summary(trace: Trace, spike: Spike, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    first = next((row for row in rows if row["role"] == FIRST), None)
+    causal = max((row for row in rows if row["d_sink"] is not None), key=lambda r: r["d_sink"], default=None)
+    return {
+        "position": spike.position,
+        "token": spike.token,
+        "dim": spike.dim,
+        "peak": spike.peak,
+        "first_writer": _name(first) if first else None,
+        "first_layer": first["layer"] if first else None,
+        "first_expert": first["expert"] if first else None,
+        "amplifiers": [_name(row) for row in rows if row["role"] == AMPLIFIES],
+        "erasers": [_name(row) for row in rows if row["role"] == ERASES],
+        "n_amplifiers": sum(row["role"] == AMPLIFIES for row in rows),
+        "n_erasers": sum(row["role"] == ERASES for row in rows),
+        "share_written": share_written(spike),
+        "largest_d_sink": causal["d_sink"] if causal else None,
+        "largest_d_sink_by": _name(causal) if causal else None,
+        "n_prompts": len(spike.paths),
+        "n_experts": sum(layer.experts for layer in trace.layers)
+        * spike.paths[0].record[sig.EXPERT_MAX].shape[1],
+    }
+
+
+def _verdict(spike: Spike, rows: Sequence[dict[str, Any]]) -> str:
+    entry = f"dim {spike.dim} of position {spike.position} ({spike.token!r}, peak {spike.peak:.4g})"
+    if not any(row["kind"] == ROUTED for row in rows):
+        named = ", ".join(_name(row) for row in rows)
+        return f"No routed expert has a large part in {entry}{f'; it comes from {named}' if rows else ''}."
+
+    def said(role: str) -> str:
+        return ", ".join(f"{_name(r)} ({100 * r['share']:+.0f} %)" for r in rows if r["role"] == role)
+
+    parts = [f"{said(FIRST)} writes first"] if said(FIRST) else []
+    parts += (
+        [f"{said(AMPLIFIES)} amplif{'ies' if said(AMPLIFIES).count('%') == 1 else 'y'}"]
+        if said(AMPLIFIES)
+        else []
+    )
+    parts += [f"{said(ERASES)} erase{'s' * (said(ERASES).count('%') == 1)}"] if said(ERASES) else []
+    return f"On {entry}: {'; '.join(parts)}.{_routing_sentence(rows)}"
+
+
+def _routing_sentence(rows: Sequence[dict[str, Any]]) -> str:
+    """How special the router finds the sink token, for the routed expert that writes most."""
+    writers = [
+        row for row in rows if row["kind"] == ROUTED and row["share"] > 0 and row["router_score"] is not None
+    ]
+    if not writers:
+        return ""
+    top = max(writers, key=lambda row: row["share"])
+    if top["router_score_others"] is None:
+        return ""
+    return (
+        f" The router gives {_name(top)} a score of {top['router_score']:.3g} on the sink token and "
+        f"{top['router_score_others']:.3g} on others."
+    )
+
+
+def _notes(
+    spike: Spike, shares: Float[np.ndarray, "prompt layer expert"], routing: Routing, below: bool
+) -> list[str]:
+    notes = []
+    if below:
+        notes.append(
+            "No entry is massive by the published rule; the one that stands out most is followed instead."
+        )
+    if np.isnan(routing.score).all():
+        notes.append("Router scores were not recorded at this position.")
+    if np.isnan(routing.weight).all():
+        notes.append(
+            "The routing of this position was not kept; only experts looked up at the entry have a share."
+        )
+    if share_written(spike) < COMMON:
+        notes.append("The entry grows in many small steps; the parts listed write less than half of it.")
+    return notes
+
+
+def _figures(
+    spike: Spike,
+    shares: Float[np.ndarray, "prompt layer expert"],
+    routing: Routing,
+    rows: Sequence[dict[str, Any]],
+) -> list[Figure]:
+    ringed = tuple((row["layer"], row["expert"]) for row in rows if row["kind"] == ROUTED)
+    where = f"dim {spike.dim} of position {spike.position}"
+    part = mean_known(shares)
+    x = np.arange(len(part))
+    after = mean_known(np.array([path.after for path in spike.paths]))
+    figures: list[Figure] = [
+        Heatmap(
+            "cascade",
+            f"What each expert adds to {where}",
+            f"Share of the entry's peak, routing weight included, mean over {len(spike.paths)} prompts; negative: "
+            "takes away. Rings: the cascade. Hatched: not known to act on this entry.",
+            part,
+            "share of peak",
+            x_label="expert",
+            marks=ringed,
+        ),
+        Lines(
+            "value",
+            f"{where.capitalize()} through the blocks",
+            f"Value after each block, mean over {len(spike.paths)} prompts. A gap: not among the strongest there.",
+            (Series("after the block", x, after, emphasis=True),),
+            "layer",
+            "value",
+            marks=tuple((float(row["layer"]), f"{_name(row)} {row['role']}") for row in rows)[:4],
+        ),
+    ]
+    if not np.isnan(routing.score).all():
+        figures.append(
+            Heatmap(
+                "router",
+                "Router score of the sink token against the others",
+                "Score before the choice on the sink token minus the mean over the other tokens, mean over prompts. "
+                "Rings: the cascade. Hatched: no experts, or not recorded.",
+                routing.score - routing.others,
+                "difference of scores",
+                x_label="expert",
+                marks=ringed,
+            )
+        )
+    return figures
