@@ -52,7 +52,7 @@ def plant_neurons(bed: Bed, layer: Layer, massive: tuple[PlantedMassive, ...]) -
     """Writes the dims that begin in this block and erases those that end in it.
 
     Returns:
-        All of `massive`, with the magnitudes that were left open now filled in.
+        All of `massive`, with the magnitudes that were left open and the neurons that were taken filled in.
     """
     begins = [item.layer_in == layer.index for item in massive]
     ends = [item.erased and item.layer_out == layer.index for item in massive]
@@ -65,16 +65,26 @@ def plant_neurons(bed: Bed, layer: Layer, massive: tuple[PlantedMassive, ...]) -
         for item, begin in zip(massive, begins, strict=True)
     )
     jobs = [_writer(bed, layer, item, states) for item, begin in zip(filled, begins, strict=True) if begin]
+    writers = {job.item: job.neurons[0] for job in jobs}
+    erasers: dict[PlantedMassive, tuple[int, ...]] = {}
     for item, end in zip(filled, ends, strict=True):
         if end:
             rivals = [i.target for i in filled if i.dim == item.dim and i.target != item.target]
             amount = float(residual[..., item.dim][bed.where(item.target)].mean())
             jobs.append(_eraser(bed, layer, item, amount, list(dict.fromkeys(rivals)), states))
+            erasers[item] = jobs[-1].neurons
     if layer.post_mlp is None:
         _set_amplitudes(bed, layer, jobs)
     else:
         _under_norm(bed, layer, layer.post_mlp, jobs)
-    return filled
+    return tuple(
+        replace(
+            item,
+            neuron=writers.get(item, item.neuron),
+            eraser_neurons=erasers.get(item, item.eraser_neurons),
+        )
+        for item in filled
+    )
 
 
 def _with_magnitude(bed: Bed, item: PlantedMassive, residual: Tensor) -> PlantedMassive:

@@ -128,6 +128,8 @@ class PlantedMassive:
     Attributes:
         expert: The expert that writes it; None for a dense feed-forward part.
         eraser: The expert that erases it, None if nothing or a dense part does.
+        neuron: The neuron that writes it: an input of the down projection, of the expert in MoE blocks.
+        eraser_neurons: The neurons that erase it, together.
         secondary: Whether it makes a secondary sink.
     """
 
@@ -140,6 +142,8 @@ class PlantedMassive:
     eraser: int | None = None
     secondary: bool = False
     erased: bool = False
+    neuron: int | None = None
+    eraser_neurons: tuple[int, ...] = ()
 
     def lives_at(self, layer: int) -> bool:
         """Whether the *input* of this block carries it."""
