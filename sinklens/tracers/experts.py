@@ -274,11 +274,12 @@ def router_scores(
     Routing weights are the chosen experts' scores up to a factor per token (normalisation, scaling), so the right
     function is the one that gives weights and scores the same ratio in every slot. None if none does.
     """
+    # The router's own type: its weights were rounded to it, whatever type they come in here.
+    limit = 4 * max(torch.finfo(kind).eps for kind in (raw.dtype, weights.dtype, torch.float32))
     raw = raw.float()
     sample = torch.linspace(0, len(raw) - 1, min(len(raw), 32), device=raw.device).long().unique()
     index, given = index[sample], weights[sample].float()
     routed = (index >= 0) & (index < raw.shape[-1])
-    limit = 4 * torch.finfo(weights.dtype if weights.dtype != torch.float64 else torch.float32).eps
     best, least = None, max(limit, 1e-4)
     # A router that has no slot to compare with must give the weights themselves.
     alone = index.shape[-1] == 1
