@@ -9,7 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from sinklens.core.figures import Heatmap, Lines, Samples, Series, Tile
+from sinklens.core.figures import (
+    Estimate,
+    Event,
+    Heatmap,
+    Intervals,
+    Life,
+    Lines,
+    Samples,
+    Series,
+    Tile,
+    Timeline,
+)
 
 from . import factory
 
@@ -94,7 +105,32 @@ def poisoned(text: str) -> factory.Run:
         Heatmap(text, text, text, grid, text, text, text),
         Lines(text, text, text, (Series(text, np.arange(2), np.arange(2)),), text, text, marks=((1, text),)),
         Samples(text, text, text, np.zeros((2, 3, 4)), 0.3, text),
+        Intervals(
+            text,
+            text,
+            text,
+            (Estimate(text, 1.0, 0.0, 2.0, 0.5, note=text, group=text),),
+            text,
+            text,
+            0.0,
+            *[text] * 3,
+        ),
+        Timeline(
+            text,
+            text,
+            text,
+            (Life(text, 0, 2, 0.5, (Event(1, text, text),), note=text, group=text),),
+            4,
+            text,
+        ),
     ]
+    document["verdict"]["lines"] = [{"analyzer": text, "title": text, "text": text}]
+    rows = [
+        dict.fromkeys(("model", "title", "published", "here", "source", "url", "where", "status_words"), text)
+    ]
+    document["references"] = {"match": text, "rows": [rows[0] | {"differences": [text]}]}
+    document["findings"][text]["labels"] = {text: text}
+    document["findings"][text]["title"] = text
     tiles = [Tile(text, text, text, link=text), Tile(text, text, text, applicable=False)]
     methods = [poison(method) | {"formula_mathml": text} for method in run.methods]
     return factory.Run(document, figures, tiles, poison(run.prompts), methods)

@@ -12,7 +12,7 @@ import sinklens.report
 from sinklens.core.figures import Samples
 from sinklens.report import numbers, render_report
 
-from . import factory
+from . import factory, factory_chain
 from .chromium import Browser
 from .parsed import HOSTILE, poisoned
 
@@ -163,6 +163,26 @@ def test_first_screen_fits_and_nothing_overflows(browser: Browser, width: int) -
     answer = browser.run(render_report(*run.args), driver, width=width)
     assert answer["troubles"] == []
     assert answer["wide"] <= 0
+    if width == 1280:
+        assert answer["bottom"] <= 800
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize(("layers", "heads"), [(4, 2), (48, 32)])
+def test_first_screen_holds_the_whole_chain(browser: Browser, layers: int, heads: int, width: int) -> None:
+    run = factory_chain.make(layers, heads, 128, n_prompts=4, seq_len=64)
+    run.document["verdict"]["text"] *= 3
+    driver = """
+    answer.bottom = document.querySelector(".pair").getBoundingClientRect().bottom;
+    answer.wide = document.documentElement.scrollWidth - innerWidth;
+    answer.lines = document.querySelectorAll(".lines li").length;
+    answer.cards = document.querySelectorAll(".pair > .card").length;
+    for (const button of document.querySelectorAll("[data-values]")) button.click();
+    """
+    answer = browser.run(render_report(*run.args), driver, width=width)
+    assert answer["troubles"] == []
+    assert answer["wide"] <= 0
+    assert (answer["lines"], answer["cards"]) == (8, 3)
     if width == 1280:
         assert answer["bottom"] <= 800
 

@@ -1,0 +1,145 @@
+"""Writes docs/analyzers.md and docs/signals.md from the code: `python docs/generate.py`. A test holds them equal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+
+
+def analyzers_page() -> str:
+    """Every analyzer in its own words, in the order of the chain."""
+    from sinklens.analyzers import registry
+    from sinklens.pipeline.methods import describe_method
+
+    classes = sorted((cls for _, cls in registry.items()), key=lambda cls: (cls.place, cls.name))
+    parts = [_HEAD_ANALYZERS, _overview(classes)]
+    parts += [_analyzer(describe_method(cls()), default=cls.default) for cls in classes]
+    return "\n".join(parts)
+
+
+def signals_page() -> str:
+    """Every quantity that a trace can hold, with who reads it."""
+    from sinklens.analyzers import registry
+    from sinklens.tracers.signals import ALL_SIGNALS, PLACED, POSITIONED, Source
+
+    readers: dict[str, list[str]] = {}
+    for cls in sorted((cls for _, cls in registry.items()), key=lambda cls: (cls.place, cls.name)):
+        for signal in cls.needs:
+            readers.setdefault(signal.name, []).append(f"`{cls.name}`")
+    parts = [_HEAD_SIGNALS]
+    for source in Source:
+        parts += [
+            f"## {_SOURCES[source.value]}\n",
+            "| Signal | Shape | Unit | Meaning | Read by |",
+            "|---|---|---|---|---|",
+        ]
+        for signal in ALL_SIGNALS:
+            if signal.source is source:
+                also = (
+                    "; also `_pos`, `_dim`"
+                    if signal in PLACED
+                    else "; also `_pos`"
+                    if signal in POSITIONED
+                    else ""
+                )
+                cells = (
+                    f"`{signal.name}`{also}",
+                    " × ".join(signal.axes),
+                    signal.unit,
+                    signal.meaning,
+                    ", ".join(readers.get(signal.name, [])) or "none yet",
+                )
+                parts.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+        parts.append("")
+    return "\n".join(parts)
+
+
+def _overview(classes: list[Any]) -> str:
+    rows = ["| Analyzer | What it finds | Runs by default |", "|---|---|---|"]
+    for cls in classes:
+        method = (cls.__doc__ or "").split("\n", 1)[0]
+        default = "yes" if cls.default else "with `--analyzers all` or by name"
+        rows.append(f"| [`{cls.name}`](#{cls.name}) | {_cell(method)} | {default} |")
+    return "\n".join([*rows, ""])
+
+
+def _analyzer(method: dict[str, Any], *, default: bool) -> str:
+    from sinklens.report.mathml import linear
+
+    reference = method["reference"]
+    where = f", {reference['section']}" if reference["section"] else ""
+    code = reference["code"] if reference["code"] and reference["code"] != reference["url"] else ""
+    settings = [f"`{key} = {value}`" for key, value in method["parameters"].items()]
+    lines = [
+        f"## {method['name']}",
+        "",
+        f"**{method['title']}.** {method['first_line']}" + ("" if default else " Runs only when asked for."),
+        "",
+        "```text",
+        linear(method["formula"]),
+        "```",
+        "",
+        f"**How it is computed.** {_sentence(method['how'])}",
+        "",
+        f"**Compared with the paper.** {_sentence(method['compared'])}",
+        "",
+        f"**When not to trust it.** {_sentence(method['not_trust'])}",
+        "",
+        f"**Parameters.** {', '.join(settings) or 'none'}.",
+        "",
+        f"**Signals.** {', '.join(f'`{name}`' for name in method['needs']) or 'none: it reads the experiments'}.",
+        "",
+        f"**Reference.** {reference['authors'].replace(' and ', ', ')} ({reference['year']}). "
+        f"[{reference['title']}]({reference['url']}){where}." + (f" [Code]({code})." if code else ""),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _cell(text: str) -> str:
+    """Text that may stand in a table: no column marks, no line ends."""
+    return " ".join(text.replace("|", "\\|").split())
+
+
+_HEAD_ANALYZERS = """# Analyzers
+
+<!-- Written by docs/generate.py from the analyzers themselves; edit their docstrings, not this page. -->
+
+An analyzer reads a trace, never a model, and answers one question. What follows is what each says of itself: the
+formula, how it is computed, where it departs from the paper it follows, and when not to trust it. Change a parameter
+with `--analyzers name:parameter=value`, or later on a saved run with `run.analyze(...)`; the model is not needed again.
+"""
+
+_HEAD_SIGNALS = """# Signals
+
+<!-- Written by docs/generate.py from sinklens/tracers/signals.py; edit that file, not this page. -->
+
+A trace holds reductions, no attention maps: each quantity below, per prompt. Only what the chosen analyzers read is
+recorded. Axes: `layer` blocks; `head` query heads; `pos` the tokens of a prompt from its first real token on; `kept`
+the positions listed in `kept_positions`; `rank` strongest first; `slot` the experts chosen for one token; `bin` equal
+bins of [0, 1]; `reference` the two reference positions; `entry` traced entries of a block; `birth` alignments in order
+of layer; `part` the parts of a feed-forward block; `row`, `col` the first tokens. Everything counts from 0. A layer
+without the quantity holds NaN, or -1 where the values are indices.
+"""
+
+_SOURCES = {
+    "attention": "At the attention",
+    "residual": "In the residual stream",
+    "down_proj": "At the down projection",
+    "experts": "At the experts",
+}
+
+
+def main() -> None:
+    (HERE / "analyzers.md").write_text(analyzers_page(), encoding="utf-8")
+    (HERE / "signals.md").write_text(signals_page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
