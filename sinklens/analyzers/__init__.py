@@ -9,32 +9,41 @@ from typing import Any
 from sinklens.core.errors import UsageError
 from sinklens.core.suggest import did_you_mean
 
+from .attention_concentration import AttentionConcentration
 from .attention_entropy import AttentionEntropy
 from .base import Analyzer, Finding, Reference, Status, registry
 from .bos_alignment import BosAlignment
 from .causal_effects import CausalEffects
 from .expert_cascade import ExpertCascade
+from .fai import Fai
 from .head_classes import HeadClasses
 from .head_roles import HeadRoles
 from .massive_activations import MassiveActivations
+from .mean_maps import MeanMaps
+from .normalised_attention import NormalisedAttention
 from .primary_sinks import PrimarySinks
 from .secondary_sinks import SecondarySinks
 from .sensitivity import Sensitivity
 from .sink_geometry import SinkGeometry
 from .super_experts import SuperExperts
+from .waad import Waad
 from .window_shares import WindowShares
 from .writers import Writers
 
 __all__ = [
     "Analyzer",
+    "AttentionConcentration",
     "AttentionEntropy",
     "BosAlignment",
     "CausalEffects",
     "ExpertCascade",
+    "Fai",
     "Finding",
     "HeadClasses",
     "HeadRoles",
     "MassiveActivations",
+    "MeanMaps",
+    "NormalisedAttention",
     "PrimarySinks",
     "Reference",
     "SecondarySinks",
@@ -42,6 +51,7 @@ __all__ = [
     "SinkGeometry",
     "Status",
     "SuperExperts",
+    "Waad",
     "WindowShares",
     "Writers",
     "chosen_analyzers",
