@@ -6,7 +6,7 @@ Every run contributes one row of numbers that mean the same for all, and the man
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sinklens.core.errors import UsageError
-from sinklens.core.figures import Lines, Series
+from sinklens.core.figures import Heatmap, Lines, Series
 from sinklens.core.manifest import manifest_diff
 from sinklens.tracers import signals as sig
 
@@ -34,6 +34,9 @@ QUANTITIES: tuple[tuple[str, str, str, bool], ...] = (
     ("super_experts", "Super Experts", "count", False),
 )
 
+MOST_MAPS = 12
+"""Maps of differences on one page, those of the first runs and analyzers."""
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -43,16 +46,21 @@ class Comparison:
         names: One per run, in the order of the axis.
         x: Training steps if every name ends in a number, else 0, 1, 2, ...
         rows: One per run: `run, x, verdict` and the quantities; None where a quantity does not apply.
-        differences: What differs between the manifests of the first run and each other one.
+        summaries: One row per number that the findings of at least two runs have: `finding, quantity, label`, a value
+            per run, and `differs`.
+        differences: What differs between the first run and each other one: model, analyzer parameters, manifest.
         figures: One per quantity that at least two runs have.
+        maps: Maps of the other runs minus that of the first, by relative depth.
     """
 
     names: tuple[str, ...]
     x_label: str
     x: tuple[float, ...]
     rows: list[dict[str, Any]]
+    summaries: list[dict[str, Any]]
     differences: dict[str, Any]
     figures: list[Lines]
+    maps: list[Heatmap]
 
     def to_frame(self) -> pd.DataFrame:
         """The rows as a table; units are in `.attrs["units"]`."""
@@ -62,19 +70,23 @@ class Comparison:
         frame.attrs["units"] = {name: unit for name, _, unit, _ in QUANTITIES}
         return frame
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self, *, include_text: bool = True) -> dict[str, Any]:
+        """The `sinklens/compare/1` document; without text, tokens are left out of the differences."""
         return {
             "schema": "sinklens/compare/1",
             "x_label": self.x_label,
             "rows": self.rows,
-            "differences": self.differences,
+            "summaries": self.summaries,
+            "differences": self.differences if include_text else without_text(self.differences),
         }
 
-    def report(self, path: str | Path) -> Path:
+    def report(self, path: str | Path, *, include_text: bool = True) -> Path:
         """One HTML file, like a run's report."""
         from sinklens.report import write_comparison
 
-        return write_comparison(Path(path), self.to_json(), self.figures)
+        return write_comparison(
+            Path(path), self.to_json(include_text=include_text), [*self.figures, *self.maps]
+        )
 
 
 def compare(*runs: Run | str | Path) -> Comparison:
@@ -97,12 +109,46 @@ def compare(*runs: Run | str | Path) -> Comparison:
         x_label, x = "training step", [float(steps[i] or 0) for i in order]
     else:
         order, x_label, x = list(range(len(names))), "run", [float(i) for i in range(len(names))]
-    rows = [{"run": names[i], "x": at, **quantities(loaded[i])} for i, at in zip(order, x, strict=True)]
-    first = loaded[order[0]].document["manifest"]
-    differences = {names[i]: manifest_diff(first, loaded[i].document["manifest"]) for i in order[1:]}
+    ordered, called = [loaded[i] for i in order], tuple(names[i] for i in order)
+    rows = [
+        {"run": name, "x": at, **quantities(run)} for name, at, run in zip(called, x, ordered, strict=True)
+    ]
+    shared = set.intersection(*(set(run.findings) for run in ordered))
+    first = comparable(ordered[0], shared)
+    differences = {
+        name: manifest_diff(first, comparable(run, shared))
+        for name, run in zip(called[1:], ordered[1:], strict=True)
+    }
     return Comparison(
-        tuple(names[i] for i in order), x_label, tuple(x), rows, differences, figures(rows, x_label)
+        called,
+        x_label,
+        tuple(x),
+        rows,
+        summaries(called, ordered),
+        differences,
+        figures(rows, x_label),
+        difference_maps(called, ordered) if x_label == "run" else [],
     )
+
+
+def comparable(run: Run, shared: Collection[str]) -> dict[str, Any]:
+    """What a run's numbers depend on: its model, the parameters of the analyzers that all runs have, its manifest."""
+    document = run.document
+    findings = document["findings"]
+    return {
+        "model": document["model"],
+        "analyzers run": sorted(findings),
+        "analyzers": {name: findings[name]["parameters"] for name in findings if name in shared},
+        **document["manifest"],
+    }
+
+
+def without_text(differences: Mapping[str, Any]) -> dict[str, Any]:
+    """Differences without the tokens that prompts begin with."""
+    return {
+        name: {key: pair for key, pair in found.items() if not key.startswith("inputs.first_tokens")}
+        for name, found in differences.items()
+    }
 
 
 def quantities(run: Run) -> dict[str, Any]:
@@ -159,6 +205,85 @@ def figures(rows: Sequence[dict[str, Any]], x_label: str) -> list[Lines]:
             )
         )
     return drawn
+
+
+def summaries(names: Sequence[str], runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """Every single number in the summaries of findings that at least two runs have."""
+    table = []
+    named = [(name, key) for run in runs for name, f in run.findings.items() for key in f.summary]
+    for finding, key in dict.fromkeys(named):
+        found = [run.findings.get(finding) for run in runs]
+        values = [_number(item.summary.get(key)) if item is not None else None for item in found]
+        if sum(value is not None for value in values) < 2:
+            continue
+        labels = next(item.labels for item in found if item is not None)
+        table.append(
+            {
+                "finding": finding,
+                "quantity": key,
+                "label": labels.get(key, key.replace("_", " ")),
+                "values": dict(zip(names, values, strict=True)),
+                "differs": len(set(values)) > 1,
+            }
+        )
+    return table
+
+
+def _number(value: Any) -> float | int | None:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        return None
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def difference_maps(names: Sequence[str], runs: Sequence[Run]) -> list[Heatmap]:
+    """Maps by layer of each other run minus the first, where both have one of the same width.
+
+    Models of different depth are set side by side by relative depth: layer i of n stands at i / (n - 1), and the
+    deeper one is read at the places of the shallower one, linearly in between.
+    """
+    drawn = []
+    first = {(name, f.key): f for name, figures in runs[0].figures.items() for f in figures}
+    for i, (called, run) in enumerate(zip(names[1:], runs[1:], strict=True), start=1):
+        for name, found in run.figures.items():
+            for figure in found:
+                base = first.get((name, figure.key))
+                if isinstance(figure, Heatmap) and isinstance(base, Heatmap):
+                    drawn += _difference(base, figure, names[0], called, f"{name}-{figure.key}-{i}")
+    return drawn[:MOST_MAPS]
+
+
+def _difference(base: Heatmap, other: Heatmap, first: str, name: str, key: str) -> list[Heatmap]:
+    same = base.values.shape[1:] == other.values.shape[1:] and base.unit == other.unit
+    if not same or "layer" not in base.y_label or base.log or not len(base.values) or not len(other.values):
+        return []
+    depth = min(len(base.values), len(other.values))
+    apart = at_depth(other.values, depth) - at_depth(base.values, depth)
+    largest = float(np.nanmax(np.abs(apart))) if np.isfinite(apart).any() else 0.0
+    deeper = len(base.values) != len(other.values)
+    how = f" Layers by relative depth, {len(base.values)} against {len(other.values)}." if deeper else ""
+    return [
+        Heatmap(
+            key,
+            f"{base.title}: {name} minus {first}",
+            f"{other.caption}{how}",
+            apart,
+            f"difference, {base.unit}",
+            y_label="layer by relative depth" if deeper else base.y_label,
+            x_label=base.x_label,
+            limits=(-largest, largest) if largest else None,
+        )
+    ]
+
+
+def at_depth(values: np.ndarray, depth: int) -> np.ndarray:
+    """A map `[layer, x]` read at `depth` evenly spaced relative depths; a layer without a value spreads to its side."""
+    if len(values) == depth:
+        return values.astype(np.float64)
+    at = np.linspace(0, len(values) - 1, depth)
+    low = np.floor(at).astype(int)
+    high, part = np.minimum(low + 1, len(values) - 1), (at - low)[:, None]
+    above = np.where(part > 0, values[high], 0.0)
+    return values[low] * (1 - part) + above * part
 
 
 def _names(runs: Iterable[Run | str | Path], loaded: Sequence[Run]) -> list[str]:

@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
+from sinklens.analyzers import PrimarySinks
+from sinklens.core.errors import ResourceError
 from sinklens.tracers.executor import TracePlan, trace
 
 from .cost import duration
@@ -15,23 +17,21 @@ from .options import ProfileOptions
 from .prepare import EFFECTS, READERS, SENSITIVITY, Prepared
 from .run import Run
 from .sensitivity import sensitivity
-from .verify import verify
+from .verify import planned_passes, verify
 
 AUTO_SECONDS = 60.0
 """Without --verify or --no-verify the causes are removed if that is predicted to take no longer than this."""
-VERIFY_PROMPTS, VERIFY_TOKENS, VERIFY_PASSES = 8, 256, 30
-"""What a verification runs: prompts, their longest length, and passes over them with their controls, about."""
+PROBE_TOKENS = 256
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What the experiments of a run share. `pace` is seconds per token of the main pass, None if nothing was traced."""
+    """What the experiments of a run share."""
 
     prepared: Prepared
     plan: TracePlan
     options: ProfileOptions
     listener: Listener
-    pace: float | None
 
 
 def run_experiments(setting: Setting, run: Run) -> Run:
@@ -47,20 +47,22 @@ def run_experiments(setting: Setting, run: Run) -> Run:
     ):
         if not {analyzer.name for analyzer in run.analyzers} & set(READERS[name]):
             continue
-        reason = why_not(setting, name, wanted)
+        reason = why_not(setting, run, name, wanted)
         if reason:
             skipped[name] = reason
             continue
         setting.listener.stage(name)
-        found = perform(setting, run)
-        if found:
-            results[name] = found
+        try:
+            results[name] = perform(setting, run)
+        except ResourceError as error:
+            # The main pass is done; what it found is not given up for a look that did not fit.
+            skipped[name] = f"It was stopped: {error.what}"
     run.trace.manifest["experiments"] = results
     run.trace.manifest["experiments_skipped"] = skipped
     return Run(run.trace, run.analyzers, run.checks) if results else run
 
 
-def why_not(setting: Setting, name: str, wanted: bool | None) -> str | None:
+def why_not(setting: Setting, run: Run, name: str, wanted: bool | None) -> str | None:
     """Why an experiment is not run, as a sentence; None if it is."""
     if wanted:
         return None
@@ -68,25 +70,32 @@ def why_not(setting: Setting, name: str, wanted: bool | None) -> str | None:
         return "It was not run; add --sensitivity."
     if wanted is False:
         return "It was switched off with --no-verify."
-    seconds = verify_tokens(setting.prepared) * (setting.pace or measured_pace(setting))
+    prompts = setting.prepared.prompts.prompts
+    opened, seed = setting.prepared.opened, setting.options.seed
+    passes, tokens = planned_passes(opened, prompts, run.trace, run.findings, seed=seed)
+    seconds = passes * tokens * measured_pace(setting)
     if seconds > AUTO_SECONDS:
         return f"It was not run, because it would take about {duration(seconds)}; add --verify."
     return None
 
 
-def verify_tokens(prepared: Prepared) -> int:
-    """Tokens that pass through the model in a verification, about."""
-    lengths = [min(len(prompt), VERIFY_TOKENS) for prompt in prepared.prompts.prompts[:VERIFY_PROMPTS]]
-    return VERIFY_PASSES * sum(lengths)
-
-
 def measured_pace(setting: Setting) -> float:
-    """Seconds per token, from one traced prompt: for a resumed run that has nothing left to trace."""
+    """Seconds per token of a pass that records as little as an experiment does: the best of two over one prompt.
+
+    Of wall and processor time the smaller counts: the first is too long on a busy machine, the second where several
+    threads work. Elsewhere than on a CPU it is the wall time.
+    """
     prompt = setting.prepared.prompts.prompts[0]
-    ids, pieces = prompt.token_ids[:VERIFY_TOKENS], prompt.pieces[:VERIFY_TOKENS]
-    start = time.perf_counter()
-    trace(setting.prepared.opened, [replace(prompt, token_ids=ids, pieces=pieces)], setting.plan)
-    return (time.perf_counter() - start) / len(ids)
+    short = replace(prompt, token_ids=prompt.token_ids[:PROBE_TOKENS], pieces=prompt.pieces[:PROBE_TOKENS])
+    light = replace(setting.plan, signals=PrimarySinks.needs)
+    seconds = []
+    for _ in range(2):
+        wall, processor = time.perf_counter(), time.process_time()
+        trace(setting.prepared.opened, [short], light)
+        wall = time.perf_counter() - wall
+        on_cpu = next(setting.prepared.opened.module.parameters()).device.type == "cpu"
+        seconds.append(min(wall, time.process_time() - processor) if on_cpu else wall)
+    return min(seconds) / len(short)
 
 
 def _sensitivity(setting: Setting, run: Run) -> dict[str, Any]:

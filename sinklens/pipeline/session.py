@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,8 +63,6 @@ class Session:
 
     def _measured(self, plan: TracePlan, checks: list[Check]) -> Run:
         """The main pass, then the experiments."""
-        before = len(self.store.load_records()) if self.store else 0
-        start = time.perf_counter()
         result = trace(
             self.prepared.opened,
             self.prepared.prompts,
@@ -73,11 +70,9 @@ class Session:
             store=self.store,
             progress=self.listener.progress,
         )
-        seconds = time.perf_counter() - start
         self._describe(result, checks, "complete")
-        pace = seconds / sum(map(len, result.records)) if not before else None
         run = Run(result, self.prepared.analyzers, checks)
-        run = run_experiments(Setting(self.prepared, plan, self.options, self.listener, pace), run)
+        run = run_experiments(Setting(self.prepared, plan, self.options, self.listener), run)
         run.trace.manifest["time"]["wall_s"] = round(self.clock.seconds, 3)
         return run
 

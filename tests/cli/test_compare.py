@@ -36,10 +36,13 @@ def fails(capsys: pytest.CaptureFixture[str], code: int, *arguments: str) -> str
 def test_two_runs_become_a_table_and_a_page(runs: tuple[Path, Path], tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "comparison.html"
     assert main(["compare", *map(str, runs), "--out", str(out)]) == 0
-    head, first, second, report = capsys.readouterr().out.splitlines()
+    head, first, second, differ, report = capsys.readouterr().out.splitlines()
     assert head.split()[:3] == ["run", "verdict", "sink_rate"]
     assert first.split()[0] == "first"
     assert second.split()[0] == "second"
+    assert differ.startswith("Differ  ")
+    assert "inputs.n_prompts" in differ
+    assert "analyzers" not in differ  # both ran with the same parameters
     assert report == f"Report  {out}"
     html = out.read_text(encoding="utf-8")
     assert "side by side: first and second" in html
