@@ -2,7 +2,8 @@
 
 Every intervention is plain data; `applied(opened, batch)` puts its hooks on the model for one batch and takes them off
 again, also after an error. They sit below the taps that measure, so a traced pass inside the `with` sees the changed
-model. Positions are those of the prompt's own tokens: padding is counted off, prompts too short are left as they are.
+model; passes of other batches (probes) are left alone. Positions are those of the prompt's own tokens: padding is
+counted off, prompts too short are left as they are.
 
 A blocked key is an exact computation, not a correction of the output: the model's own kernel gets a mask in which no
 later query sees the key, so learned sink logits, soft caps and windows stay what they are.
@@ -11,6 +12,7 @@ later query sees the key, so learned sink logits, soft caps and windows stay wha
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -96,6 +98,8 @@ class EntriesSet:
     @staticmethod
     def _edit(entries: list[Entry], batch: Batch, acted: Acted) -> Callable[[Tensor], Tensor]:
         def edit(state: Tensor) -> Tensor:
+            if state.shape[:2] != _shape(batch):
+                return state
             found = [
                 (row, place, entry)
                 for entry in entries
@@ -139,6 +143,8 @@ class MedianEntriesZeroed:
     @staticmethod
     def _edit(wanted: dict[int, int], batch: Batch, acted: Acted) -> Callable[[Tensor], Tensor]:
         def edit(state: Tensor) -> Tensor:
+            if state.shape[:2] != _shape(batch):
+                return state
             state = state.clone()
             for row, places in enumerate(_rows(batch, state.shape[1])):
                 n = wanted.get(batch.prompts[row].index, 0)
@@ -170,13 +176,13 @@ class ExpertsPruned:
                     blocks[layer].experts, f"Block {layer} has no fused experts, so none can be pruned."
                 )
                 gone = [expert for at, expert in self.experts if at == layer]
-                hook = self._hook(torch.tensor(sorted(gone)), acted)
+                hook = self._hook(torch.tensor(sorted(gone)), batch, acted)
                 module = opened.module.get_submodule(path)
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             yield acted
 
     @staticmethod
-    def _hook(gone: Tensor, acted: Acted) -> Callable[..., Any]:
+    def _hook(gone: Tensor, batch: Batch, acted: Acted) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if len(args) != 3:
                 raise ModelError(
@@ -184,6 +190,8 @@ class ExpertsPruned:
                     detail=f"Expected hidden states, experts and weights in order; found {len(args)} arguments.",
                 )
             hidden, index, weights = args
+            if len(index) != math.prod(_shape(batch)):
+                return None
             pruned = torch.isin(index, gone.to(index.device)).view_as(weights)
             acted.edited += int(pruned.sum())
             return (hidden, index, weights.masked_fill(pruned, 0.0)), kwargs
@@ -204,6 +212,8 @@ class ProjectionZeroed:
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             before = first_of(output)
+            if not _is_of(batch, before):
+                return None
             acted.saw(before, torch.zeros_like(before))
             return _replaced(output, torch.zeros_like(before))
 
@@ -227,6 +237,8 @@ class WriteZeroed:
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             whole = first_of(output)
+            if not _is_of(batch, whole):
+                return None
             state = whole.reshape(batch.size, -1, whole.shape[-1]).clone()
             for row, place in _places(batch, self.position):
                 before = state[row, place].clone()
@@ -253,13 +265,17 @@ class HeadsZeroed:
                 path = _part(tower.blocks[layer].attention_output, what)
                 mine = sorted(head for at, head in self.heads if at == layer)
                 module = opened.module.get_submodule(path)
-                stack.callback(module.register_forward_pre_hook(self._hook(mine, tower.heads, acted)).remove)
+                stack.callback(
+                    module.register_forward_pre_hook(self._hook(mine, tower.heads, batch, acted)).remove
+                )
             yield acted
 
     @staticmethod
-    def _hook(heads: list[int], of: int, acted: Acted) -> Callable[..., Any]:
+    def _hook(heads: list[int], of: int, batch: Batch, acted: Acted) -> Callable[..., Any]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> Any:
             joined = args[0]
+            if not _is_of(batch, joined):
+                return None
             if joined.shape[-1] % of:
                 raise ModelError(
                     "Heads cannot be switched off in this model.",
@@ -302,7 +318,10 @@ class KeyBlocked:
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             given = args[place] if len(args) > place else kwargs.get("attention_mask")
-            mask = self._mask(module, given, batch, (args or tuple(kwargs.values()))[0])
+            hidden = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
+            if hidden.shape[:2] != _shape(batch):
+                return None
+            mask = self._mask(module, given, batch, hidden)
             acted.edited += sum(1 for _ in _places(batch, self.position))
             if len(args) > place:
                 return (*args[:place], mask, *args[place + 1 :]), kwargs
@@ -323,7 +342,7 @@ class KeyBlocked:
         blocked = self.blocked(batch, given.shape[-2], given.shape[-1]).to(given.device)
         given = given.expand(batch.size, *given.shape[1:])
         if given.dtype == torch.bool:
-            return given & ~blocked
+            return given & ~blocked if _true_is_visible(given, batch) else given | blocked
         return given.masked_fill(blocked, torch.finfo(given.dtype).min)
 
     def blocked(self, batch: Batch, queries: int, keys: int) -> Bool[Tensor, "batch 1 query key"]:
@@ -372,6 +391,25 @@ def _part(path: str | None, missing: str) -> str:
     return path
 
 
+def _shape(batch: Batch) -> tuple[int, int]:
+    """Rows and tokens with padding."""
+    rows, tokens = next(value.shape[:2] for value in batch.inputs.values() if isinstance(value, Tensor))
+    return rows, tokens
+
+
+def _is_of(batch: Batch, made: Tensor) -> bool:
+    """Whether a module's output belongs to a pass of this batch; probes with other inputs are left alone."""
+    return made[..., 0].numel() == math.prod(_shape(batch))
+
+
+def _true_is_visible(mask: Bool[Tensor, "batch head query key"], batch: Batch) -> bool:
+    """Whether a boolean mask marks what is seen, or (MPT) what is hidden: real tokens see themselves."""
+    own = mask.diagonal(mask.shape[-1] - mask.shape[-2], -2, -1)[:, 0]
+    if batch.valid is not None:
+        own = own[batch.valid[:, -own.shape[1] :]]
+    return bool(own.float().mean() > 0.5)
+
+
 def _rows(batch: Batch, length: int) -> Iterable[Tensor]:
     """Places of the real tokens of each row."""
     if batch.valid is None:
@@ -381,8 +419,7 @@ def _rows(batch: Batch, length: int) -> Iterable[Tensor]:
 
 def _places(batch: Batch, position: int, prompt: int | None = None) -> Iterator[tuple[int, int]]:
     """`(row, place in the padded row)` of a position in the prompts that have it."""
-    length = next(value.shape[1] for value in batch.inputs.values() if isinstance(value, Tensor))
-    for row, places in enumerate(_rows(batch, length)):
+    for row, places in enumerate(_rows(batch, _shape(batch)[1])):
         mine = prompt is None or batch.prompts[row].index == prompt
         if mine and position < len(places):
             yield row, int(places[position])
