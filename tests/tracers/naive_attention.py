@@ -49,7 +49,7 @@ def captured(model: OpenedModel, batch: Batch) -> list[Any]:
 
 def eager_maps(model: OpenedModel, batch: Batch) -> list[np.ndarray]:
     """The model's own attention weights `[batch, head, query, key]`, by its eager implementation."""
-    before = model.module.config._attn_implementation
+    before = model.module.config._attn_implementation  # pyright: ignore[reportAttributeAccessIssue]
     model.module.set_attn_implementation("eager")  # type: ignore[operator]
     with torch.no_grad():
         maps = model.module(**batch.inputs, output_attentions=True).attentions
