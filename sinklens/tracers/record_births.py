@@ -68,9 +68,14 @@ class BirthsRecorder:
         positions = fresh.any(0).nonzero().squeeze(-1)
         order = norm[positions].argsort(descending=True, stable=True)
         room = sig.BIRTHS - len(self.found[row])
+        # A reference that stood out before comes first: two positions born together do not explain each other.
+        stood_out = size >= sig.BIRTH_NORM_RATIO * size.median()
+        older = torch.tensor(
+            [1.0 if bool(stood_out[pos]) else 0.0 for pos in references], device=cosine.device
+        )
+        strength = torch.where(fresh, cosine.abs() + older[:, None], -1.0)
         for position in positions[order][:room].tolist():
-            strength = torch.where(fresh[:, position], cosine[:, position].abs(), torch.zeros(()).to(cosine))
-            reference = references[int(strength.argmax())]
+            reference = references[int(strength[:, position].argmax())]
             self.found[row].append(self._birth(row, passed, position, reference))
 
     def _birth(self, row: int, passed: BlockPass, position: int, reference: int) -> Birth:
