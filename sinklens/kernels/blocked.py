@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..core.errors import UsageError
 from .groups import KeyGroups
-from .reduce import PER_KEY, Accumulator, Block, Peak, native_serves, needs_peak, row_peaks
+from .reduce import PER_KEY, Accumulator, Block, Peak, attend_serves, native_serves, needs_peak, row_peaks
 from .scores import Scores
 from .shapes import sizes_of
 from .spec import AttentionCall, AttentionStatistics, BlockPlan, Stat, Want
@@ -109,18 +109,32 @@ class _Pass:
         sizes = self.sizes
         shape = (sizes.batch, sizes.queries, sizes.heads, sizes.value_dim)
         output = torch.empty(shape, dtype=self.call.query.dtype, device=self.call.query.device)
-        for chunk in self.chunks:
-            self._softmax(chunk, output[chunk.batch, :, chunk.heads].transpose(1, 2))
+        if not self._attended(output):
+            for chunk in self.chunks:
+                self._softmax(chunk, output[chunk.batch, :, chunk.heads].transpose(1, 2))
         return output, self._statistics()
 
     def sweep(self, lse: Tensor | None) -> AttentionStatistics:
-        if self.want.stats:
+        if self.want.stats and (lse is not None or not self._attended(None)):
             for chunk in self.chunks:
                 if lse is None:
                     self._softmax(chunk, None)
                 else:
                     self._known(chunk, lse[chunk.batch, chunk.heads].to(self.result))
         return self._statistics()
+
+    def _attended(self, output: Float[Tensor, "batch query head value_dim"] | None) -> bool:
+        """The whole call in the compiled kernel; False where it cannot."""
+        if not self.native or not attend_serves(self.call, self.plan):
+            return False
+        sizes = self.sizes
+        everything = Chunk(slice(0, sizes.batch), slice(0, sizes.kv_heads), slice(0, sizes.heads))
+        found = self._accumulator(everything, self.call)
+        if found.reads_weights:
+            return False
+        found.attend(self.call, output, self.plan.scores)
+        found.finish()
+        return True
 
     def _softmax(self, chunk: Chunk, output: Float[Tensor, "b h q value_dim"] | None) -> None:
         """Weights normalised over the visible keys; learned sinks are a factor per row."""

@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from . import native
+from . import native, rowpass
 from .bands import add_band, nearness
 from .groups import KeyGroups
 from .spec import AttentionCall, BlockPlan, Stat, Want
@@ -73,13 +73,21 @@ class Block:
     logits: Float[Tensor, "b h r k"]
     peak: Peak | None
     factor: Float[Tensor, "b h r"] | None = None
-    done: native.RowResults | None = None
+    done: rowpass.RowResults | None = None
 
 
 def native_serves(call: AttentionCall, plan: BlockPlan) -> bool:
     """Whether the compiled row pass can take the place of the torch passes."""
     ordinary = call.query.device.type == "cpu" and call.query.dtype != torch.float64
     return plan.native and ordinary and native.available()
+
+
+def attend_serves(call: AttentionCall, plan: BlockPlan) -> bool:
+    """Whether the compiled attention can take the place of products and row pass, if `native_serves`."""
+    tensors = (call.query, call.key, call.value)
+    plain = call.mask is None and call.softcap is None and all(t.dtype == torch.float32 for t in tensors)
+    # A single row meets each key once: laying the keys out for it would cost more than it saves.
+    return plain and plan.score_dtype == torch.float32 and call.query.shape[2] > 1
 
 
 def needs_peak(stats: frozenset[Stat], *, known: bool) -> bool:
@@ -165,7 +173,7 @@ class Accumulator:
         self.want, self.into, self.groups, self.unit = want, into, groups, unit
         self._sinks, self._lse, self._picked, self._seen = call.learned_sinks, lse, picked or {}, seen
         self._queries, self._offset = call.query.shape[2], call.key.shape[2] - call.query.shape[2]
-        self._heads = call.query.shape[1]
+        self._batch, self._heads = call.query.shape[:2]
         self._dtype = next(iter(into.values())).dtype if into else torch.float32
         self._live = None if live is None else live.expand(-1, self._heads, -1)
         self._weight = None if self._live is None else self._live.to(self._dtype)
@@ -185,9 +193,7 @@ class Accumulator:
         stats = self.want.stats
         self._heights.append(block.weights.shape[2])
         if block.peak is not None:
-            self._raw["index"].append(block.peak.index + block.keys.start)
-            self._raw["logit"].append(block.peak.logit)
-            self._raw["top"].append(block.peak.weight)
+            self._take_peak(block.peak, block.keys.start)
         if block.factor is not None:
             self._raw["factor"].append(block.factor)
         if block.done is None:
@@ -234,7 +240,7 @@ class Accumulator:
         if stats & _FROM_PRODUCT:  # the last, for it overwrites the logits
             self._products(block, weight)
 
-    def _take(self, rows: slice, done: native.RowResults) -> None:
+    def _take(self, rows: slice, done: rowpass.RowResults) -> None:
         """What the compiled row pass has found per row."""
         for name, found in (("back", done.mean_back), ("near", done.near), ("product", done.product)):
             if found is not None:
@@ -243,6 +249,11 @@ class Accumulator:
             self.into[Stat.DIAGONAL][:, :, rows] = done.own
         if done.mass is not None and self.groups is not None:
             self.into[Stat.GROUP_MASS][:, :, rows] = self.groups.folded(done.mass)
+
+    def _take_peak(self, peak: Peak, first: int) -> None:
+        self._raw["index"].append(peak.index + first)
+        self._raw["logit"].append(peak.logit)
+        self._raw["top"].append(peak.weight)
 
     def _done_mass(self, block: Block) -> bool:
         return block.done is not None and block.done.mass is not None
@@ -266,18 +277,37 @@ class Accumulator:
         half: Float[Tensor, "b h r k"] | None,
         *,
         keep: bool,
-    ) -> native.RowResults:
+    ) -> rowpass.RowResults:
         """The compiled row pass: what it can find is added here and now; logits become weights if to `keep`."""
+        request = self._request(rows, keys, keep=keep or self.reads_weights, half=half)
+        return rowpass.pass_rows(logits, request)
+
+    def attend(
+        self, call: AttentionCall, output: Float[Tensor, "b q h value_dim"] | None, scores: int
+    ) -> None:
+        """All rows and keys at once, with the output if it is wanted; instead of any `add`."""
+        rows, keys = slice(0, self._queries), slice(0, call.key.shape[2])
+        done = rowpass.attend(call, self._request(rows, keys), output, scores)
+        self._take(rows, done)
+        if done.peak is not None:
+            peak = Peak(*done.peak)
+            self._take_peak(peak, 0)
+            if self._sinks is not None:
+                self._raw["factor"].append(torch.sigmoid(peak.norm - self._sinks[:, None].to(self._dtype)))
+
+    def _request(
+        self, rows: slice, keys: slice, *, keep: bool = False, half: Tensor | None = None
+    ) -> rowpass.RowRequest:
         stats, known = self.want.stats, self.known
         sinks = sink_mass = None
         if self._sinks is not None and not known:
-            sinks = self._sinks.to(logits.dtype).expand(logits.shape[:2])
+            sinks = self._sinks.to(self._dtype).expand(self._batch, self._heads)
         elif self._sinks is not None and self._lse is not None and self._other is not None:
             sink_mass = self._sink_mass(self._lse[:, :, rows])
         picked = {stat: mask[:, rows] for stat, mask in self._picked.items()}
-        request = native.RowRequest(
+        return rowpass.RowRequest(
             known=known,
-            keep=keep or self.reads_weights,
+            keep=keep,
             place=rows.start + self._offset - keys.start,
             peak=needs_peak(stats, known=known) or sinks is not None,
             product=bool(stats & _ENTROPIES),
@@ -289,13 +319,12 @@ class Accumulator:
             tail=picked.get(Stat.RECEIVED_TAIL),
             probe=picked.get(Stat.RECEIVED_ROWS),
             band=self.want.band,
-            other=self._other_rows(logits.shape[:2], keys),
+            other=self._other_rows((self._batch, self._heads), keys),
             sink_mass=sink_mass,
             count=None if self._weight is None else self._weight[:, :, rows],
             sinks=sinks,
             half=half,
         )
-        return native.pass_rows(logits, request)
 
     def _other_rows(self, shape: tuple[int, ...], keys: slice) -> Float[Tensor, "heads k"] | None:
         """Keys outside of the first group, one row for all heads where they agree."""
@@ -397,8 +426,10 @@ class Accumulator:
         if Stat.ROW_MAX in stats:
             found[Stat.ROW_MAX] = raw["top"]
         if Stat.DISTANCE in stats:
-            ahead = torch.cat([self._ruler.new_tensor(range(rows)) for rows in reversed(self._heights)])
-            found[Stat.DISTANCE] = raw["back"] + ahead * mass
+            found[Stat.DISTANCE] = raw["back"]
+            if self._heights:  # of blocks, whose rows all looked back from their first
+                ahead = [self._ruler.new_tensor(range(rows)) for rows in reversed(self._heights)]
+                found[Stat.DISTANCE] = raw["back"] + torch.cat(ahead) * mass
         if Stat.DISTANCE_WINDOWED in stats:
             found[Stat.DISTANCE_WINDOWED] = self.want.window * mass - raw["near"]
         return found

@@ -8,6 +8,9 @@
 #include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
+#define THREAD omp_get_thread_num()
+#else
+#define THREAD 0
 #endif
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -26,7 +29,7 @@ typedef uint16_t vh __attribute__((vector_size(LANES * 2)));
 
 ALWAYS vf load(const float *p) { vf v; memcpy(&v, p, sizeof v); return v; }
 ALWAYS void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
-ALWAYS vf all(float x) { return (vf){0} + x; }
+ALWAYS vf all(float x) { return x - (vf){0}; }
 ALWAYS vf pick(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
 /* The last, partial vector of a row; lanes beyond it hold `fill`. */
 static inline vf load_part(const float *p, long n, float fill) {
@@ -117,8 +120,11 @@ typedef struct {
     long stride, other_stride, scratch_stride, columns;
     long place;            /* index of the first row's own key */
     long window, band_first, band_last;
-    long keep;             /* whether the logits are to become weights */
+    long keep;             /* what becomes of the logits */
 } asked;
+
+/* They may hold anything afterwards, or be the weights, or the weights before they are normalised. */
+enum { DROPPED, NORMALISED, RAW };
 
 /* Largest entry and its first place; place 0 where nothing is comparable. */
 typedef struct { float value; long at; } peak;
@@ -145,29 +151,37 @@ typedef struct { vf mass, product, back, rest; } sums;
 /* Partial sums in several places: more exact than one long sum, and no addition waits for the one before. */
 #define UNROLLED 4
 
+ALWAYS vf weigh_keys(vf x, const float *back, const float *other, float shift, float to_log2, sums *s, vf *product) {
+    vf z = x - shift, w = exp2v(z * to_log2), p = w * z;
+    s->mass += w;
+    s->product += p;
+    if (back) s->back += w * load(back);
+    if (other) s->rest += w * load(other);
+    *product = p;
+    return w;
+}
+
 /* Weights before normalisation `e`, their logarithms times themselves `t`, and sums of them. */
 ALWAYS sums weigh(const float *x, float *e, float *t, long keys, float shift, float to_log2, const float *back,
                   const float *other) {
     sums s[UNROLLED] = {{{0}, {0}, {0}, {0}}};
+    vf p;
     long k = 0;
     for (; k + UNROLLED * LANES <= keys; k += UNROLLED * LANES)
         for (int u = 0; u < UNROLLED; u++) {
             long at = k + u * LANES;
-            vf z = load(x + at) - shift, w = exp2v(z * to_log2), p = w * z;
-            s[u].mass += w;
-            s[u].product += p;
-            if (back) s[u].back += w * load(back + at);
-            if (other) s[u].rest += w * load(other + at);
-            store(e + at, w);
+            store(e + at, weigh_keys(load(x + at), back ? back + at : 0, other ? other + at : 0, shift, to_log2, s + u, &p));
             if (t) store(t + at, p);
         }
-    for (; k < keys; k += LANES) {
-        long n = keys - k < LANES ? keys - k : LANES;
-        vf z = load_part(x + k, n, HIDDEN) - shift, w = exp2v(z * to_log2), p = w * z;
-        s[0].mass += w;
-        s[0].product += p;
-        if (back) s[0].back += w * load_part(back + k, n, 0.0f);
-        if (other) s[0].rest += w * load_part(other + k, n, 0.0f);
+    for (; k + LANES <= keys; k += LANES) {
+        store(e + k, weigh_keys(load(x + k), back ? back + k : 0, other ? other + k : 0, shift, to_log2, s, &p));
+        if (t) store(t + k, p);
+    }
+    if (k < keys) {
+        long n = keys - k;
+        vf w = weigh_keys(load_part(x + k, n, HIDDEN), 0, 0, shift, to_log2, s, &p);
+        if (back) s->back += w * load_part(back + k, n, 0.0f);
+        if (other) s->rest += w * load_part(other + k, n, 0.0f);
         store_part(e + k, w, n);
         if (t) store_part(t + k, p, n);
     }
@@ -181,14 +195,14 @@ ALWAYS sums weigh(const float *x, float *e, float *t, long keys, float shift, fl
 }
 
 /* The same with the questions fixed at compile time. */
-static sums weigh_row(const float *x, float *e, float *t, long keys, float shift, float to_log2, const asked *a,
+static sums weigh_row(const float *x, float *e, float *t, long keys, float shift, float to_log2, const float *back,
                       const float *other) {
     if (t) {
-        if (other) return weigh(x, e, t, keys, shift, to_log2, a->back, other);
-        return weigh(x, e, t, keys, shift, to_log2, a->back, 0);
+        if (other) return weigh(x, e, t, keys, shift, to_log2, back, other);
+        return weigh(x, e, t, keys, shift, to_log2, back, 0);
     }
-    if (other) return weigh(x, e, 0, keys, shift, to_log2, a->back, other);
-    if (a->back) return weigh(x, e, 0, keys, shift, to_log2, a->back, 0);
+    if (other) return weigh(x, e, 0, keys, shift, to_log2, back, other);
+    if (back) return weigh(x, e, 0, keys, shift, to_log2, back, 0);
     return weigh(x, e, 0, keys, shift, to_log2, 0, 0);
 }
 
@@ -266,50 +280,50 @@ static void add_sums(const float *e, const float *t, long head, long row, long p
     if (a->band_rest && rest > 0) add_row(a->band_rest + at + first, e + first, last - first + 1, scale * count / rest);
 }
 
-static void one_row(float *x, long head, long r, long row, long keys, int known, float *scratch, const asked *a) {
+/* A row of which the first `keys` are seen; `place` is its own key. Returns what its stored weights still lack. */
+static float one_row(float *x, long head, long row, long place, long keys, const float *back, int known, float *scratch,
+                     const asked *a) {
     float *e = a->keep ? x : scratch, *t = a->received_log ? scratch + a->scratch_stride : 0;
-    float scale = 1, log_scale = 0, top = 0;
+    float scale = 1, log_scale = 0, count = a->count ? a->count[row] : 1.0f, left = 1, share = 0, rest = 0;
     peak p = {0, 0};
     if (!known || a->index) p.value = row_largest(x, keys);
     if (a->index) p.at = first_of(x, keys, p.value);
     const float *other = a->rest ? a->other + head * a->other_stride : 0;
-    sums s = weigh_row(x, e, t, keys, known ? 0.0f : p.value, known ? 1.0f : LOG2E, a, other);
+    sums s = weigh_row(x, e, t, keys, known ? 0.0f : p.value, known ? 1.0f : LOG2E, back, other);
     if (!known) {
         scale = 1.0f / sum(s.mass);
         log_scale = logf(scale);
     }
-    top = e[p.at] * scale;
     if (a->index) {
         a->logit[row] = p.value;
         a->index[row] = p.at;
-        a->top[row] = top;
+        a->top[row] = e[p.at] * scale;
     }
     if (a->product) a->product[row] = sum(s.product) * scale * (known ? LN2 : 1.0f) + log_scale;
     if (a->mean_back) a->mean_back[row] = sum(s.back) * scale;
-    float count = a->count ? a->count[row] : 1.0f, left = 1.0f;
     /* The row's share that the learned sink leaves: exp(norm) / (exp(norm) + exp(sink)), norm = largest - ln(scale). */
-    float share = 0;
     if (a->sink && !known) {
         float odds = expf(a->sink[head] - p.value + log_scale);
         left = 1.0f / (1.0f + odds);
         share = left == 0.0f ? 1.0f : odds * left; /* not 1 - left, which would cancel */
     }
-    float rest = a->rest ? sum(s.rest) * scale : 0.0f;
     if (a->rest) {
-        if (known) rest += a->rest[row]; /* the learned sink's mass, where there is one */
-        else rest = rest * left + share;
-        a->rest[row] = rest;
+        if (known) share = a->rest[row]; /* the learned sink's mass, where there is one */
+        rest = a->rest[row] = sum(s.rest) * scale * left + share;
     }
     count *= left;
-    look_up(e, head, row, a->place + r, keys, scale, a);
+    look_up(e, head, row, place, keys, scale, a);
     /* A row that does not count may hold anything, NaN included, so it is not added with weight 0 but left out. */
     int counts = count != 0.0f;
-    if (counts) add_sums(e, t, head, row, a->place + r, keys, scale, count, rest, a, known);
+    if (counts) add_sums(e, t, head, row, place, keys, scale, count, rest, a, known);
     float *received = a->received && counts ? a->received + head * a->stride : 0;
     uint16_t *half = a->half ? a->half + row * keys : 0;
-    if (a->keep || half) {
+    if (a->keep == NORMALISED || half) {
         if (!known || received) scale_row(e, keys, scale, count, received, half);
-    } else if (received) add_row(received, e, keys, scale * count);
+        return left;
+    }
+    if (received) add_row(received, e, keys, scale * count);
+    return scale * left;
 }
 
 /* Logits `[heads][rows][keys]` become weights in place, if those are to be kept. `known`: the logits are logarithms to
@@ -319,13 +333,11 @@ void sinklens_rows(float *logits, long heads, long rows, long keys, int known, i
 #pragma omp parallel for num_threads(threads) schedule(static)
 #endif
     for (long head = 0; head < heads; head++) {
-#ifdef _OPENMP
-        float *scratch = a->scratch + omp_get_thread_num() * 2 * a->scratch_stride;
-#else
-        float *scratch = a->scratch;
-#endif
-        for (long row = 0; row < rows; row++)
-            one_row(logits + (head * rows + row) * keys, head, row, head * rows + row, keys, known, scratch, a);
+        float *scratch = a->scratch + THREAD * 2 * a->scratch_stride;
+        for (long r = 0; r < rows; r++) {
+            long row = head * rows + r;
+            one_row(logits + row * keys, head, row, a->place + r, keys, a->back, known, scratch, a);
+        }
     }
     (void)threads;
 }

@@ -13,6 +13,6 @@ from sinklens.kernels import native
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        native._library.cache_clear()
+        native.library.cache_clear()
         yield
-        native._library.cache_clear()
+        native.library.cache_clear()

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from sinklens.kernels import native
+from sinklens.kernels import native, rowpass
 from sinklens.kernels.blocked import attention_fused, attention_sweep
 from sinklens.kernels.reduce import native_serves
 from sinklens.kernels.spec import BlockPlan
@@ -31,9 +31,9 @@ HALF_BOUND = 2**-7
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """An empty cache, and a library that is not loaded yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    native._library.cache_clear()
+    native.library.cache_clear()
     yield tmp_path
-    native._library.cache_clear()
+    native.library.cache_clear()
 
 
 def compare(case: Case, output_bound: float = 2e-6) -> None:
@@ -88,7 +88,7 @@ def test_threads_change_nothing() -> None:
 def test_underflow_is_exactly_zero() -> None:
     logits = torch.tensor([0.0, -80.0, -87.0, -88.0, -200.0, -1e30]).view(1, 1, 1, 6)
     weights = logits.clone()
-    native.pass_rows(weights, native.RowRequest())
+    rowpass.pass_rows(weights, rowpass.RowRequest())
     assert weights[..., 3:].eq(0).all()
     assert weights[..., 1] > 0
     torch.testing.assert_close(weights, logits.softmax(-1), atol=1e-37, rtol=2e-6)
@@ -99,7 +99,7 @@ def test_library_is_built_once_and_kept(fresh: Path, monkeypatch: pytest.MonkeyP
     assert native.available()
     built = list((fresh / "sinklens").iterdir())
     assert len(built) == 1
-    native._library.cache_clear()
+    native.library.cache_clear()
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
     assert native.available()
     assert list((fresh / "sinklens").iterdir()) == built

@@ -1,0 +1,212 @@
+/* Attention of float32 tensors in one go: tiles of logits that stay in cache from the product that makes them, through
+ * the row pass, to the product with the values. Rows of a causal tile end at their own key, so nothing is masked.
+ */
+
+#include "rows.c"
+
+/* A tile of a matrix product that fits the vector registers: rows by vectors. */
+#ifdef __AVX512F__
+#define ROWS 12
+#define WIDE 2
+#define MIX_ROWS 6
+#define MIX_WIDE 4
+#else
+#define ROWS 6
+#define WIDE 1
+#define MIX_ROWS 6
+#define MIX_WIDE 1
+#endif
+#define PANEL (WIDE * LANES)
+/* Keys whose values stay in the innermost cache while the rows of a tile go over them. */
+#define MIX_KEYS 128
+
+/* Strides are in numbers, in the order batch, head, position; the last axis is contiguous. */
+typedef struct {
+    const float *query, *key, *value;
+    float *output;   /* NULL without */
+    float *packed;   /* [threads, `packed_stride` apart]: keys in panels, values, queries and outputs of a tile */
+    float *logits;   /* [threads, `logits_stride` apart][tile][line] */
+    long query_stride[3], key_stride[3], value_stride[3], output_stride[3];
+    long batch, heads, kv_heads, queries, keys, dim, value_dim;
+    long packed_stride, logits_stride;
+    long tile;       /* rows of a tile, all heads together; a multiple of ROWS */
+    long line;       /* distance of its rows */
+    long pieces;     /* in how many parts the heads of a key head are shared out */
+    long causal;
+    float scale;
+} attention;
+
+ALWAYS long up(long n, long to) { return (n + to - 1) / to * to; }
+
+/* logits [ROWS][PANEL] = queries [dim][ROWS] times keys [dim][PANEL] */
+static void multiply(const float *query, const float *key, float *logits, long line, long dim) {
+    vf sum[ROWS][WIDE] = {{{0}}};
+    for (long d = 0; d < dim; d++, query += ROWS, key += PANEL) {
+        vf k[WIDE];
+#pragma GCC unroll 8
+        for (int w = 0; w < WIDE; w++) k[w] = load(key + w * LANES);
+#pragma GCC unroll 16
+        for (int i = 0; i < ROWS; i++) {
+            vf q = all(query[i]);
+#pragma GCC unroll 8
+            for (int w = 0; w < WIDE; w++) sum[i][w] += q * k[w];
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < ROWS; i++)
+#pragma GCC unroll 8
+        for (int w = 0; w < WIDE; w++) store(logits + i * line + w * LANES, sum[i][w]);
+}
+
+/* output [MIX_ROWS][wide vectors] += weights [MIX_ROWS][keys] times values [keys][wide vectors] */
+ALWAYS void mix(const float *weight, long line, const float *value, long width, long keys, float *output, int wide) {
+    vf sum[MIX_ROWS][MIX_WIDE];
+#pragma GCC unroll 16
+    for (int i = 0; i < MIX_ROWS; i++)
+#pragma GCC unroll 8
+        for (int w = 0; w < wide; w++) sum[i][w] = load(output + i * width + w * LANES);
+    for (long k = 0; k < keys; k++, value += width) {
+        vf v[MIX_WIDE];
+#pragma GCC unroll 8
+        for (int w = 0; w < wide; w++) v[w] = load(value + w * LANES);
+#pragma GCC unroll 16
+        for (int i = 0; i < MIX_ROWS; i++) {
+            vf p = all(weight[i * line + k]);
+#pragma GCC unroll 8
+            for (int w = 0; w < wide; w++) sum[i][w] += p * v[w];
+        }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < MIX_ROWS; i++)
+#pragma GCC unroll 8
+        for (int w = 0; w < wide; w++) store(output + i * width + w * LANES, sum[i][w]);
+}
+
+static void mix_columns(const float *weight, long line, const float *value, long width, long keys, float *output) {
+    long at = 0;
+    for (; at + MIX_WIDE * LANES <= width; at += MIX_WIDE * LANES)
+        mix(weight, line, value + at, width, keys, output + at, MIX_WIDE);
+    for (; at < width; at += LANES) mix(weight, line, value + at, width, keys, output + at, 1);
+}
+
+/* Keys `[keys][dim]` as panels `[keys / PANEL][dim][PANEL]`, and values as lines of whole vectors, filled up with 0. */
+static void pack_keys(const float *key, long stride, long keys, long dim, float *into) {
+    for (long k = 0; k < keys; k += PANEL, into += PANEL * dim) {
+        long n = keys - k < PANEL ? keys - k : PANEL;
+        if (n < PANEL) memset(into, 0, (size_t)(PANEL * dim) * sizeof(float));
+        for (long i = 0; i < n; i++)
+            for (long d = 0; d < dim; d++) into[d * PANEL + i] = key[(k + i) * stride + d];
+    }
+}
+static void pack_values(const float *value, long stride, long keys, long dim, long width, float *into) {
+    for (long k = 0; k < keys; k++, into += width) {
+        memcpy(into, value + k * stride, (size_t)dim * sizeof(float));
+        memset(into + dim, 0, (size_t)(width - dim) * sizeof(float));
+    }
+}
+
+/* What one thread works on: some heads that share a key head, and its memory. */
+typedef struct {
+    const attention *c;
+    const asked *a;
+    long batch, head, heads; /* heads of the piece */
+    float *keys, *values, *query, *output, *logits, *scratch;
+} work;
+
+ALWAYS long seen_by(const attention *c, long q) {
+    long seen = c->causal ? q + c->keys - c->queries + 1 : c->keys;
+    return seen < 0 ? 0 : seen < c->keys ? seen : c->keys;
+}
+
+static void pack_queries(const work *w, long first, long each) {
+    const attention *c = w->c;
+    long n = w->heads * each;
+    memset(w->query, 0, (size_t)(up(n, ROWS) * c->dim) * sizeof(float));
+    for (long i = 0; i < n; i++) {
+        const float *from = c->query + w->batch * c->query_stride[0] + (w->head + i / each) * c->query_stride[1] +
+                            (first + i % each) * c->query_stride[2];
+        float *into = w->query + i / ROWS * ROWS * c->dim + i % ROWS;
+        for (long d = 0; d < c->dim; d++) into[d * ROWS] = from[d] * c->scale;
+    }
+}
+
+/* The row pass over one row of a tile. Returns the factor that its weights lack for the output. */
+static float pass_row(const work *w, float *x, long i, long first, long each, long last) {
+    const attention *c = w->c;
+    const asked *a = w->a;
+    long q = first + i % each, head = w->batch * c->heads + w->head + i / each, row = head * c->queries + q;
+    long seen = seen_by(c, q), filled = up(seen, LANES) < c->keys ? up(seen, LANES) : c->keys;
+    if (seen == 0) { /* what it finds is overwritten with 0 later */
+        memset(x, 0, (size_t)last * sizeof(float));
+        if (a->index) a->logit[row] = a->top[row] = (float)(a->index[row] = 0);
+        for (long k = 0; a->mass && k < a->columns; k++) a->mass[row * a->columns + k] = 0;
+        float *each_row[] = {a->product, a->mean_back, a->near, a->own, a->rest};
+        for (int n = 0; n < 5; n++) if (each_row[n]) each_row[n][row] = 0;
+        return 0;
+    }
+    for (long k = seen; k < filled; k++) x[k] = HIDDEN;
+    /* `back` belongs to the first row; each row further it holds one more. */
+    const float *back = a->back ? a->back - q : 0;
+    float factor = one_row(x, head, row, q + c->keys - c->queries, filled, back, 0, w->scratch, a);
+    if (c->output && filled < last) memset(x + filled, 0, (size_t)(last - filled) * sizeof(float));
+    return factor;
+}
+
+static void write_row(const work *w, long i, long first, long each, float factor) {
+    const attention *c = w->c;
+    long width = up(c->value_dim, LANES);
+    float *into = c->output + w->batch * c->output_stride[0] + (w->head + i / each) * c->output_stride[1] +
+                  (first + i % each) * c->output_stride[2];
+    for (long d = 0; d < c->value_dim; d++) into[d] = w->output[i * width + d] * factor;
+}
+
+/* Query rows `first` to `first + each` of all heads of the piece. */
+static void one_tile(const work *w, long first, long each) {
+    const attention *c = w->c;
+    long n = w->heads * each, last = seen_by(c, first + each - 1), width = up(c->value_dim, LANES);
+    float factor[n];
+    pack_queries(w, first, each);
+    for (long k = 0; k < last; k += PANEL)
+        for (long i = 0; i < n; i += ROWS)
+            multiply(w->query + i * c->dim, w->keys + k * c->dim, w->logits + i * c->line + k, c->line, c->dim);
+    for (long i = 0; i < n; i++) factor[i] = pass_row(w, w->logits + i * c->line, i, first, each, last);
+    if (!c->output) return;
+    memset(w->output, 0, (size_t)(up(n, MIX_ROWS) * width) * sizeof(float));
+    for (long k = 0; k < last; k += MIX_KEYS)
+        for (long i = 0; i < n; i += MIX_ROWS)
+            mix_columns(w->logits + i * c->line + k, c->line, w->values + k * width, width,
+                        last - k < MIX_KEYS ? last - k : MIX_KEYS, w->output + i * width);
+    for (long i = 0; i < n; i++) write_row(w, i, first, each, factor[i]);
+}
+
+static void one_piece(const attention *c, const asked *a, long unit) {
+    long piece = unit % c->pieces, kv = unit / c->pieces % c->kv_heads, batch = unit / c->pieces / c->kv_heads;
+    long group = c->heads / c->kv_heads, start = group * piece / c->pieces, stop = group * (piece + 1) / c->pieces;
+    long width = up(c->value_dim, LANES), panels = up(c->keys, PANEL), each = c->tile / (stop - start);
+    float *memory = c->packed + THREAD * c->packed_stride;
+    work w = {c, a, batch, kv * group + start, stop - start, memory, memory + panels * c->dim, 0, 0,
+              c->logits + THREAD * c->logits_stride, a->scratch + THREAD * 2 * a->scratch_stride};
+    w.query = w.values + (c->output ? c->keys * width : 0);
+    w.output = w.query + c->tile * c->dim;
+    pack_keys(c->key + batch * c->key_stride[0] + kv * c->key_stride[1], c->key_stride[2], c->keys, c->dim, w.keys);
+    if (c->output)
+        pack_values(c->value + batch * c->value_stride[0] + kv * c->value_stride[1], c->value_stride[2], c->keys,
+                    c->value_dim, width, w.values);
+    for (long q = 0; q < c->queries; q += each) one_tile(&w, q, c->queries - q < each ? c->queries - q : each);
+}
+
+/* Numbers per thread that `attention.packed` needs. */
+long sinklens_packed(const attention *c) {
+    long width = up(c->value_dim, LANES), values = c->output ? (c->keys + c->tile) * width : 0;
+    return up(up(c->keys, PANEL) * c->dim + c->tile * c->dim + values, LANES);
+}
+
+/* Output and statistics; `asked.keep` is RAW with an output and DROPPED without. */
+void sinklens_attend(const attention *c, int threads, const asked *a) {
+    long units = c->batch * c->kv_heads * c->pieces;
+#ifdef _OPENMP
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+#endif
+    for (long unit = 0; unit < units; unit++) one_piece(c, a, unit);
+    (void)threads;
+}
