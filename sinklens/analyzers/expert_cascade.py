@@ -298,7 +298,8 @@ def _verdict(spike: Spike, rows: Sequence[dict[str, Any]]) -> str:
     def said(role: str) -> str:
         return ", ".join(f"{_name(r)} ({100 * r['share']:+.0f} %)" for r in rows if r["role"] == role)
 
-    parts = [f"{said(FIRST)} writes first"] if said(FIRST) else []
+    alone = not said(AMPLIFIES)
+    parts = [f"{said(FIRST)} writes {'it' if alone else 'first'}"] if said(FIRST) else []
     parts += (
         [f"{said(AMPLIFIES)} amplif{'ies' if said(AMPLIFIES).count('%') == 1 else 'y'}"]
         if said(AMPLIFIES)

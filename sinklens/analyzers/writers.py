@@ -39,8 +39,8 @@ class Writers(Analyzer):
     stands out most, if it reaches `spike_ratio` times the layer's median) each sublayer that adds at least `step` of
     the entry's peak is a step of writing, and each that takes as much away a step of erasing. Several steps are
     reported as such. Within a feed-forward part the routed expert with the largest contribution (routing weight
-    included) and the input of its down projection with the largest contribution are named. Prompts are followed one
-    by one; a row says in how many of them the step occurs.
+    included) and the input of its down projection with the largest contribution are named, if the part adds at least
+    half of the entry's value at that block. Prompts are followed one by one; a row says in how many the step occurs.
 
     Compared with the paper: Sun et al. name the layer in which massive activations appear; the decomposition into
     sublayers, neurons and experts, the threshold `step` and the rule for erasing are ours. The super weights of the
