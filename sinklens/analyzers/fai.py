@@ -74,7 +74,7 @@ class Fai(Analyzer):
         "<mn>100</mn><mo>)</mo></mrow></munder><mspace width='0.2em'/><msubsup><mi>Ā</mi><mrow><mi>t</mi><mo>,</mo>"
         "<mi>s</mi></mrow><mi>global</mi></msubsup></math>"
     )
-    needs = frozenset({sig.FUTURE_INFLUENCE, sig.LOCAL_DISTANCE})
+    needs = frozenset({sig.FUTURE_INFLUENCE, sig.LOCAL_DISTANCE, sig.VISIBLE_QUERIES})
     reference = PREPLAN
 
     def __post_init__(self) -> None:
@@ -84,7 +84,7 @@ class Fai(Analyzer):
             raise UsageError(f"window of fai must not be negative, got {self.window}.")
 
     def analyze(self, trace: Trace) -> Finding:
-        records, reason = usable(trace, self.needs, MIN_TOKENS)
+        records, reason = usable(trace, self.needs, MIN_TOKENS, looks_back=True)
         if reason is not None:
             return self.not_applicable(reason)
         variant = WITHOUT_FIRST if self.exclude_first else AS_IT_IS

@@ -65,7 +65,9 @@ class HeadClasses(Analyzer):
         "<mo>=</mo><munder><mi>mean</mi><mrow><mi>q</mi><mo>≥</mo><mi>T</mi><mo>−</mo><mn>64</mn></mrow></munder>"
         "<mspace width='0.2em'/><msub><mi>A</mi><mrow><mi>q</mi><mo>,</mo><mi>k</mi></mrow></msub></math>"
     )
-    needs = frozenset({sig.ATTENTION_TAIL, sig.TAIL_ENTROPY, sig.TAIL_PEAK, sig.KEPT_POSITIONS})
+    needs = frozenset(
+        {sig.ATTENTION_TAIL, sig.TAIL_ENTROPY, sig.TAIL_PEAK, sig.KEPT_POSITIONS, sig.VISIBLE_QUERIES}
+    )
     reference = PROFILER
 
     def __post_init__(self) -> None:
@@ -75,7 +77,7 @@ class HeadClasses(Analyzer):
             raise UsageError("head-classes needs moderate <= strong.")
 
     def analyze(self, trace: Trace) -> Finding:
-        records, reason = usable(trace, self.needs, self.min_tokens)
+        records, reason = usable(trace, self.needs, self.min_tokens, looks_back=True)
         if reason is not None:
             return self.not_applicable(reason)
         votes = np.stack([self.classify(record) for record in records])

@@ -10,12 +10,14 @@ import numpy as np
 from jaxtyping import Float
 
 from sinklens.core.errors import UsageError
-from sinklens.core.figures import Figure, Heatmap, Lines, Series, Tile
+from sinklens.core.figures import Tile
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
 
 from .base import Analyzer, Finding, Reference, Status, registry
-from .heads import BINS, Histogram, PerHead, bimodality, find_sinks, groups, mass_after, named, number, spread
+from .expert_effects import stored_effects
+from .head_figures import figures
+from .heads import Histogram, PerHead, bimodality, find_sinks, groups, mass_after, named, number, spread
 from .primary_sinks import PrimarySinks
 
 CLASSES = ("dormant", "by domain", "switching", "partial", "active")
@@ -64,8 +66,9 @@ class HeadRoles(Analyzer):
 
     Compared with the paper: Guo et al. call a head dormant if nearly all queries attend to the sink and show heads
     that are active on code only, without a threshold; 0.9 and the classes are ours. They zero a head to see what it
-    is for; that is done by causal-effects (`--verify`), not here. Bimodality is Sarle's coefficient of the histogram
-    over queries: above 0.556, that of a uniform distribution, it suggests two groups of queries.
+    is for; `--verify` does that for the strongest sink heads, and its result is repeated here. Bimodality is
+    Sarle's coefficient of the histogram over queries: above 0.556, that of a uniform distribution, it suggests two
+    groups of queries.
 
     When not to trust it: a head that splits its attention over several sinks is dormant without passing 0.9 on any
     one of them. Queries right after the sink see few other keys, so short prompts make heads look dormant. The
@@ -126,7 +129,8 @@ class HeadRoles(Analyzer):
         roles = self._roles(records, position, token)
         classes = self.classify(roles)
         rows = self._rows(roles, classes)
-        summary = self._summary(roles, classes)
+        zeroed = zeroed_heads(trace)
+        summary = {**self._summary(roles, classes), "zeroed": zeroed}
         verdict = self._verdict(summary, found_sink=bool(sinks))
         return self.finding(
             Status.FOUND if any(row["role"] != "partial" for row in rows) else Status.NOT_FOUND,
@@ -134,9 +138,9 @@ class HeadRoles(Analyzer):
             rows=rows,
             summary=summary,
             units=UNITS,
-            figures=self._figures(roles, classes),
+            figures=figures(roles, classes, dormant=self.dormant, active=self.active),
             tiles=_tiles(summary),
-            notes=_notes(roles, n_sinks=len(sinks)),
+            notes=_notes(roles, n_sinks=len(sinks)) + _zeroed_note(zeroed),
         )
 
     def _roles(self, records: list[PromptRecord], position: int, token: str) -> Roles:
@@ -249,44 +253,16 @@ class HeadRoles(Analyzer):
             rest = ", ".join(f"{n} in {name}" for name, n in others)
             text = f"{most[1]} of {s['n_heads']} heads are dormant on {where} in {most[0]}, {rest}"
         if s["by_domain"]:
-            text += f"; {len(s['by_domain'])} depend on the domain ({named([(a, b) for a, b in s['by_domain']], 2)})"
+            n = len(s["by_domain"])
+            which = named([(a, b) for a, b in s["by_domain"]], 2)
+            text += f"; {n} {'depends' if n == 1 else 'depend'} on the domain ({which})"
         if s["switching"]:
-            text += f"; {len(s['switching'])} rest on some queries and work on others"
+            n = len(s["switching"])
+            text += (
+                f"; {n} {'rests' if n == 1 else 'rest'} on it for some queries and looks elsewhere for others"
+            )
+            text = text if n == 1 else text.replace("looks elsewhere", "look elsewhere")
         return f"{text}."
-
-    def _figures(self, roles: Roles, classes: np.ndarray) -> list[Figure]:
-        where = f"position {roles.position}"
-        n = len(roles.mass)
-        rings = tuple((int(layer), int(head)) for layer, head in np.argwhere(classes == "dormant"))
-        figures: list[Figure] = [
-            Heatmap(
-                "dormancy",
-                f"Dormancy: attention that queries put on {where}",
-                f"Mean over the queries after {where} that see it, then over {n} prompts. Rings: above "
-                f"{self.dormant:g} in every domain.",
-                roles.mass.mean(0),
-                "share",
-                marks=rings,
-                limits=(0.0, 1.0),
-            )
-        ]
-        if len(roles.domains) > 1:
-            figures.append(
-                Heatmap(
-                    "contrast",
-                    "Largest difference of dormancy between two domains",
-                    f"Mean over the prompts of each of {', '.join(roles.domains)}; largest minus smallest. Rings: "
-                    f"above {self.dormant:g} in one and at most {self.active:g} in another.",
-                    np.ptp(roles.by_domain, axis=0),
-                    "difference of shares",
-                    marks=tuple((int(a), int(b)) for a, b in np.argwhere(classes == "by domain")),
-                    limits=(0.0, 1.0),
-                )
-            )
-            figures.append(_by_layer(roles, self.dormant))
-        if not np.isnan(roles.spread).all():
-            figures += [_switching(roles, classes), _distributions(roles)]
-        return figures
 
 
 UNITS = {
@@ -311,6 +287,40 @@ def _dormancy(record: PromptRecord, position: int) -> PerHead:
 def _both_groups(spread: Histogram, share: float) -> np.ndarray:
     high, low = groups(spread)
     return (high >= share) & (low >= share)
+
+
+def zeroed_heads(trace: Trace) -> dict[str, Any] | None:
+    """What zeroing the strongest sink heads did to the predictions, from the run's second look; None if not run.
+
+    Returns:
+        The heads, and the loss change in nats per token with its interval, of them and of other heads.
+    """
+    for experiment in stored_effects(trace).get("experiments", []):
+        if experiment["kind"] != "heads" or "failed" in experiment:
+            continue
+        change = experiment["effect"]["loss_change"]
+        if change["mean"] is None:
+            continue
+        controls = [control["effect"]["loss_change"]["mean"] for control in experiment["controls"]]
+        return {
+            "heads": experiment["target"]["heads"],
+            "loss_change": change["mean"],
+            "loss_change_low": change["low"],
+            "loss_change_high": change["high"],
+            "loss_change_others": controls[0] if controls else None,
+        }
+    return None
+
+
+def _zeroed_note(zeroed: dict[str, Any] | None) -> list[str]:
+    if zeroed is None:
+        return []
+    which = named([(layer, head) for layer, head in zeroed["heads"]])
+    low, high, others = zeroed["loss_change_low"], zeroed["loss_change_high"], zeroed["loss_change_others"]
+    interval = "" if low is None or high is None else f" ({low:+.3f} to {high:+.3f})"
+    beside = "" if others is None else f", zeroing as many other heads by {others:+.3f}"
+    text = f"Zeroing the strongest sink heads ({which}) changes the loss by {zeroed['loss_change']:+.3f} nats per token"
+    return [f"{text}{interval}{beside}."]
 
 
 def _places(classes: np.ndarray, word: str) -> list[list[int]]:
@@ -343,56 +353,3 @@ def _notes(roles: Roles, *, n_sinks: int) -> list[str]:
             f"There are {n_sinks} sinks; heads that rest on another one do not count as dormant here."
         )
     return notes
-
-
-def _by_layer(roles: Roles, dormant: float) -> Lines:
-    layers = np.arange(roles.mass.shape[1])
-    share = [
-        np.where(np.isnan(values).all(1), np.nan, (values > dormant).mean(1)) for values in roles.by_domain
-    ]
-    return Lines(
-        "by_layer",
-        "Dormant heads by layer and domain",
-        f"Share of the layer's heads whose dormancy, mean over the domain's prompts, exceeds {dormant:g}.",
-        tuple(Series(name, layers, line) for name, line in zip(roles.domains, share, strict=True)),
-        "layer",
-        "share of heads",
-    )
-
-
-def _switching(roles: Roles, classes: np.ndarray) -> Heatmap:
-    high, low = groups(roles.spread)
-    return Heatmap(
-        "switching",
-        "Heads that rest on some queries and work on others",
-        f"The smaller of two shares of the queries after position {roles.position}, over all prompts: those with more "
-        "than 0.9 of their attention on it, and those with less than 0.1. Near 0.5 the head does both equally often; "
-        "a mean alone would hide that. Rings: heads called switching.",
-        np.minimum(high, low),
-        "share of queries",
-        marks=tuple((int(a), int(b)) for a, b in np.argwhere(classes == "switching")),
-        limits=(0.0, 0.5),
-    )
-
-
-def _distributions(roles: Roles) -> Lines:
-    """The three heads with the largest two groups, and all heads together."""
-    high, low = groups(roles.spread)
-    both = np.nan_to_num(np.minimum(high, low), nan=-1.0)
-    centre = (np.arange(BINS) + 0.5) / BINS
-    whole = np.nansum(roles.spread, axis=(0, 1))
-    series = [Series("all heads", centre, whole / max(whole.sum(), 1.0), emphasis=True)]
-    for place in np.argsort(-both, axis=None, kind="stable")[:3]:
-        layer, head = divmod(int(place), both.shape[1])
-        if both[layer, head] > 0:
-            counts = roles.spread[layer, head]
-            series.append(Series(f"layer {layer} head {head}", centre, counts / counts.sum()))
-    return Lines(
-        "distribution",
-        f"Attention on position {roles.position}, query by query",
-        "Share of the queries (over all prompts) in each of 20 equal steps of the mass they put on it; all heads, and "
-        "the heads with most queries at both ends.",
-        tuple(series),
-        "share of a query's attention",
-        "share of queries",
-    )

@@ -59,9 +59,13 @@ def find_sinks(trace: Trace, rule: PrimarySinks | None = None) -> tuple[list[Sin
 
 
 def usable(
-    trace: Trace, signals: Iterable[Signal], min_tokens: int = 2
+    trace: Trace, signals: Iterable[Signal], min_tokens: int = 2, *, looks_back: bool = False
 ) -> tuple[list[PromptRecord], str | None]:
-    """The prompts an attention metric can read, or none and a sentence that says why."""
+    """The prompts an attention metric can read, or none and a sentence that says why.
+
+    Args:
+        looks_back: The metric has no meaning where tokens attend to later ones; needs `VISIBLE_QUERIES`.
+    """
     if not any(layer.attention for layer in trace.layers):
         return [], "the model has no softmax attention."
     records = [record for record in trace if len(record) >= min_tokens]
@@ -73,7 +77,17 @@ def usable(
     if missing:
         hidden = "this model does not show it, or it was not asked for."
         return [], f"the trace does not hold {', '.join(missing)}; {hidden}"
+    if looks_back and not all(_looks_back(record) for record in records):
+        return (
+            [],
+            "it is defined for attention that only looks back, and here tokens attend to later ones too.",
+        )
     return records, None
+
+
+def _looks_back(record: PromptRecord) -> bool:
+    """Under causal attention, with a window or without, the last key has one query: its own."""
+    return bool(record[sig.VISIBLE_QUERIES][:, -1].max() <= 1)
 
 
 def mean(values: Sequence[np.ndarray]) -> np.ndarray:

@@ -14,7 +14,7 @@ from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
 
 from .base import Analyzer, Finding, Reference, Status, registry
-from .heads import mean, number, usable
+from .heads import average, mean, usable
 
 
 @registry.register("mean-maps")
@@ -25,7 +25,7 @@ class MeanMaps(Analyzer):
     How it is computed: the first 16 rows and columns of the attention map, mean over heads, then over the prompts
     with at least 16 tokens. `of` says what is drawn: the logits before the softmax (hidden keys left blank), or the
     probabilities. Per layer the table gives what the rows after the first put on the first token and on themselves,
-    beside what uniform attention would put on any token.
+    beside what uniform attention would put on the first.
 
     Compared with the paper: Xiao et al. show mean logits of Llama-2-7B over 256 sentences of 16 tokens, per layer.
     Neither the paper nor its repository defines a detector; `found` here means that in some layer the first token
@@ -34,7 +34,8 @@ class MeanMaps(Analyzer):
 
     When not to trust it: at 16 tokens every row sees few keys and the uniform share of the first is 0.16 over these
     rows. Averaging over heads hides that some are sinks and others are not, and mean logits are not the logits of
-    mean probabilities: heads with large logits dominate.
+    mean probabilities: heads with large logits dominate. Where a sliding window is shorter than 16 tokens, late rows
+    do not see the first token: their share of it is 0, and only rows that see it enter its mean logit.
 
     Args:
         of: `logits` as in the paper, or `probabilities`.
@@ -167,17 +168,14 @@ def _row(layer: int, shares: np.ndarray, logits: np.ndarray | None) -> dict[str,
     share = shares[layer]
     if np.isnan(share).all():
         return None
-    size = len(share)
+    seen = np.tril(np.ones(share.shape, dtype=bool)) if logits is None else ~np.isnan(logits[layer])
     row = {
         "layer": layer,
         "first_share": float(share[1:, 0].mean()),
         "self_share": float(np.diagonal(share)[1:].mean()),
-        "uniform_share": float(np.mean(1 / np.arange(2, size + 1))),
+        "uniform_share": float((seen[1:, 0] / seen[1:].sum(1)).mean()),
     }
     if logits is not None:
-        below = np.tril(np.ones((size, size), dtype=bool))
-        below[0] = False
-        below[:, 0] = False
-        row["first_logit"] = number(logits[layer][1:, 0].mean())
-        row["other_logit"] = number(logits[layer][below].mean())
+        row["first_logit"] = average(logits[layer][1:, 0])
+        row["other_logit"] = average(logits[layer][1:, 1:])
     return row

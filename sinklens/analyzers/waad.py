@@ -69,7 +69,7 @@ class Waad(Analyzer):
         "</msubsup><mspace width='0.2em'/><mi>min</mi><mo>(</mo><mi>t</mi><mo>−</mo><mi>s</mi><mo>,</mo>"
         "<mn>10</mn><mo>)</mo></math>"
     )
-    needs = frozenset({sig.LOCAL_DISTANCE})
+    needs = frozenset({sig.LOCAL_DISTANCE, sig.VISIBLE_QUERIES})
     reference = PREPLAN
 
     def __post_init__(self) -> None:
@@ -78,7 +78,7 @@ class Waad(Analyzer):
                 raise UsageError(f"{name} of waad must lie between 0 and 1, got {getattr(self, name)}.")
 
     def analyze(self, trace: Trace) -> Finding:
-        records, reason = usable(trace, self.needs, MIN_TOKENS)
+        records, reason = usable(trace, self.needs, MIN_TOKENS, looks_back=True)
         if reason is not None:
             return self.not_applicable(reason)
         values = [record[sig.LOCAL_DISTANCE].astype(np.float64) for record in records]

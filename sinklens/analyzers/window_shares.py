@@ -62,11 +62,11 @@ class WindowShares(Analyzer):
         "<mi>q</mi><mo>+</mo><mn>1</mn><mo>)</mo></mrow><mrow><mi>q</mi><mo>+</mo><mn>1</mn></mrow></mfrac></mrow>"
         "</mfrac></math>"
     )
-    needs = frozenset({sig.ATTENTION_TAIL, sig.TAIL_PEAK, sig.KEPT_POSITIONS})
+    needs = frozenset({sig.ATTENTION_TAIL, sig.TAIL_PEAK, sig.KEPT_POSITIONS, sig.VISIBLE_QUERIES})
     reference = PROFILER
 
     def analyze(self, trace: Trace) -> Finding:
-        records, reason = usable(trace, self.needs, self.min_tokens)
+        records, reason = usable(trace, self.needs, self.min_tokens, looks_back=True)
         if reason is not None:
             return self.not_applicable(reason)
         shares = {k: mean([first_share(record, k) for record in records]) for k in FIRST}

@@ -56,7 +56,7 @@ def head_record(
         **_entropies(weights, seen),
         **_tail(weights),
         **_rhythm(weights),
-        **_prefix(weights, logits),
+        **_prefix(weights, logits, seen),
     }
     if states is not None:
         arrays |= _geometry(states, references)
@@ -170,10 +170,9 @@ def future_influence(far: np.ndarray, first: int = 10, last: int = 100) -> np.nd
     return np.array([row.mean() if len(row) else np.nan for row in rows])
 
 
-def _prefix(weights: np.ndarray, logits: np.ndarray | None) -> dict[str, np.ndarray]:
+def _prefix(weights: np.ndarray, logits: np.ndarray | None, seen: np.ndarray) -> dict[str, np.ndarray]:
     first = weights[:, :, : sig.PREFIX, : sig.PREFIX].mean(1)
     if logits is None:
         return {"prefix_map": first}
     shown = logits[:, :, : sig.PREFIX, : sig.PREFIX].mean(1)
-    hidden = np.triu(np.ones(shown.shape[-2:], dtype=bool), 1)
-    return {"prefix_map": first, "prefix_logits": np.where(hidden, np.nan, shown)}
+    return {"prefix_map": first, "prefix_logits": np.where(seen[: sig.PREFIX, : sig.PREFIX], shown, np.nan)}

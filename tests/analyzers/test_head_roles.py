@@ -55,8 +55,8 @@ def test_every_role_is_found(at: int) -> None:
     assert finding.verdict.startswith(
         f"2 of 12 heads are dormant on position {at} ('t{at}') in code, 1 in prose"
     )
-    assert "1 depend on the domain (layer 1 head 3)" in finding.verdict
-    assert "1 rest on some queries and work on others" in finding.verdict
+    assert "1 depends on the domain (layer 1 head 3)" in finding.verdict
+    assert "1 rests on it for some queries and looks elsewhere for others" in finding.verdict
 
 
 def test_dormancy_is_the_mean_over_later_queries() -> None:
@@ -125,7 +125,9 @@ def test_one_domain_one_prompt() -> None:
     assert any("no contrast between domains" in note for note in finding.notes)
     assert "contrast" not in finding.rows[0]
     assert finding.summary["largest_contrast"] is None
-    assert finding.verdict.startswith("2 of 12 heads are dormant on position 0 ('t0'); 1 rest on some")
+    assert finding.verdict.startswith(
+        "2 of 12 heads are dormant on position 0 ('t0'); 1 rests on it for some"
+    )
 
 
 def test_no_sink_no_dormant_head() -> None:
@@ -151,6 +153,39 @@ def test_layers_without_attention_have_no_role() -> None:
     finding = HeadRoles().analyze(trace([made]))
     assert finding.summary["n_heads"] == 8
     assert all(row["layer"] > 0 for row in finding.rows)
+
+
+def test_zeroed_heads_are_told_where_the_run_looked() -> None:
+    effect = {"loss_change": {"mean": 0.25, "low": 0.1, "high": 0.4, "n": 8}}
+    other = {"loss_change": {"mean": -0.01, "low": None, "high": None, "n": 1}}
+    given = trace([head_record(maps())])
+    assert HeadRoles().analyze(given).summary["zeroed"] is None
+    experiment = {
+        "kind": "heads",
+        "target": {"heads": [[0, 1], [1, 3]]},
+        "effect": effect,
+        "controls": [{"effect": other}],
+    }
+    failed = {"kind": "heads", "target": {"heads": [[2, 0]]}, "failed": "no place for it"}
+    given.manifest["experiments"] = {"effects": {"experiments": [failed, experiment]}}
+    finding = HeadRoles().analyze(given)
+    assert finding.summary["zeroed"]["heads"] == [[0, 1], [1, 3]]
+    assert finding.notes[-1] == (
+        "Zeroing the strongest sink heads (layer 0 head 1, layer 1 head 3) changes the loss by +0.250 nats per token "
+        "(+0.100 to +0.400), zeroing as many other heads by -0.010."
+    )
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_permuting_heads_permutes_roles(seed: int) -> None:
+    order = np.random.default_rng(seed).permutation(H)
+    plain = HeadRoles().analyze(trace(mixed())).rows
+    moved = [head_record(maps(code=i % 2 == 0)[:, order], domain="code" if i % 2 == 0 else "prose", index=i)
+             for i in range(8)]  # fmt: skip
+    found = {
+        (row["layer"], int(order[row["head"]])): row["role"] for row in HeadRoles().analyze(trace(moved)).rows
+    }
+    assert found == {(row["layer"], row["head"]): row["role"] for row in plain}
 
 
 def test_short_prompts_are_not_applicable_and_settings_are_checked() -> None:
