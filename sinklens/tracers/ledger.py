@@ -62,6 +62,7 @@ class Ledger:
         if batch.valid is not None:
             self.real = [row.nonzero().squeeze(-1) for row in batch.valid]
         self.seen: list[dict[str, dict[int, np.ndarray]]] = [{} for _ in range(batch.size)]
+        self._spans: dict[torch.device, list[slice | Tensor]] = {}
         self.references: list[list[int]] = [[0] + [-1] * (REFERENCES - 1) for _ in range(batch.size)]
         self.routed: dict[int, Routed] = {}
         self.attention_leads = any(signal.source is Source.ATTENTION for signal in self.wanted)
@@ -76,7 +77,9 @@ class Ledger:
         """The same as indices: a slice where the places follow each other, which makes views instead of copies."""
         if self.real is None:
             return [slice(0, length)] * self.batch.size
-        return [_as_slice(places) for places in self.places(length, device)]
+        if device not in self._spans:
+            self._spans[device] = [_as_slice(places) for places in self.places(length, device)]
+        return self._spans[device]
 
     def row(self, row: int, state: Tensor) -> Tensor:
         """The real tokens of one prompt, `[pos, dim]`: a view where they follow each other."""

@@ -7,7 +7,11 @@ real token; `kept` the positions listed in `kept_positions`; `rank` strongest fi
 tokens; `variant` see the signal.
 
 Each prompt has its own arrays. Nothing is averaged over prompts before an analyzer asks for it, because
-thresholds apply per prompt. A layer that lacks the quantity holds NaN (floats) or -1 (integers).
+thresholds apply per prompt. A layer that lacks the quantity holds NaN (floats) or -1 (integers), and so does what
+has no value: a reference position that does not exist, a mean over no query, tokens beyond a short prompt. Only where
+no layer of the model can show a quantity its signal is left out of the records: families that compute attention by
+hand (BLOOM, GPT-J) show their weights but no query, key or value, so they have no norms of those, no cosines and no
+logits; a quantised output projection has no norms behind it.
 """
 
 from __future__ import annotations
@@ -138,11 +142,12 @@ ROUTER_WEIGHT = Signal(
 
 # Two positions are looked at more closely while a prompt runs, before anyone knows where its sinks are. Slot 0 of the
 # `reference` axis is the first real token. Slot 1 is the leader: of the other positions that enough queries see, the
-# one that received most attention in the layers up to this one (without attention: the one with the largest norm).
+# one that received most attention in the layers before this one, so the first layer has none (without attention: the
+# one with the largest norm). Attention, states and experts of a layer share the positions.
 REFERENCES = 2
 REFERENCE_POSITION = Signal(
     "reference_position", _A, ("layer", "reference"), "position",
-    "the first token, and the other position that received most attention up to this layer; -1 if there is none",
+    "the first token, and the other position that received most attention in the layers before; -1 if there is none",
 )  # fmt: skip
 REFERENCE_MASS = Signal(
     "reference_mass", _A, ("layer", "head", "reference", "bin"), "count",

@@ -17,7 +17,7 @@ from sinklens.tracers.ledger import Limits
 from sinklens.tracers.record_reading import heads_by_look_back, probe_positions
 from sinklens.tracers.record_vectors import gram_matrices, projected_norms, projection_matrix
 from sinklens.tracers.trace import PromptRecord
-from tests.tracers.naive_attention import Layer, layers_of, naive, projected
+from tests.tracers.naive_attention import Layer, captured, layers_of, naive, projected, vectors
 from tests.tracers.test_families import FAMILIES, batch_of, opened
 
 KINDS = ["llama", "mistral", "gemma2", "gpt_oss", "deepseek_v3", "gpt2", "gpt_neox", "bert"]
@@ -190,6 +190,30 @@ def test_quantised_projections_are_not_read() -> None:
     linear.weight = nn.Parameter(torch.zeros(7, 12, dtype=torch.float8_e4m3fn), requires_grad=False)
     assert projection_matrix(linear) is None
     assert projection_matrix(nn.Linear(12, 7, device="meta")) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_vectors_of_half_precision_models_are_measured_in_full(dtype: torch.dtype) -> None:
+    model, batch = opened("llama", dtype), batch_of("llama", 61, "left")
+    for row, record in enumerate(trace_batch(model, batch, plan()).records):
+        places = torch.nonzero(batch.valid[row])[:, 0]  # type: ignore[index]
+        refs = record[sig.REFERENCE_POSITION].tolist()
+        for layer, call in enumerate(captured(model, batch)):
+            q, k, v = (x[row][:, places].double().numpy() for x in (call.query, call.key, call.value))
+            k, v = (np.repeat(x, 2, 0) for x in (k, v))
+            n, path = len(places), str(model.anatomy.main.blocks[layer].attention_output)
+            weight = model.module.get_submodule(path).weight.double().detach().numpy()  # type: ignore[union-attr]
+            truth = vectors(
+                Layer(np.zeros((4, n, n)), np.ones((n, n), bool), np.zeros((4, n, n)), q, k, v, None, 2),
+                refs[layer],
+            )
+            truth["value_out_norm"] = np.linalg.norm(
+                np.einsum("hnd,ohd->hno", v, weight.reshape(64, 4, 16)), axis=-1
+            )
+            for name in ("qk_cosine", "qk_cosine_others", "key_norm", "key_norm_mean", "value_out_norm"):
+                np.testing.assert_allclose(
+                    record[name][layer], truth[name], atol=1e-5, rtol=1e-5, err_msg=name
+                )
 
 
 def test_norms_behind_a_projection_come_from_its_gram_matrix() -> None:
