@@ -275,6 +275,8 @@ class PrimarySinks(Analyzer):
 
 
 UNITS = {
+    "sink_rate": "%",
+    "first_position_rate": "%",
     "share": "share of attention (0-1), mean over prompts, layers and heads",
     "lift": "ratio to uniform attention",
     "rate": "% of (prompt, layer, head) with share > epsilon",

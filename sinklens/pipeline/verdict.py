@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sinklens.analyzers.base import Finding, Status
+from sinklens.analyzers.base import Finding, Status, registry
 from sinklens.analyzers.evidence import span
 from sinklens.tracers.selfcheck import Check
 
@@ -31,7 +31,8 @@ class Verdict:
     text: str
     rule: str
     lines: tuple[Line, ...] = ()
-    """What the main sentence leaves out: one line for each other finding that applies, in the order of the chain."""
+    """What the main sentence leaves out: one line for each other finding that applies, in the order of the chain,
+    those that run only on request last."""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -53,9 +54,9 @@ def judge(findings: Mapping[str, Finding], checks: Sequence[Check]) -> Verdict:
     told = [name for name, finding in findings.items() if _is_link(finding)]
     chain = [findings[name].verdict for name in told if name != "primary-sinks"]
     lines = tuple(
-        Line(name, finding.title, finding.verdict)
-        for name, finding in findings.items()
-        if finding.status is not Status.NOT_APPLICABLE and name not in (*told, "primary-sinks")
+        Line(name, findings[name].title, findings[name].verdict)
+        for name in sorted(findings, key=_on_request)
+        if findings[name].status is not Status.NOT_APPLICABLE and name not in (*told, "primary-sinks")
     )
     if sinks is None or sinks.status is Status.NOT_APPLICABLE:
         reason = sinks.reason if sinks else "primary-sinks was not asked for."
@@ -89,6 +90,12 @@ def _sink_sentence(finding: Finding) -> str:
 def _is_link(finding: Finding) -> bool:
     """Whether the main sentence tells it: a link of the chain that was found."""
     return finding.headline and finding.status is Status.FOUND
+
+
+def _on_request(name: str) -> bool:
+    """Whether an analyzer runs only when it is asked for; such findings come after the others."""
+    known = dict(registry.items())
+    return name in known and not known[name].default
 
 
 def _join(names: list[str]) -> str:

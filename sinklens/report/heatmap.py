@@ -64,7 +64,8 @@ def draw(
         return Drawing(None, ("There are no values to draw.",))
     scale = colour.scale(values, log=figure.log, limits=figure.limits)
     with_rows = _has_marginal(figure, values)
-    bar = 14 + max(_BAR - 14, text_width(figure.unit))
+    ends = [("≥ " if scale.clipped else "") + brief(float(scale.at(part))) for part in (0.0, 0.5, 1.0)]
+    bar = 14 + max(_BAR - 14, text_width(figure.unit), *(18 + text_width(end) for end in ends))
     plot = _place(values.shape, width - _LEFT - bar - (_MARGINAL if with_rows else 0), height, cap)
     right = plot.x + plot.width + (_MARGINAL if with_rows else 0)
     parts = [_cells(scale, values, plot), _frame(plot), _marks(figure, plot), *_axes(figure, plot)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -113,6 +114,7 @@ def _render(
     return assets.template("report.html").render(
         **_facts(document, title),
         ids=ids,
+        navigation=page.navigation(found),
         tiles=page.tile_views(first, ids, methods),
         more_tiles=page.tile_views(rest, ids, methods),
         first=_first_screen(figures, found, document),
@@ -148,6 +150,7 @@ def _facts(document: Mapping[str, Any], title: str | None) -> dict[str, Any]:
         "groups": page.manifest_groups(manifest),
         "command": page.command(manifest),
         "beside": published.beside(document),
+        "most_lines": page.FIRST_LINES,
     }
 
 
@@ -181,7 +184,9 @@ def _first_screen(
         few = page.narrow(row, height)
         step = min(page.MOST_ROW, max(page.LEAST_ROW, (height - 60) / max(1, len(few.rows))))
         drawing = intervals.draw(few, width=widths[2], row_height=step)
-        shown["strip"] = FigureView(identifier, row.title, row.caption, "", svgs(drawing), drawing.notes)
+        left = sum(math.isfinite(item.value) for item in row.rows) - len(few.rows)
+        notes = (f"{left} more in its section.",) if left and drawing.svg is not None else ()
+        shown["strip"] = FigureView(identifier, row.title, row.caption, "", svgs(drawing), notes)
     return shown
 
 

@@ -14,9 +14,10 @@ from sinklens.core.figures import Figure, Heatmap, Intervals, Lines, Samples, Ti
 from . import names, text
 from .marks import Marks, marks
 from .numbers import brief, duration, number, size, with_unit
-from .tables import short_unit, with_interval
+from .tables import Table, short_unit, table, with_interval
 
-FIRST_TILES, FIRST_LINES = 6, 8
+FIRST_TILES, FIRST_LINES = 6, 10
+_PAGE_WIDTH, _FIXED_LINKS = 1232, 460
 LEAST_ROW, MOST_ROW = 18, 32
 """Height of a row of the first screen's strip, in px."""
 
@@ -97,7 +98,7 @@ class Section:
     """One finding.
 
     `rows` and `units` become a table; `parameters` and `summary` are (name, value) pairs; `marks` are those parts
-    of the summary that are lists of places.
+    of the summary that are lists of places, `lists` those that are tables themselves.
     """
 
     id: str
@@ -110,6 +111,7 @@ class Section:
     parameters: tuple[tuple[str, str], ...]
     summary: tuple[tuple[str, str], ...]
     marks: tuple[Marks, ...]
+    lists: tuple[tuple[str, Table], ...]
     rows: tuple[dict[str, Any], ...]
     units: dict[str, str]
     labels: dict[str, str]
@@ -235,7 +237,8 @@ def _section(name: str, identifier: str, title: str, finding: Mapping[str, Any])
     units = _texts(finding.get("units"))
     called = {key: names.name(str(key), labels) for key in summary}
     places = {k: found for k, value in summary.items() if (found := marks(str(k), value, called[k]))}
-    rest = {key: value for key, value in summary.items() if key not in places and value is not None}
+    lists = {key: value for key, value in summary.items() if _is_table(value)}
+    rest = {k: v for k, v in summary.items() if k not in places and k not in lists and v is not None}
     return Section(
         id=identifier,
         analyzer=name,
@@ -247,11 +250,16 @@ def _section(name: str, identifier: str, title: str, finding: Mapping[str, Any])
         parameters=pairs(parameters, units, labels),
         summary=pairs(rest, units, labels),
         marks=tuple(places.values()),
+        lists=tuple((called[key], built) for key in lists if (built := table(lists[key], units, labels))),
         rows=rows,
         units=units,
         labels=labels,
         thresholds=_thresholds(rows, parameters),
     )
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(item, dict) for item in value)
 
 
 def _thresholds(rows: Sequence[Mapping[str, Any]], parameters: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -292,17 +300,34 @@ def strip(figures: Mapping[str, Sequence[Figure]]) -> tuple[str, Intervals] | No
     return next(found, None)
 
 
+def navigation(found: Sequence[Section]) -> tuple[tuple[Section, ...], tuple[Section, ...]]:
+    """Sections named at the top of the page, and those that would need a third row and are folded away."""
+    room, shown = 2 * _PAGE_WIDTH - _FIXED_LINKS, 0
+    for section in found:
+        room -= _link_width(section.title)
+        if room < 0:
+            break
+        shown += 1
+    return tuple(found[:shown]), tuple(found[shown:])
+
+
+def _link_width(title: str) -> float:
+    return 18 + 6.8 * len(title)
+
+
 def first_sizes(
     verdict: Verdict, found: Sequence[Section], checked: Sequence[Check], *, with_strip: bool
 ) -> tuple[tuple[int, int, int], int]:
     """Widths of the first screen's drawings and their height: what the words above leave of 800 px."""
     names_of_checks = 60 + sum(22 + 6 * len(check.name) for check in checked)
     beside = 36 + 18 * math.ceil(names_of_checks / 380)
-    says = 18 + 21.5 * math.ceil(len(verdict.sentence) / 98)
+    says = 18 + 21.5 * math.ceil(len(verdict.sentence) / 96)
     lines = 19 * math.ceil(min(len(verdict.lines), FIRST_LINES) / 2)
-    navigation = 19.5 * math.ceil((270 + sum(18 + 6.7 * len(section.title) for section in found)) / 1232)
-    above = 78 + navigation + max(beside, says) + (lines + 15 if lines else 0) + 130
-    height = round(max(220.0, min(396.0, 800.0 - above - 108)))
+    lines += 18 if len(verdict.lines) > FIRST_LINES else 0
+    linked = sum(_link_width(section.title) for section in navigation(found)[0])
+    links = 19.5 * math.ceil((_FIXED_LINKS + linked) / _PAGE_WIDTH)
+    above = 78 + links + max(beside, says) + (lines + 15 if lines else 0) + 130
+    height = round(max(200.0, min(396.0, 800.0 - above - 112)))
     return ((480, 396, 320) if with_strip else (660, 536, 0)), height
 
 
@@ -418,5 +443,9 @@ def _short(value: Any, limit: int = 300) -> str:
         parts = [f"({_short(v)})" if isinstance(v, list | tuple) else _short(v) for v in value]
         return text.shorten(", ".join(parts), limit) or "none"
     if isinstance(value, Mapping):
-        return text.shorten(json.dumps(value, ensure_ascii=False, default=str), limit)
+        if any(isinstance(part, Mapping | list) for part in value.values()):
+            return text.shorten(json.dumps(value, ensure_ascii=False, default=str), limit)
+        return (
+            text.shorten(", ".join(f"{key}: {_short(part)}" for key, part in value.items()), limit) or "none"
+        )
     return text.shorten(value, limit) if isinstance(value, str) else brief(value)

@@ -15,6 +15,7 @@ MOST_ROWS = 40
 """Rows drawn; a longer list is cut and says so, the table below the figure has all."""
 
 _LABEL_SHARE, _NOTE_SHARE, _MOST_CHARS = 0.3, 0.3, 44
+_LABEL_SHARE_ALONE = 0.42
 _ROW, _GROUP = 20.0, 22.0
 
 
@@ -58,7 +59,8 @@ class Scale:
 
 def layout(rows: Sequence[Named], width: float, top: float, row_height: float = _ROW) -> Layout:
     """Room for the longest label and note within their shares of the width; the plot gets the rest."""
-    left = _column([row.label for row in rows], _LABEL_SHARE * width)
+    share = _LABEL_SHARE if any(row.note for row in rows) else _LABEL_SHARE_ALONE
+    left = _column([row.label for row in rows], share * width)
     right = _column([row.note for row in rows], _NOTE_SHARE * width)
     y, before, centres, headings = top, "", [], []
     for row in rows:

@@ -46,6 +46,12 @@ def test_links_of_the_chain_stand_in_the_sentence_and_others_in_lines() -> None:
     assert verdict.to_json()["lines"][0] == {"analyzer": "a", "title": "A", "text": "a says this."}
 
 
+def test_what_runs_only_on_request_comes_last() -> None:
+    asked = next(name for name, cls in registry.items() if not cls.default)
+    verdict = judge(_all(_sinks(), _other(asked), _other("b"), _other("c")), [])
+    assert [line.analyzer for line in verdict.lines] == ["b", "c", asked]
+
+
 def test_a_link_that_was_not_found_is_a_line() -> None:
     verdict = judge(_all(_sinks(), _other("b", Status.NOT_FOUND, headline=True)), [])
     assert "b says" not in verdict.text

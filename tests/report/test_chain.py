@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
-from sinklens.core.figures import Tile
+from sinklens.core.figures import Intervals, Tile
 from sinklens.report import names, page, published, render_report, run_repr_html, tables
 
 from . import factory_chain
@@ -121,6 +123,47 @@ def test_relatives_are_not_compared() -> None:
     assert found is not None
     assert not found.compared
     assert "relatives" in found.lead
+
+
+def test_the_strip_says_what_it_leaves_out() -> None:
+    run = factory_chain.make()
+    (strip,) = run.figures["sensitivity"]
+    assert isinstance(strip, Intervals)
+    many = tuple(replace(strip.rows[0], label=f"variant {i}") for i in range(31))
+    run.figures["sensitivity"] = [replace(strip, rows=many)]
+    html = render_report(*run.args)
+    card = html[html.index('id="strip"') : html.index("<main>")]
+    shown = card.count("<circle")
+    assert 4 <= shown < 31
+    assert f"{31 - shown} more in its section." in card
+
+
+def test_tables_in_a_summary_are_tables() -> None:
+    run = factory_chain.make()
+    ranking = [{"layer": 2, "expert": 5, "lost": 0.887123456}, {"layer": 0, "expert": 1, "lost": 0.01}]
+    summary = run.document["findings"]["causal-effects"]["summary"]
+    summary |= {"ranking": ranking, "by_domain": {"code": 3, "prose": 0.25}}
+    html = render_report(*run.args)
+    section = html[html.index('id="causal-effects"') : html.index('id="sensitivity"')]
+    assert "0.887123456" not in section
+    words = Page(section).words
+    assert "Ranking layer expert lost 2 5 0.887 0 1 0.0100" in words
+    assert "by domain code: 3, prose: 0.25" in words
+
+
+def test_many_sections_fold_into_two_rows_of_links() -> None:
+    run = factory_chain.make()
+    blank = run.document["findings"]["head-classes"]
+    for i in range(12):
+        run.document["findings"][f"reading-{i}"] = blank | {"title": f"A reading metric, number {i}"}
+    html = render_report(*run.args)
+    head = html[html.index("<nav") : html.index("</nav>")]
+    direct, folded = head.split("<details>")
+    assert 'href="#primary-sinks"' in direct
+    assert 'href="#reading-11"' in folded
+    assert {"#prompts", "#methods", "#manifest"} <= set(
+        Page(folded.split("</details>")[1]).attributes("href")
+    )
 
 
 def test_tiles_that_do_not_apply_give_way() -> None:
