@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -298,3 +299,25 @@ def _is_punctuation(char: str) -> bool:
     from unicodedata import category
 
     return category(char)[0] in "PS"
+
+
+def norm_correlations(secondary: Sequence[Aligned]) -> dict[str, Any]:
+    """Spearman's rho of the written norm with score and with lifetime; None for fewer than 5 tokens or no spread."""
+    pairs = {
+        "norm_score": [(token.write_norm, token.score) for token in secondary],
+        "norm_lifetime": [(token.write_norm, float(token.lifetime)) for token in secondary],
+    }
+    out: dict[str, Any] = {}
+    for name, values in pairs.items():
+        known = np.array([pair for pair in values if not np.isnan(pair).any()]).reshape(-1, 2)
+        out[f"{name}_rho"] = _spearman(known)
+        out[f"{name}_n"] = len(known)
+    return out
+
+
+def _spearman(pairs: Float[np.ndarray, "n 2"]) -> float | None:
+    from scipy.stats import rankdata
+
+    if len(pairs) < 5 or (np.ptp(pairs, axis=0) == 0).any():
+        return None
+    return float(np.corrcoef(rankdata(pairs[:, 0]), rankdata(pairs[:, 1]))[0, 1])

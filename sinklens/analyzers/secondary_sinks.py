@@ -28,6 +28,7 @@ from .aligned_tokens import (
     aligned_tokens,
     find_primary,
     is_aligned,
+    norm_correlations,
     sink_levels,
     token_class,
 )
@@ -36,6 +37,9 @@ from .evidence import span
 from .secondary_figures import Seen, draw
 
 WRITTEN_SHARE = 0.5
+"""Norm of what the feed-forward part adds over the norm of the state, from which on it is the writer."""
+ALIGNED_OUTPUT = 0.9
+"""Median |cosine| from which inputs or outputs are called alike."""
 
 
 @registry.register("secondary-sinks")
@@ -52,7 +56,8 @@ class SecondarySinks(Analyzer):
     primary: created within two layers of it, or alive for 3/4 P. Secondary: the rest. A sink level is a pair of
     creation layer and lifetime, neighbours within one layer merged, that holds `level_tokens` tokens. The score is
     the mean attention over aligned layers, heads and other queries. At the creation layer the feed-forward part is
-    compared with the primary's own at the same layer: input, gate, up, activation, product and output.
+    compared with the primary's own at the same layer: input, gate, up, activation, product and output. It is called
+    the writer if the norm of what it adds is at least half of the state's.
 
     Compared with the paper: cosine, creation layer and lifetime are those of Wong et al. Their bounds are absolute
     (`recipe="paper"`: secondary if 4 < lifetime < layers - 15, tokens after the primary only, no norm gate, the last
@@ -285,7 +290,7 @@ def _summary(
         "n_prompts": len(seen),
         "n_prompts_without_primary": n_prompts - len(seen),
         "n_tokens": n_tokens,
-        **_correlations(secondary),
+        **norm_correlations(secondary),
         "births_recorded": len(births),
         "written_by_mlp": sum(token.write_share >= WRITTEN_SHARE for token in births),
         **{f"{part}_cosine": _median(parts[:, i]) for i, part in enumerate(sig.PARTS)},
@@ -297,28 +302,6 @@ def _summary(
 def _median(values: Float[np.ndarray, " n"]) -> float | None:
     known = values[~np.isnan(values)]
     return float(np.median(known)) if len(known) else None
-
-
-def _correlations(secondary: Sequence[Aligned]) -> dict[str, Any]:
-    """Spearman's rho of the written norm with score and with lifetime; None for fewer than 5 tokens or no spread."""
-    pairs = {
-        "norm_score": [(token.write_norm, token.score) for token in secondary],
-        "norm_lifetime": [(token.write_norm, float(token.lifetime)) for token in secondary],
-    }
-    out: dict[str, Any] = {}
-    for name, values in pairs.items():
-        known = np.array([pair for pair in values if not np.isnan(pair).any()]).reshape(-1, 2)
-        out[f"{name}_rho"] = _spearman(known)
-        out[f"{name}_n"] = len(known)
-    return out
-
-
-def _spearman(pairs: Float[np.ndarray, "n 2"]) -> float | None:
-    from scipy.stats import rankdata
-
-    if len(pairs) < 5 or (np.ptp(pairs, axis=0) == 0).any():
-        return None
-    return float(np.corrcoef(rankdata(pairs[:, 0]), rankdata(pairs[:, 1]))[0, 1])
 
 
 def _token_classes(seen: Sequence[Seen], secondary: Sequence[Aligned]) -> dict[str, Any]:
@@ -360,11 +343,16 @@ def _authors(summary: dict[str, Any]) -> str:
     if not births:
         return ""
     before, after = summary["input_cosine"], summary["down_cosine"]
-    cosines = (
-        f" (its inputs have a cosine of {before:.2f} with the primary's, its outputs {after:.2f})"
-        if before is not None and after is not None
-        else ""
-    )
+    cosines = ""
+    if before is not None and after is not None and after > ALIGNED_OUTPUT:
+        cosines = (
+            f"; what it puts out is like the primary's ({after:.2f}), what it is given is not ({before:.2f})"
+        )
+        cosines = (
+            cosines
+            if before < ALIGNED_OUTPUT
+            else f"; what it is given is like the primary's ({before:.2f}) too"
+        )
     return f" The MLP of that layer wrote {written} of {births}{cosines}."
 
 

@@ -156,7 +156,7 @@ UNITS = {
     "share": "share of the entry's peak (negative: taken away)",
     "peak": "largest value of the entry over the blocks, signed, mean over prompts",
     "expert_share": "the expert's part of what the feed-forward part adds",
-    "neuron_share": "the neuron's part of the down projection's output at the entry",
+    "neuron_share": "the neuron's part of the down projection's output at the entry; above 1, others work against it",
     "agreement": "share of prompts with this entry in which the step occurs",
 }
 

@@ -223,7 +223,17 @@ def test_the_mlp_that_wrote_them_is_named_with_its_cosines() -> None:
     assert row["gate_cosine"] is None
     assert row["write_norm"] == pytest.approx(np.linalg.norm(hidden[8, 17] - hidden[7, 17]))
     assert row["written_by_mlp"] is True
-    assert "The MLP of that layer wrote 1 of 1" in finding.verdict
+    assert (
+        "wrote 1 of 1; what it puts out is like the primary's (1.00), what it is given is not (0.00)"
+        in finding.verdict
+    )
+
+
+def test_inputs_that_are_alike_already_are_said() -> None:
+    shared = np.ones(13)
+    parts: Parts = {(8, position): {"input": shared, "down": shared} for position in (0, 17)}
+    finding = SecondarySinks().analyze(trace([chain_record(stream((17, list(range(8, 18)))), parts=parts)]))
+    assert "what it is given is like the primary's (1.00) too" in finding.verdict
 
 
 def test_what_attention_wrote_is_not_put_down_to_the_mlp() -> None:
