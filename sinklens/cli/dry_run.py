@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sinklens.pipeline.options import ProfileOptions
 
+EXPERIMENTS = {"effects": "Verify", "sensitivity": "Sensitivity"}
+
 
 def print_plan(model: str | None, options: ProfileOptions, *, as_json: bool) -> None:
     from sinklens.pipeline.cost import duration, size
@@ -32,10 +34,14 @@ def print_plan(model: str | None, options: ProfileOptions, *, as_json: bool) -> 
     lines = {
         "Model": f"{info.id}  {info.family} · {heads} · {info.dtype}",
         "Inputs": f"{said['source']}: {counts}",
-        "Signals": ", ".join(predicted.signals),
+        "Signals": f"{len(predicted.signals)} (named by --json)",
         "Memory": f"weights {about}{size(predicted.weights)} + working about {size(predicted.working)}{free}",
         "Disk": f"about {size(predicted.disk)}",
         "Time": time,
     }
+    for name, cost in predicted.experiments.items():
+        took = "" if cost["seconds"] is None else f", about {duration(cost['seconds'])}"
+        when = "; only if that takes under a minute" if cost["if_short"] else ""
+        lines[EXPERIMENTS[name]] = f"about {cost['passes']} passes, {cost['tokens']} tokens{took}{when}"
     for name, text in lines.items():
         print(f"{name:<{WIDTH}}{text}")

@@ -1,6 +1,16 @@
-"""Time and size for people."""
+"""What there is and what it takes: free memory, and sizes and times for people."""
 
 from __future__ import annotations
+
+import os
+
+
+def available_memory() -> int | None:
+    """Free memory of this machine in bytes, None where the system does not tell it."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError, AttributeError):
+        return None
 
 
 def size(count: int | None) -> str:

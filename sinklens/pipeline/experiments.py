@@ -59,7 +59,7 @@ def run_experiments(setting: Setting, run: Run) -> Run:
             skipped[name] = f"It was stopped: {error.what}"
     run.trace.manifest["experiments"] = results
     run.trace.manifest["experiments_skipped"] = skipped
-    return Run(run.trace, run.analyzers, run.checks) if results else run
+    return Run(run.trace, run.analyzers, run.checks) if results or skipped else run
 
 
 def why_not(setting: Setting, run: Run, name: str, wanted: bool | None) -> str | None:

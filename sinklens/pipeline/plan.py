@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from sinklens.tracers import signals as sig
 from sinklens.tracers.executor import TracePlan, partition
-from sinklens.tracers.signals import PLACED, Signal, Source
+from sinklens.tracers.signals import PLACED, POSITIONED, Signal, Source
 
+from .cost import available_memory
 from .options import ProfileOptions
-from .prepare import analyzers_for, plan_for, read_prompts
+from .prepare import EFFECTS, READERS, SENSITIVITY, analyzers_for, plan_for, read_prompts
 
 if TYPE_CHECKING:
     from sinklens.inputs.spec import PromptSet
     from sinklens.models.opening import ModelDescription
 
 BYTES = 4
+VARIANTS = 2
+"""Entries of the `variant` axis: as it is, and without the first token's column."""
+VERIFY_PASSES = 30
+"""Passes of a verification, about: what is found is not known before, and every cause has two or three controls."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Prediction:
         working: Activations of the largest batch and the statistics in flight.
         disk: Size of the run folder's arrays.
         seconds: A rough estimate for this machine's CPU, None for models that will run elsewhere.
+        experiments: Per experiment that is asked for or may run: `passes` and `tokens` in all, about, and `seconds`.
     """
 
     weights: int
@@ -39,6 +44,7 @@ class Prediction:
     seconds: float | None
     batches: int
     signals: tuple[str, ...]
+    experiments: dict[str, dict[str, Any]]
 
     @property
     def fits(self) -> bool | None:
@@ -61,7 +67,29 @@ def predict(model: str | None, options: ProfileOptions) -> tuple[ModelDescriptio
     config = load_config(source, options.trust_remote_code)
     prompts = read_prompts(options, tokenizer, str(own) if own and own.is_file() else None, config)
     plan = plan_for(options, analyzers)
-    return described, prompts, prediction(described, prompts, plan, on_cpu=options.device in (None, "cpu"))
+    on_cpu = options.device in (None, "cpu")
+    found = prediction(described, prompts, plan, on_cpu=on_cpu)
+    asked = experiments_of(options, {analyzer.name for analyzer in analyzers}, prompts)
+    for cost in asked.values():
+        cost["seconds"] = _seconds(described, cost["tokens"]) if on_cpu else None
+    return described, prompts, replace(found, experiments=asked)
+
+
+def experiments_of(
+    options: ProfileOptions, analyzers: set[str], prompts: PromptSet
+) -> dict[str, dict[str, Any]]:
+    """The experiments that are asked for or may run, with their passes and tokens, about."""
+    from .variants import planned_tokens
+    from .verify import cut
+
+    found: dict[str, dict[str, Any]] = {}
+    if options.verify is not False and analyzers & set(READERS[EFFECTS]):
+        tokens = VERIFY_PASSES * sum(map(len, cut(prompts, 0)))
+        found[EFFECTS] = {"passes": VERIFY_PASSES, "tokens": tokens, "if_short": options.verify is None}
+    if options.sensitivity:
+        passes, tokens = planned_tokens(prompts.prompts)
+        found[SENSITIVITY] = {"passes": passes, "tokens": tokens, "if_short": False}
+    return found
 
 
 def prediction(
@@ -82,6 +110,7 @@ def prediction(
         signals=tuple(
             sorted(s.name for s in plan.signals if tower.n_experts or s.source is not Source.EXPERTS)
         ),
+        experiments={},
     )
 
 
@@ -98,8 +127,20 @@ def record_bytes(described: ModelDescription, length: int, plan: TracePlan) -> i
         "expert": tower.n_experts,
         "slot": tower.top_k,
         "bin": sig.FIRST_MASS_BINS,
+        "reference": sig.REFERENCES,
+        "entry": sig.ENTRIES,
+        "birth": sig.BIRTHS,
+        "part": len(sig.PARTS),
+        "row": sig.PREFIX,
+        "col": sig.PREFIX,
+        "variant": VARIANTS,
     }
-    return sum(_elements(signal, sizes) * BYTES * (3 if signal in PLACED else 1) for signal in plan.signals)
+    return sum(_elements(signal, sizes) * BYTES * _arrays(signal) for signal in plan.signals)
+
+
+def _arrays(signal: Signal) -> int:
+    """How many arrays a signal is stored as: its values, and the positions and dims of those that have a place."""
+    return 3 if signal in PLACED else 2 if signal in POSITIONED else 1
 
 
 def working_bytes(described: ModelDescription, tokens: int, plan: TracePlan) -> int:
@@ -109,14 +150,6 @@ def working_bytes(described: ModelDescription, tokens: int, plan: TracePlan) -> 
     hidden = tokens * tower.hidden_size * BYTES * (6 + 2 * 4)
     per_key = tokens * tower.heads * len(tower.blocks) * BYTES * 3
     return hidden + per_key + plan.blocks.scores * BYTES * 4
-
-
-def available_memory() -> int | None:
-    """Free memory of this machine in bytes, None where the system does not tell it."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return None
 
 
 def _elements(signal: Signal, sizes: dict[str, int]) -> int:

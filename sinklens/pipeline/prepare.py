@@ -77,7 +77,7 @@ def prepare(model: Any, tokenizer: Any, options: ProfileOptions, listener: Liste
 
     listener.opened(opened)
     prompts = read_prompts(options, opened.tokenizer, opened.default_prompts, opened.module.config)
-    for analyzer in analyzers:
+    for analyzer in _must_apply(options, analyzers):
         _long_enough(analyzer, prompts)
     _within_reach(opened, prompts)
     listener.planned(prompts, analyzers)
@@ -123,6 +123,15 @@ def read_prompts(options: ProfileOptions, tokenizer: Any, own: str | None, confi
     if options.prompts is None and own is not None:
         prompts.description["source"] = "prompts that came with the checkpoint"
     return prompts
+
+
+def _must_apply(options: ProfileOptions, analyzers: tuple[Analyzer, ...]) -> tuple[Analyzer, ...]:
+    """The analyzers without which a run makes no sense: those that were named, else the first of the chain.
+
+    The others say themselves that they do not apply to prompts that are too short for them.
+    """
+    named = [item for item in options.analyzers if item != "all"]
+    return chosen_analyzers(named) if named else analyzers[:1]
 
 
 def _long_enough(analyzer: Analyzer, prompts: PromptSet) -> None:

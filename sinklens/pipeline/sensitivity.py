@@ -17,7 +17,7 @@ from sinklens.tracers.trace import PromptRecord, Trace
 
 from .options import ProfileOptions
 from .prepare import Prepared
-from .variants import PROMPTS, TOKENS, Material, Prompts, Variant, variants
+from .variants import Material, Prompts, Variant, base_prompts, variants
 
 
 def sensitivity(
@@ -58,16 +58,6 @@ def sensitivity(
         "base": measured,
         "variants": entries,
     }
-
-
-def base_prompts(prompts: Prompts) -> Prompts:
-    """The first prompts of the run, as many as all variants are to have."""
-    chosen: list[Any] = []
-    for prompt in prompts[:PROMPTS]:
-        if len(chosen) >= 4 and sum(map(len, chosen)) + len(prompt) > TOKENS:
-            break
-        chosen.append(prompt)
-    return tuple(chosen)
 
 
 def _entry(

@@ -13,9 +13,8 @@ from sinklens.core.errors import DataError, ResourceError, UsageError
 from sinklens.inputs.spec import Prompt
 from sinklens.models.spec import OpenedModel
 
-from .cost import size
+from .cost import available_memory, size
 from .options import ProfileOptions
-from .plan import available_memory
 from .prepare import Prepared, longest_input, read_prompts
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
@@ -95,6 +94,24 @@ def variants(material: Material) -> Iterator[Variant]:
         if dtype != own:
             same = partial(_same, material.base)
             yield Variant("dtype", f"in {dtype}", same, partial(in_dtype, material, dtype))
+
+
+def planned_tokens(prompts: Prompts) -> tuple[int, int]:
+    """About how many passes over the prompts all variants take, and how many tokens: some will not be run."""
+    base = sum(map(len, base_prompts(prompts)))
+    of_lengths = [length * min(PROMPTS, max(FEWEST, TOKENS // length)) for length in LENGTHS]
+    others = 1 + 4 + len(DTYPES) - 1
+    return others + len(LENGTHS), others * base + sum(of_lengths)
+
+
+def base_prompts(prompts: Prompts) -> Prompts:
+    """The first prompts of the run, as many as all variants are to have."""
+    chosen: list[Prompt] = []
+    for prompt in prompts[:PROMPTS]:
+        if len(chosen) >= FEWEST and sum(map(len, chosen)) + len(prompt) > TOKENS:
+            break
+        chosen.append(prompt)
+    return tuple(chosen)
 
 
 def _same(prompts: Prompts) -> Prompts:
