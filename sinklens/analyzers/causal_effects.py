@@ -259,17 +259,12 @@ def _cost_sentence(rows: list[dict[str, Any]]) -> str:
     if not needed:
         return "The predictions change no more than in the controls."
     top = max(needed, key=lambda row: row["kl"] - (row["control_kl"] or 0.0))
-    loss = (
-        f"the loss by {top['loss_change']:+.2f}" if top["loss_change"] is not None else "the loss not at all"
-    )
+    said = f"The predictions change most with {top['intervention']}"
     if top["loss_change"] is None:
-        return f"The predictions change most with {top['intervention']}: {top['kl']:.3g} nats per token."
-    return (
-        f"The predictions change most with {top['intervention']}: {loss} nats per token "
-        f"(control: {top['control_loss_change']:+.2f})."
-        if top["control_loss_change"] is not None
-        else f"The predictions change most with {top['intervention']}: {loss} nats per token."
-    )
+        return f"{said}: {top['kl']:.3g} nats per token."
+    control = top["control_loss_change"]
+    beside = "" if control is None else f" (control: {control:+.2f})"
+    return f"{said}: the loss by {top['loss_change']:+.2f} nats per token{beside}."
 
 
 def _tile(rows: list[dict[str, Any]]) -> Tile:

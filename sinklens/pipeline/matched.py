@@ -99,7 +99,9 @@ def match(
     experiments: list[Experiment] = []
     calibration: dict[str, Any] = {}
     if places:
-        found, calibration = _massive(opened, prompts, trace, places, draw)
+        found, calibration = _massive(
+            opened, prompts, trace, places, draw, massive=is_found(findings, "massive-activations")
+        )
         experiments += found
     experiments += _experts(trace, findings, places, position, draw)
     if position is not None and is_found(findings, "primary-sinks"):
@@ -118,6 +120,8 @@ def _massive(
     trace: Trace,
     places: Mapping[tuple[int, int], int],
     draw: Draw,
+    *,
+    massive: bool,
 ) -> tuple[list[Experiment], dict[str, Any]]:
     """Zero once, zero after every block from there on, and the signed mean of each entry over other prompts."""
     lengths = {prompt.index: len(prompt) for prompt in prompts}
@@ -132,7 +136,7 @@ def _massive(
     zero = tuple(Entry(s.prompt, s.layer, s.position, s.dim) for s in mine)
     held = tuple(Entry(s.prompt, layer, s.position, s.dim) for s in mine for layer in range(s.layer, last))
     mean = tuple(Entry(s.prompt, s.layer, s.position, s.dim, means[_bucket(s)]) for s in mine)
-    said, block = _entries_said(places), min(places.values())
+    said, block = _entries_said(places, massive), min(places.values())
     target = {
         "positions": sorted({p for p, _ in places}),
         "dims": sorted({d for _, d in places}),
@@ -193,13 +197,13 @@ def _median_zeroed(found: Sequence[Spike]) -> MedianEntriesZeroed:
     return MedianEntriesZeroed(tuple((prompt, layer, n) for (prompt, layer), n in sorted(counts.items())))
 
 
-def _entries_said(places: Mapping[tuple[int, int], int]) -> str:
+def _entries_said(places: Mapping[tuple[int, int], int], massive: bool) -> str:
     dims, positions = sorted({d for _, d in places}), sorted({p for p, _ in places})
     shown = ", ".join(map(str, dims[:4])) + (", ..." if len(dims) > 4 else "")
     at = ", ".join(map(str, positions[:4])) + (", ..." if len(positions) > 4 else "")
     blocks = sorted(set(places.values()))
     return (
-        f"the massive entries (dim{'s' * (len(dims) > 1)} {shown} on position{'s' * (len(positions) > 1)} {at}, "
+        f"the {'massive' if massive else 'strongest'} entries (dim{'s' * (len(dims) > 1)} {shown} on position{'s' * (len(positions) > 1)} {at}, "
         f"after block {', '.join(map(str, blocks[:3]))})"
     )
 

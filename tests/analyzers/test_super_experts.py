@@ -11,6 +11,7 @@ from sinklens.analyzers import Status, SuperExperts
 from sinklens.tracers.trace import PromptRecord, Trace
 
 from .made import record, trace
+from .test_causal_effects import effects, experiment
 
 T, D = 7, 13
 
@@ -125,3 +126,55 @@ def test_dense_models_are_not_applicable() -> None:
     finding = SuperExperts().analyze(trace([record(None, np.ones((2, 5, 7)))]))
     assert finding.status is Status.NOT_APPLICABLE
     assert "dense" in str(finding.reason)
+
+
+def pruned(layer: int, expert: int, lost: float) -> dict[str, Any]:
+    target = {"experts": [[layer, expert]]}
+    return experiment(
+        f"expert-L{layer}E{expert}", "expert", lost, target=target, left=1 - lost, cosine=1 - lost
+    )
+
+
+def test_the_expert_that_carries_the_sink_is_named_though_another_is_larger() -> None:
+    made = moe(experts(large(e1_4=744, e2_9=540)))
+    made.manifest = {
+        "experiments": {"effects": effects(pruned(1, 4, 0.0), pruned(2, 9, 0.95), pruned(3, 2, 0.02))}
+    }
+    finding = SuperExperts().analyze(made)
+    assert [row["sink_lost"] for row in finding.rows] == [0.0, 0.95]
+    assert [row["without_it"] for row in finding.rows] == [
+        "no effect: the massive entries come from elsewhere",
+        "carries the sink",
+    ]
+    ranking = [(row["layer"], row["expert"], row["size_rank"]) for row in finding.summary["causal_ranking"]]
+    assert ranking[0] == (2, 9, 2)
+    assert finding.verdict.endswith(
+        "By effect the sink hangs on L2E9, number 2 by size: without it 95 % of the sink is lost, not on the "
+        "largest, L1E4 (0 %)."
+    )
+
+
+def test_no_second_carrier_is_named_where_the_largest_expert_is_the_one() -> None:
+    made = moe(experts(large(e1_4=744)))
+    together = pruned(1, 4, 0.9)
+    made.manifest = {"experiments": {"effects": effects(together)}}
+    finding = SuperExperts(percentile=99.7).analyze(made)
+    assert named(finding) == [(1, 4)]
+    assert "By effect" not in finding.verdict
+    assert "Without it the sink's share goes from 40.0 % to 13.0 %" in finding.verdict
+    assert "without another expert of the same layer it is 40.0 %" in finding.verdict
+    assert finding.summary["sink_rate_without_them"] == pytest.approx(5.0)
+
+
+def test_an_expert_below_the_rule_can_carry_the_sink() -> None:
+    made = moe(experts(large(seed=3)))
+    made.manifest = {"experiments": {"effects": effects(pruned(2, 9, 0.8))}}
+    finding = SuperExperts().analyze(made)
+    assert finding.status is Status.NOT_FOUND
+    assert "By effect the sink hangs on L2E9" in finding.verdict
+
+
+def test_without_the_second_look_nothing_is_said_of_causes() -> None:
+    finding = SuperExperts().analyze(moe(experts(large(e1_4=744))))
+    assert finding.summary["causal_ranking"] == []
+    assert "sink_lost" not in finding.rows[0]

@@ -1,0 +1,263 @@
+"""The rule table of causal effects, and the finding made of stored results."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sinklens.analyzers import CausalEffects, Status
+from sinklens.analyzers.causal_rules import (
+    CARRIES,
+    CONSTANT,
+    DID_NOT_ACT,
+    DO_WITHOUT,
+    ELSEWHERE,
+    HOLDS_BACK,
+    NEED,
+    NO_EFFECT,
+    NOTHING_TO_LOSE,
+    PART,
+    SAME,
+    UNKNOWN,
+    Evidence,
+    judge_predictions,
+    judge_sink,
+)
+from sinklens.core.figures import Intervals, Lines
+
+from .made import record, trace
+
+CLEAR, NOT_CLEAR, UNSURE = ((0.4, 0.3, 0.5),), ((0.4, -0.1, 0.9),), ((0.4, None, None),)
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (Evidence("massive", False, 0.9, CLEAR), DID_NOT_ACT),
+        (Evidence("massive", True, None), NOTHING_TO_LOSE),
+        (Evidence("massive", True, 0.9, CLEAR, left=0.0, cosine=0.1), CARRIES),
+        (Evidence("massive", True, 0.5, CLEAR), CARRIES),
+        (Evidence("massive", True, 0.49, CLEAR), PART),
+        (Evidence("massive", True, 0.1, CLEAR), PART),
+        (Evidence("massive", True, 0.9, NOT_CLEAR), SAME),
+        (Evidence("massive", True, 0.9, (*CLEAR, *NOT_CLEAR)), SAME),
+        (Evidence("massive", True, 0.9), CARRIES),
+        (Evidence("massive", True, 0.9, UNSURE), CARRIES),
+        (Evidence("massive", True, 0.9, ((0.05, None, None),)), SAME),
+        (Evidence("massive", True, 0.0, left=0.01, cosine=0.2), NO_EFFECT),
+        (Evidence("massive", True, 0.0, left=None), NO_EFFECT),
+        (Evidence("massive", True, 0.0, left=0.8, cosine=0.2), "not removed: 80 % remains"),
+        # The clamped write: little is left of the entry, but the state points where it did.
+        (Evidence("write", True, -0.01, left=0.13, cosine=0.98), "not removed: 13 % remains"),
+        (Evidence("write", True, -0.01, left=0.13, cosine=0.6), NO_EFFECT),
+        (Evidence("expert", True, 0.0, left=1.0, cosine=1.0), ELSEWHERE),
+        (Evidence("massive", True, 0.0, left=1.0, cosine=1.0), "not removed: 100 % remains"),
+        (Evidence("massive-mean", True, 0.02, left=1.0, cosine=1.0), CONSTANT),
+        (Evidence("massive-mean", True, 0.6, CLEAR, left=1.0), CARRIES),
+        (Evidence("expert", True, -0.3, ((-0.3, -0.4, -0.2),), left=1.0), HOLDS_BACK),
+        (Evidence("expert", True, -0.3, ((-0.3, -0.8, 0.2),), left=1.0), ELSEWHERE),
+    ],
+)
+def test_the_words_on_the_sink(found: Evidence, words: str) -> None:
+    assert judge_sink(found) == words
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (Evidence("key", False, None, kl=1.0, kl_beyond=CLEAR), DID_NOT_ACT),
+        (Evidence("key", True, None, kl=None), UNKNOWN),
+        (Evidence("key", True, None, kl=0.009, kl_beyond=CLEAR), DO_WITHOUT),
+        (Evidence("key", True, None, kl=0.01, kl_beyond=CLEAR), NEED),
+        (Evidence("key", True, None, kl=0.5, kl_beyond=NOT_CLEAR), SAME),
+        (Evidence("key", True, None, kl=0.5, kl_beyond=UNSURE), NEED),
+        (Evidence("key", True, None, kl=0.5), NEED),
+    ],
+)
+def test_the_words_on_the_predictions(found: Evidence, words: str) -> None:
+    assert judge_predictions(found) == words
+
+
+def interval(mean: float | None, half: float = 0.01) -> dict[str, Any]:
+    known = mean is not None
+    return {
+        "mean": mean,
+        "low": mean - half if known else None,
+        "high": mean + half if known else None,
+        "n": 8 if known else 0,
+    }
+
+
+def quantities(lost: float | None, kl: float | None, loss: float | None) -> dict[str, Any]:
+    share = None if lost is None else 0.4 - 0.3 * lost
+    return {
+        "sink_share": interval(share),
+        "sink_rate": interval(None if lost is None else 50 * (1 - lost)),
+        "sink_lost": interval(lost),
+        "d_sink": interval(lost),
+        "d_sink_of_means": interval(lost),
+        "kl": interval(kl),
+        "loss_change": interval(loss),
+    }
+
+
+def experiment(
+    name: str,
+    kind: str,
+    lost: float | None,
+    *,
+    kl: float | None = 0.3,
+    loss: float | None = 0.2,
+    left: float | None = 0.0,
+    cosine: float = 0.1,
+    edited: int = 8,
+    control: bool = True,
+    target: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """One stored experiment whose controls do nothing."""
+    beyond = {key: interval(value["mean"]) for key, value in quantities(lost, kl, loss).items()}
+    none = quantities(
+        None if lost is None else 0.0, None if kl is None else 0.0, None if loss is None else 0.0
+    )
+    stored_control = {"what": "another", "draws": 2, "edited": 8, "output_change": 0.1}
+    stored_control = {"what": "another", "draws": 2, "edited": 8, "output_change": 0.1}
+    return {
+        "name": name,
+        "kind": kind,
+        "what": f"{name} taken away",
+        "target": target or {},
+        "acted": {"edited": edited, "largest_change": 1.0, "output_change": 0.5},
+        "effect": quantities(lost, kl, loss),
+        "change": {"sink_share": interval(None if lost is None else -0.3 * lost), "sink_rate": interval(lost)},
+        "d_sink_by_layer": [None, lost, lost],
+        "faint_heads": 2,
+        "controls": [{**stored_control, "effect": none, "beyond": beyond}] if control else [],
+        "remaining": None
+        if left is None
+        else {"behind_block": 1, "before": 9.0, "after": 9.0 * left, "ratio": left, "cosine": cosine},
+    }  # fmt: skip
+
+
+def effects(*experiments: dict[str, Any], loss: float | None = 2.0) -> dict[str, Any]:
+    return {
+        "position": 0,
+        "base": {
+            "sink_share": interval(0.4),
+            "sink_rate": interval(50.0),
+            "uniform": interval(0.1),
+            "loss": interval(loss),
+        },
+        "experiments": list(experiments),
+        "n_prompts": 8,
+        "tokens": 64,
+        "seed": 0,
+        "calibration": {"prompts": 12, "held_out": True},
+        "skipped": [],
+    }
+
+
+def found_in(stored: dict[str, Any] | None, **manifest: Any) -> Any:
+    made = trace([record(None, np.ones((3, 5, 7)))])
+    made.manifest = {**manifest, **({"experiments": {"effects": stored}} if stored is not None else {})}
+    return CausalEffects().analyze(made)
+
+
+def test_the_carrier_is_named_and_stands_beside_its_control() -> None:
+    finding = found_in(
+        effects(
+            experiment("key-0", "key", 1.2, left=None),
+            experiment("massive-zero", "massive", 0.7, kl=0.6, loss=0.5),
+            experiment("expert-L2E3", "expert", 0.9, kl=0.2, loss=0.1),
+            experiment("expert-L1E1", "expert", 0.0, kl=0.001, loss=0.0, left=1.0, cosine=1.0),
+        )
+    )
+    assert finding.status is Status.FOUND
+    assert finding.verdict.startswith(
+        "What carries the sink: with expert-L2E3 taken away, 90 % of the sink is lost, 95 % interval 89 to 91 "
+        "(control: 0 %); 1 other change did the like."
+    )
+    assert "the loss by +0.50 nats per token (control: +0.00)" in finding.verdict
+    verdicts = {row["name"]: (row["verdict"], row["predictions"]) for row in finding.rows}
+    assert verdicts == {
+        "massive-zero": (CARRIES, NEED),
+        "expert-L2E3": (CARRIES, NEED),
+        "expert-L1E1": (ELSEWHERE, DO_WITHOUT),
+        "key-0": (NEED, NEED),
+    }
+    assert [row["kind"] for row in finding.rows] == ["massive", "expert", "expert", "key"]
+    assert finding.summary["carriers"] == ["massive-zero", "expert-L2E3"]
+    assert finding.tiles[0].value == "L2E3"
+    sink, costs, layers = finding.figures
+    assert isinstance(sink, Intervals)
+    assert [row.value for row in sink.rows] == pytest.approx([70.0, 90.0, 0.0])
+    assert isinstance(costs, Intervals)
+    assert len(costs.rows) == 4
+    assert isinstance(layers, Lines)
+    assert layers.series[0].name == "expert-L2E3"
+    assert set(finding.units) <= set(finding.rows[0])
+    json.dumps(finding.to_json(), allow_nan=False)
+
+
+def test_what_came_back_leaves_the_question_open() -> None:
+    finding = found_in(
+        effects(experiment("massive-zero", "massive", 0.02, left=0.9, cosine=1.0, kl=0.0, loss=0.0))
+    )
+    assert finding.status is Status.NOT_FOUND
+    assert (
+        "did not last (90 % came back in later blocks), so whether the sink needs it is open"
+        in finding.verdict
+    )
+    assert "irrelevant" in finding.notes[0]
+
+
+def test_nothing_that_matters_is_said_plainly() -> None:
+    finding = found_in(effects(experiment("massive-zero", "massive", 0.02, kl=0.0, loss=0.0)))
+    assert finding.status is Status.NOT_FOUND
+    assert finding.verdict.startswith(
+        "Nothing that was taken away ended the sink: with massive-zero taken away, 2 %"
+    )
+    assert finding.verdict.endswith("The predictions change no more than in the controls.")
+
+
+def test_encoders_have_no_loss_and_models_without_a_head_no_predictions() -> None:
+    masked = found_in(effects(experiment("massive-zero", "massive", 0.9, loss=None), loss=None))
+    assert "0.3 nats per token" in masked.verdict
+    assert any("does not predict the next token" in note for note in masked.notes)
+    headless = found_in(effects(experiment("massive-zero", "massive", 0.9, kl=None, loss=None), loss=None))
+    assert headless.rows[0]["predictions"] == UNKNOWN
+    assert "no language head" in headless.verdict
+    assert len(headless.figures) == 2
+
+
+def test_a_model_without_a_sink_is_judged_by_its_predictions() -> None:
+    finding = found_in(effects(experiment("massive-zero", "massive", None)))
+    assert finding.rows[0]["verdict"] == NOTHING_TO_LOSE
+    assert finding.rows[0]["predictions"] == NEED
+    assert finding.verdict.startswith("The predictions change most with massive-zero taken away")
+
+
+def test_a_row_without_a_control_says_so() -> None:
+    finding = found_in(effects(experiment("heads", "heads", 0.0, left=None, control=False)))
+    assert finding.rows[0]["control"] == "none was possible"
+    assert any("no control" in note for note in finding.notes)
+
+
+@pytest.mark.parametrize(
+    ("stored", "manifest", "reason"),
+    [
+        (None, {}, "not run, add --verify"),
+        (None, {"experiments_skipped": {"effects": "It would take about 9 min; add --verify."}}, "about 9 min"),
+        ({"experiments": [], "reason": "nothing was found that could be taken away"}, {}, "nothing was found"),
+        (
+            {**effects({"name": "key-0", "kind": "key", "what": "x", "target": {}, "failed": "no mask"}),
+             "skipped": ["key-0: no mask"]}, {}, "no mask",
+        ),
+    ],
+)  # fmt: skip
+def test_not_applicable_says_why(stored: Any, manifest: Any, reason: str) -> None:
+    finding = found_in(stored, **manifest)
+    assert finding.status is Status.NOT_APPLICABLE
+    assert reason in str(finding.reason)
