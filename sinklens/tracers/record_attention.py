@@ -18,14 +18,13 @@ from .record_vectors import VectorsRecorder
 from .references import Leaders, seen_by_enough
 from .signals import Signal
 
+_HERE = frozenset(signal for signal in sig.ALL_SIGNALS if signal.source is sig.Source.ATTENTION)
 # What is kept per head is kept for the positions that receive most.
-KEPT = frozenset(s for s in sig.ALL_SIGNALS if s.source is sig.Source.ATTENTION and "kept" in s.axes)
+KEPT = frozenset(signal for signal in _HERE if "kept" in signal.axes)
 
 STATS_OF: dict[Signal, frozenset[Stat]] = {
-    **{signal: frozenset({Stat.RECEIVED}) for signal in KEPT | USERS_OF_REFERENCES},
-    sig.ATTENTION_RECEIVED_MEAN: frozenset({Stat.RECEIVED}),
-    sig.ATTENTION_RECEIVED_PEAK: frozenset({Stat.RECEIVED}),
-    sig.VISIBLE_QUERIES: frozenset({Stat.RECEIVED}),
+    # What is read from queries, keys and values alone needs some statistic too, or the call is not shown at all.
+    **{signal: frozenset({Stat.RECEIVED}) for signal in _HERE | USERS_OF_REFERENCES},
     sig.ATTENTION_SELF: frozenset({Stat.RECEIVED, Stat.DIAGONAL}),
     sig.ATTENTION_TOP1: frozenset({Stat.RECEIVED, Stat.TOP1}),
     sig.ATTENTION_ENTROPY: frozenset({Stat.ENTROPY}),

@@ -40,12 +40,12 @@ class VectorsRecorder:
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        # Of the attention call that has just run, until its output projection runs.
-        self._pending: tuple[Site, AttentionCall] | None = None
+        # The values of the block whose output projection has yet to run.
+        self._pending: tuple[int, Tensor] | None = None
 
     def begin(self, site: Site, call: AttentionCall) -> None:
-        """Remember the call for the output projection that follows it."""
-        self._pending = (site, call) if self.ledger.wanted & _VALUES_OUT else None
+        """Remember the values for the output projection that follows."""
+        self._pending = (site.layer, call.value) if self.ledger.wanted & _VALUES_OUT else None
 
     def on_prompt(self, view: PromptView) -> None:
         """Everything but what needs the output projection."""
@@ -73,6 +73,7 @@ class VectorsRecorder:
 
     def on_projection(self, layer: int, heads: int, module: nn.Module, x: Tensor) -> None:
         """Norms behind the output projection, whose input `[batch, pos, head * value_dim]` is at hand."""
+        pending, self._pending = self._pending, None
         matrix = projection_matrix(module)
         if matrix is None or len(matrix) != x.shape[-1] or len(matrix) % heads:
             return
@@ -82,9 +83,9 @@ class VectorsRecorder:
                 per_head = written.unflatten(-1, (heads, -1)).transpose(0, 1)
                 norms = projected_norms(per_head, gram).mean(-1)
                 self.ledger.put(row, sig.HEAD_OUTPUT_NORM.name, layer, norms)
-        if self._pending is None or self._pending[0].layer != layer:
+        if pending is None or pending[0] != layer:
             return
-        value, self._pending = self._pending[1].value, None
+        value = pending[1]
         if value.shape[-1] != gram.shape[-1] or heads % value.shape[1]:
             return
         for row, span in enumerate(self.ledger.spans(value.shape[2], value.device)):

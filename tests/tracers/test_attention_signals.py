@@ -246,3 +246,12 @@ def test_only_what_is_wanted_is_recorded() -> None:
     model, batch = opened("llama"), batch_of("llama", 29, "right")
     record = trace_batch(model, batch, TracePlan(frozenset({sig.TAIL_PEAK}))).records[0]
     assert record.arrays.keys() == {"visible_queries", "tail_peak", "tail_peak_pos"}
+
+
+def test_any_signal_alone_is_what_it_is_among_all() -> None:
+    model, batch = opened("gpt_oss"), batch_of("gpt_oss", 61, "right")
+    together = trace_batch(model, batch, plan()).records[1]
+    for signal in SIGNALS:
+        one = TracePlan(frozenset({signal}), limits=EVERYTHING)
+        alone = trace_batch(model, batch, one).records[1]
+        np.testing.assert_allclose(alone[signal], together[signal], rtol=1e-6, err_msg=signal.name)
