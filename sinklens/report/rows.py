@@ -14,7 +14,7 @@ from .text import shorten
 MOST_ROWS = 40
 """Rows drawn; a longer list is cut and says so, the table below the figure has all."""
 
-_LABEL_SHARE, _NOTE_SHARE, _MOST_CHARS = 0.3, 0.3, 44
+_LABEL_SHARE, _NOTE_SHARE, _MOST_CHARS = 0.34, 0.26, 64
 _LABEL_SHARE_ALONE = 0.42
 _ROW, _GROUP = 20.0, 22.0
 
