@@ -99,6 +99,7 @@ class AttentionConcentration(Analyzer):
                 "mean_weight": float(np.mean([row["mean_weight"] for row in rows])),
             },
             units=UNITS,
+            labels=LABELS,
             figures=_figures(weights, rows),
         )
 
@@ -137,6 +138,14 @@ UNITS = {
     "mean_weight": "on the scale from low to high, mean over tokens and prompts",
     "first_weight": "weight of the first token, mean over prompts",
     "pressed": "share of the other tokens in the lowest twentieth of the scale",
+}
+LABELS = {
+    "prompts": "prompts that agree",
+    "first_weight": "weight of the first token",
+    "pressed": "tokens hardly told apart",
+    "low": "smallest weight",
+    "high": "largest weight",
+    "divide": "divided by the queries that see the token",
 }
 
 

@@ -126,6 +126,7 @@ class AttentionEntropy(Analyzer):
                 "column_ratio_first": average(column_first),
             },
             units=UNITS,
+            labels=LABELS,
             figures=_figures(ratio, peak, sinks, len(records)),
         )
 
@@ -147,6 +148,18 @@ UNITS = {
     "position": "key with the most even column in most prompts",
     "share": "mean attention that key receives",
     "prompts": "share of prompts in which the rule holds",
+}
+LABELS = {
+    "row_entropy": "row entropy",
+    "row_ratio": "row entropy against uniform",
+    "column_ratio": "most even column against even",
+    "column_ratio_first": "first token's column against even",
+    "share": "attention to that key",
+    "prompts": "prompts that agree",
+    "n_sink_heads": "sink heads by entropy",
+    "row": "largest row entropy against uniform",
+    "column": "least column entropy against even",
+    "min_share": "least attention to that key",
 }
 
 

@@ -116,6 +116,7 @@ class Fai(Analyzer):
             rows=rows[:MOST_ROWS],
             summary=summary,
             units=UNITS,
+            labels=LABELS,
             figures=[_figure(records[0], values[0], marks[0], variant)],
             notes=notes,
         )
@@ -158,6 +159,17 @@ UNITS = {
     "fai": "share of attention of the queries 10 to 100 tokens later",
     "fai_without_first": "the same without the first token's column",
     "peak": "whether it is a local maximum",
+}
+LABELS = {
+    "fai": "attention from later tokens",
+    "fai_without_first": "the same without the first token",
+    "first_token": "attention to the first token from later tokens",
+    "n_waad_peaks": "peaks of looking back",
+    "follows_waad_peak": "share of them that a peak here follows",
+    "follows_any_token": "share of all tokens that a peak here follows",
+    "coupling_p": "p of that difference",
+    "quantile": "quantile that makes a peak",
+    "window": "tokens in which a peak follows",
 }
 
 

@@ -106,8 +106,9 @@ class HeadClasses(Analyzer):
             rows=rows,
             summary=summary,
             units=UNITS,
+            labels=LABELS,
             figures=self._figures(winner, share, len(records)),
-            notes=_notes(agreement),
+            notes=_notes(records, agreement),
         )
 
     def classify(self, record: PromptRecord) -> np.ndarray:
@@ -133,13 +134,21 @@ class HeadClasses(Analyzer):
         }
 
     def _verdict(self, s: dict[str, Any]) -> str:
-        spread, recent = s["n_distributed"], s["n_recency"]
-        return (
+        rest = [
+            f"{s[key]} {word}"
+            for key, word in (
+                ("n_distributed", "spread it"),
+                ("n_recency", "look at recent tokens"),
+                ("n_mixed", "do something else"),
+            )
+            if s[key]
+        ]
+        text = (
             f"The last queries spend more than {self.strong:g} of their attention on the first {self.first} tokens "
             f"in {s['n_strong_sink']} of {s['n_heads']} heads, more than {self.moderate:g} in "
-            f"{s['n_moderate_sink']} others; "
-            f"{spread} spread it, {recent} look at recent tokens, {s['n_mixed']} do none of these."
+            f"{s['n_moderate_sink']} others"
         )
+        return f"{text}; {', '.join(rest)}." if rest else f"{text}."
 
     def _figures(self, winner: np.ndarray, share: PerHead, n: int) -> list[Figure]:
         layers = np.arange(len(winner))
@@ -175,6 +184,18 @@ UNITS = {
     "entropy_ratio": "entropy of the mean distribution over the logarithm of the length",
     "peak_at": "most attended position over the length, mean over prompts",
 }
+LABELS = {
+    "agreement": "prompts that agree",
+    "share_first": "attention to the first tokens",
+    "entropy_ratio": "entropy against uniform",
+    "peak_at": "most attended place",
+    "first": "first tokens counted",
+    "n_strong_sink": "strong sink heads",
+    "n_moderate_sink": "moderate sink heads",
+    "n_distributed": "distributed heads",
+    "n_recency": "recency heads",
+    "n_mixed": "mixed heads",
+}
 
 
 def relative_entropy(record: PromptRecord) -> PerHead:
@@ -189,6 +210,15 @@ def majority(votes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(unknown, NONE, counts.argmax(0)), counts.max(0) / np.maximum(counts.sum(0), 1)
 
 
-def _notes(agreement: np.ndarray) -> list[str]:
+def _notes(records: list[PromptRecord], agreement: np.ndarray) -> list[str]:
+    notes = []
+    if min(len(record) for record in records) < 2 * TAIL:
+        notes.append(
+            f"Some prompts have fewer than {2 * TAIL} tokens: the last {TAIL} queries are most of them, and see few "
+            "other keys than the first."
+        )
     unsure = int(((agreement > 0) & (agreement < 0.75)).sum())
-    return [f"{unsure} heads have their class in fewer than three quarters of the prompts."] if unsure else []
+    if unsure:
+        heads = "1 head has its" if unsure == 1 else f"{unsure} heads have their"
+        notes.append(f"{heads} class in fewer than three quarters of the prompts.")
+    return notes

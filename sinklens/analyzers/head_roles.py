@@ -130,7 +130,7 @@ class HeadRoles(Analyzer):
         classes = self.classify(roles)
         rows = self._rows(roles, classes)
         zeroed = zeroed_heads(trace)
-        summary = {**self._summary(roles, classes), "zeroed": zeroed}
+        summary = {**self._summary(roles, classes), **(zeroed or {})}
         verdict = self._verdict(summary, found_sink=bool(sinks))
         return self.finding(
             Status.FOUND if any(row["role"] != "partial" for row in rows) else Status.NOT_FOUND,
@@ -138,6 +138,7 @@ class HeadRoles(Analyzer):
             rows=rows,
             summary=summary,
             units=UNITS,
+            labels=LABELS,
             figures=figures(roles, classes, dormant=self.dormant, active=self.active),
             tiles=_tiles(summary),
             notes=_notes(roles, n_sinks=len(sinks)) + _zeroed_note(zeroed),
@@ -273,6 +274,33 @@ UNITS = {
     "prompts_switching": "share of prompts in which both groups are large",
     "contrast": "largest minus smallest dormancy of a domain",
     "contrast_p": "share of shuffled domains with a contrast as large",
+    "zeroed_loss_change": "nats per token",
+    "zeroed_loss_change_others": "nats per token",
+}
+LABELS = {
+    "queries_above": "queries resting on it",
+    "queries_below": "queries looking elsewhere",
+    "bimodality": "two groups of queries",
+    "prompts_switching": "prompts in which it does both",
+    "contrast": "difference between domains",
+    "contrast_p": "p of that difference",
+    "dormant_by_domain": "dormant heads per domain",
+    "n_dormant": "dormant in every domain",
+    "n_by_domain": "dormant in some domains only",
+    "n_switching": "dormant on some queries only",
+    "n_partial": "mostly on the sink",
+    "n_active": "active",
+    "dormant": "dormant",
+    "by_domain": "dormant in some domains only",
+    "switching": "dormant on some queries only",
+    "largest_contrast": "largest difference between domains",
+    "zeroed_heads": "heads that were zeroed",
+    "zeroed_loss_change": "change of the loss by that",
+    "zeroed_loss_change_low": "lower end of its interval",
+    "zeroed_loss_change_high": "upper end of its interval",
+    "zeroed_loss_change_others": "change by zeroing as many other heads",
+    "share": "least share of the queries in each group",
+    "shuffles": "shuffles of the domains",
 }
 
 
@@ -303,11 +331,11 @@ def zeroed_heads(trace: Trace) -> dict[str, Any] | None:
             continue
         controls = [control["effect"]["loss_change"]["mean"] for control in experiment["controls"]]
         return {
-            "heads": experiment["target"]["heads"],
-            "loss_change": change["mean"],
-            "loss_change_low": change["low"],
-            "loss_change_high": change["high"],
-            "loss_change_others": controls[0] if controls else None,
+            "zeroed_heads": experiment["target"]["heads"],
+            "zeroed_loss_change": change["mean"],
+            "zeroed_loss_change_low": change["low"],
+            "zeroed_loss_change_high": change["high"],
+            "zeroed_loss_change_others": controls[0] if controls else None,
         }
     return None
 
@@ -315,12 +343,12 @@ def zeroed_heads(trace: Trace) -> dict[str, Any] | None:
 def _zeroed_note(zeroed: dict[str, Any] | None) -> list[str]:
     if zeroed is None:
         return []
-    which = named([(layer, head) for layer, head in zeroed["heads"]])
-    low, high, others = zeroed["loss_change_low"], zeroed["loss_change_high"], zeroed["loss_change_others"]
+    which = named([(layer, head) for layer, head in zeroed["zeroed_heads"]])
+    low, high, others = (zeroed[f"zeroed_loss_change_{key}"] for key in ("low", "high", "others"))
     interval = "" if low is None or high is None else f" ({low:+.3f} to {high:+.3f})"
     beside = "" if others is None else f", zeroing as many other heads by {others:+.3f}"
-    text = f"Zeroing the strongest sink heads ({which}) changes the loss by {zeroed['loss_change']:+.3f} nats per token"
-    return [f"{text}{interval}{beside}."]
+    change = f"{zeroed['zeroed_loss_change']:+.3f} nats per token{interval}"
+    return [f"Zeroing the strongest sink heads ({which}) changes the loss by {change}{beside}."]
 
 
 def _places(classes: np.ndarray, word: str) -> list[list[int]]:

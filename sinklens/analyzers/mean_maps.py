@@ -106,6 +106,7 @@ class MeanMaps(Analyzer):
                 "uniform_share": top["uniform_share"],
             },
             units=UNITS,
+            labels=LABELS,
             figures=self._figures(drawn, rows, logits=use_logits, n=len(records)),
             notes=notes,
         )
@@ -153,6 +154,17 @@ UNITS = {
     "uniform_share": "the same if every row were uniform",
     "first_logit": "nats, mean over rows 1 to 15, heads and prompts",
     "other_logit": "nats, mean over the other keys those rows see",
+}
+LABELS = {
+    "first_share": "attention to the first token",
+    "self_share": "attention to itself",
+    "uniform_share": "uniform attention to the first token",
+    "first_logit": "logit of the first token",
+    "other_logit": "logit of other tokens",
+    "largest_first_share": "largest attention to the first token",
+    "of": "what is drawn",
+    "shown": "layers drawn",
+    "lift": "least times uniform",
 }
 
 

@@ -100,6 +100,7 @@ class NormalisedAttention(Analyzer):
                 "salient_in_both": overlap,
             },
             units=UNITS,
+            labels=LABELS,
             figures=[_figure(records[0])],
         )
 
@@ -145,6 +146,12 @@ UNITS = {
     "median": "median score, share of attention, mean over prompts",
     "lift": "ratio of the two",
     "salient_in_both": "share of the salient tokens that both divisors name",
+}
+LABELS = {
+    "prompts": "prompts that agree",
+    "lift": "largest against median",
+    "salient_in_both": "salient by both divisors",
+    "unimportant": "share of tokens that are not salient",
 }
 
 

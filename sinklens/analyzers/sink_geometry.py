@@ -134,8 +134,9 @@ class SinkGeometry(Analyzer):
             Status.FOUND if found else Status.NOT_FOUND,
             self._verdict(first),
             rows=[row for item in measured for row in self._rows(item)],
-            summary={**first, "sinks": described},
+            summary={**first, "other_sinks": described[1:]},
             units=UNITS,
+            labels=LABELS,
             figures=_figures(measured[0]),
             notes=_notes(measured),
         )
@@ -226,6 +227,29 @@ UNITS = {
     "value_ratio": "norm of the sink's value over the mean norm of the other values",
     "value_out_ratio": "the same through the output projection",
     "drained": "whether that ratio is below the threshold",
+}
+LABELS = {
+    "n_sink_heads": "heads that sink on it",
+    "cosine": "cosine with its key",
+    "cosine_all_heads": "cosine with its key, all heads",
+    "cosine_others": "cosine with other keys",
+    "cosine_others_all_heads": "cosine with other keys, all heads",
+    "cosine_contrast": "difference",
+    "cosine_contrast_all_heads": "difference, all heads",
+    "key_ratio": "key norm against the others",
+    "key_ratio_all_heads": "key norm against the others, all heads",
+    "value_ratio": "value norm against the others",
+    "value_ratio_all_heads": "value norm against the others, all heads",
+    "value_out_ratio": "value norm after the output projection",
+    "value_out_ratio_all_heads": "value norm after the output projection, all heads",
+    "n_heads_compared": "heads the medians are over",
+    "n_drained": "heads with a drained value",
+    "n_drain_known": "heads whose value is known",
+    "angle_effect": "effect of the angle",
+    "length_effect": "effect of the key's length",
+    "angle": "least difference of cosines",
+    "long": "least ratio of key norms",
+    "drained": "drained",
 }
 
 

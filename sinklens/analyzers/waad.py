@@ -109,6 +109,7 @@ class Waad(Analyzer):
             rows=rows[:MOST_ROWS],
             summary=summary,
             units=UNITS,
+            labels=LABELS,
             figures=[_figure(records[0], values[0], marks[0])],
             notes=notes,
         )
@@ -135,6 +136,15 @@ UNITS = {
     "waad_without_first": "tokens, without the first token's column",
     "change": "tokens, difference to the next position",
     "turn": "whether that is among the largest changes of the prompt",
+}
+LABELS = {
+    "waad": "distance",
+    "waad_without_first": "distance without the first token",
+    "change": "change to the next token",
+    "mean": "mean distance",
+    "mean_without_first": "mean distance without the first token",
+    "quantile": "quantile that makes a peak",
+    "turns": "share of tokens called turns",
 }
 
 

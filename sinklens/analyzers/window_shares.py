@@ -91,6 +91,7 @@ class WindowShares(Analyzer):
             rows=rows,
             summary=summary,
             units=UNITS,
+            labels=LABELS,
             figures=_figures(boosts, len(records)),
             notes=_notes(records),
         )
@@ -100,6 +101,13 @@ UNITS = {
     **{f"share_{k}": f"share of the last queries' attention on the first {k} tokens" for k in FIRST},
     **{f"boost_{k}": "ratio of that share to uniform attention" for k in FIRST},
     "peak_share": "largest mean weight of one key",
+}
+LABELS = {
+    **{f"share_{k}": f"attention to the first {k}" for k in FIRST},
+    **{f"boost_{k}": f"first {k} against uniform" for k in FIRST},
+    "boost_4_by_layer": "first 4 against uniform, by layer",
+    "peak_share": "largest weight of one key",
+    "seq_len": "median prompt length",
 }
 
 

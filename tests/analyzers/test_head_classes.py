@@ -84,7 +84,7 @@ def test_the_class_is_that_of_most_prompts() -> None:
     finding = HeadClasses().analyze(trace(records))
     assert finding.rows[0]["class"] == "strong sink"
     assert finding.rows[0]["agreement"] == pytest.approx(2 / 3)
-    assert "1 heads have their class in fewer" in finding.notes[0]
+    assert "1 head has its class in fewer" in finding.notes[-1]
 
 
 def test_no_sink_class_is_not_found_and_missing_layers_have_no_class() -> None:

@@ -159,7 +159,7 @@ def test_zeroed_heads_are_told_where_the_run_looked() -> None:
     effect = {"loss_change": {"mean": 0.25, "low": 0.1, "high": 0.4, "n": 8}}
     other = {"loss_change": {"mean": -0.01, "low": None, "high": None, "n": 1}}
     given = trace([head_record(maps())])
-    assert HeadRoles().analyze(given).summary["zeroed"] is None
+    assert "zeroed_heads" not in HeadRoles().analyze(given).summary
     experiment = {
         "kind": "heads",
         "target": {"heads": [[0, 1], [1, 3]]},
@@ -169,7 +169,7 @@ def test_zeroed_heads_are_told_where_the_run_looked() -> None:
     failed = {"kind": "heads", "target": {"heads": [[2, 0]]}, "failed": "no place for it"}
     given.manifest["experiments"] = {"effects": {"experiments": [failed, experiment]}}
     finding = HeadRoles().analyze(given)
-    assert finding.summary["zeroed"]["heads"] == [[0, 1], [1, 3]]
+    assert finding.summary["zeroed_heads"] == [[0, 1], [1, 3]]
     assert finding.notes[-1] == (
         "Zeroing the strongest sink heads (layer 0 head 1, layer 1 head 3) changes the loss by +0.250 nats per token "
         "(+0.100 to +0.400), zeroing as many other heads by -0.010."

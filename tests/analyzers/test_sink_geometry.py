@@ -132,7 +132,7 @@ def test_several_sinks_and_prompts_of_different_length() -> None:
         ),
     ]
     finding = SinkGeometry().analyze(trace(records))
-    assert [sink["position"] for sink in finding.summary["sinks"]] == [0, 7]
+    assert [sink["position"] for sink in finding.summary["other_sinks"]] == [7]
     assert {(row["position"], row["layer"], row["head"]) for row in finding.rows if row["position"]} == {
         (7, 0, 1)
     }
