@@ -131,6 +131,39 @@ def test_families_read_from_their_weights_give_what_weights_can_give(family: str
             assert name not in record.arrays
 
 
+@pytest.mark.parametrize("family", ["falcon", "falcon_alibi"])
+def test_families_that_call_the_kernel_themselves_give_everything(family: str, monkeypatch: Any) -> None:
+    model, batch = opened(family), batch_of(family, 131, "right")
+    record = trace_batch(model, batch, plan()).records[1]
+    n, found = len(record), []
+
+    def dense(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor, **other: Any) -> Tensor:
+        group = q.shape[1] // k.shape[1]
+        wide_k, wide_v = (x.repeat_interleave(group, 1) for x in (k, v))
+        hidden = ~attn_mask if attn_mask.dtype == torch.bool else attn_mask < -1e30
+        bias = 0.0 if attn_mask.dtype == torch.bool else attn_mask.double()
+        logits = (q.double() @ wide_k.double().mT * q.shape[-1] ** -0.5 + bias).masked_fill(
+            hidden, -torch.inf
+        )
+        A = logits.softmax(-1)
+        path = str(model.anatomy.main.blocks[len(found)].attention_output)
+        inner, logits = A[1, :, :n, :n].numpy(), logits[1, :, :n, :n].numpy()
+        vectors_of = [x[1, :, :n].double().numpy() for x in (q, wide_k, wide_v)]
+        layer = Layer(
+            inner, (inner > 0).any(0), logits, project=model.module.get_submodule(path), group=group
+        )
+        layer.q, layer.k, layer.v = vectors_of
+        found.append(layer)
+        return (A @ wide_v.double()).to(v.dtype)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", dense)
+    forward(model.module, batch)
+    monkeypatch.undo()
+    truth = naive(found)
+    compare(record, truth, set(truth) - {"reference_mass"})
+    close_histograms(record["reference_mass"], truth["reference_mass"])
+
+
 def heads_written(model: Any, batch: Batch) -> list[tuple[nn.Module, Tensor]]:
     """The output projections and what they were given."""
     seen: list[tuple[nn.Module, Tensor]] = []
