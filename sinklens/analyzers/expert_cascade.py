@@ -203,7 +203,7 @@ def _expert_row(
         "chosen_others": _number(routing.chosen_others[layer, expert]),
         "routing_weight": _number(routing.weight[layer, expert]),
         "d_sink": _d_sink(trace, layer, expert),
-        "n_prompts": len(known),
+        "n_prompts": int(np.count_nonzero(shares[known])),
     }
 
 
@@ -360,11 +360,12 @@ def _figures(
             "cascade",
             f"What each expert adds to {where}",
             f"Share of the entry's peak, routing weight included, mean over {len(spike.paths)} prompts; negative: "
-            "takes away. Rings: the cascade. Hatched: not known to act on this entry.",
+            "takes away. Rings: the cascade. Hatched: routed to, but not looked up at this entry, or no experts.",
             part,
             "share of peak",
             x_label="expert",
             marks=ringed,
+            limits=(-1.0, 1.0),
         ),
         Lines(
             "value",

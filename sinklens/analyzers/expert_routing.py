@@ -35,14 +35,17 @@ class Routing:
 def contributions(spike: Spike) -> Float[np.ndarray, "prompt layer expert"]:
     """What each expert adds to the entry over the entry's peak, prompt by prompt; NaN where not known.
 
-    Known are experts looked up at the entry, and those whose largest output of the prompt lies on it.
+    Known are experts looked up at the entry, those whose largest output of the prompt lies on it, and those the token
+    is not routed to, which add nothing.
     """
     shape = spike.paths[0].record[sig.EXPERT_MAX].shape
     out = np.full((len(spike.paths), *shape), np.nan)
     for share, path in zip(out, spike.paths, strict=True):
         record = path.record
         weight = _weights_at(record, path.position, shape)
+        share[~np.isnan(weight).all(1, keepdims=True) & np.isnan(weight)] = 0.0
         here = (record["expert_max_pos"] == path.position) & (record["expert_max_dim"] == path.dim)
+        here &= ~np.isnan(weight)
         share[here] = (record[sig.EXPERT_MAX] * weight)[here] / path.peak
         looked_up = np.flatnonzero(path.expert >= 0)
         share[looked_up, path.expert[looked_up]] = path.expert_value[looked_up] / path.peak

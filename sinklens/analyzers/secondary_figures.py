@@ -61,8 +61,29 @@ def draw(
             "per 1000 tokens",
             bars=True,
         ),
+        _places(seen, secondary),
         *figures,
     ]
+
+
+def tenths(seen: Sequence[Seen], secondary: Sequence[Aligned]) -> list[int]:
+    """How many secondary sinks stand in each tenth of their prompt."""
+    length = {item.record.index: len(item.record) for item in seen}
+    tenth = [10 * token.position // length[token.prompt] for token in secondary]
+    return np.bincount(tenth, minlength=10).tolist() if tenth else [0] * 10
+
+
+def _places(seen: Sequence[Seen], secondary: Sequence[Aligned]) -> Lines:
+    counts = Series("secondary sinks", np.arange(10), np.array(tenths(seen, secondary)), emphasis=True)
+    return Lines(
+        "places",
+        "Where in the prompt secondary sinks stand",
+        f"Number of secondary sinks by tenth of their prompt (0: the first), {len(seen)} prompts together.",
+        (counts,),
+        "tenth of the prompt",
+        "tokens",
+        bars=True,
+    )
 
 
 def _timeline(secondary: Sequence[Aligned], layers: int) -> Timeline:
@@ -85,8 +106,8 @@ def _timeline(secondary: Sequence[Aligned], layers: int) -> Timeline:
     return Timeline(
         "lives",
         "Secondary sinks from creation to end",
-        f"The {len(rows)} of {len(secondary)} that receive most attention, in order of creation. Depth of colour: size "
-        "of the cosine with the primary sink's state, mean over the aligned layers. Gaps: layers not aligned.",
+        f"The {len(rows)} of {len(secondary)} that receive most attention, in order of creation. |cosine| with the "
+        "primary sink's state: mean over the aligned layers. Gaps: layers not aligned.",
         rows,
         layers,
         "|cosine|",
@@ -94,14 +115,14 @@ def _timeline(secondary: Sequence[Aligned], layers: int) -> Timeline:
 
 
 def _level_map(secondary: Sequence[Aligned], levels: Sequence[Level], layers: int) -> Heatmap:
-    counts = np.zeros((layers, layers + 1))
+    counts = np.zeros((layers, max(token.lifetime for token in secondary) + 2))
     for token in secondary:
         counts[token.creation, token.lifetime] += 1
     return Heatmap(
         "levels",
         "Sink levels: creation layer and lifetime",
-        f"Number of secondary sinks created at a layer (rows) that live for so many layers (columns), all prompts "
-        f"together. Rings: the {len(levels)} sink levels.",
+        "Number of secondary sinks created at a layer (rows) that live for so many layers (columns), all prompts "
+        "together. Rings: sink levels.",
         np.where(counts > 0, counts, np.nan),
         "tokens",
         y_label="creation layer",

@@ -34,7 +34,7 @@ from .aligned_tokens import (
 )
 from .base import Analyzer, Finding, Reference, Status, registry
 from .evidence import span
-from .secondary_figures import Seen, draw
+from .secondary_figures import Seen, draw, tenths
 
 WRITTEN_SHARE = 0.5
 """Norm of what the feed-forward part adds over the norm of the state, from which on it is the writer."""
@@ -147,7 +147,7 @@ class SecondarySinks(Analyzer):
             units=UNITS,
             labels=LABELS,
             figures=draw(seen, secondary, levels, len(trace.layers)),
-            tiles=[_tile(secondary, levels, summary)],
+            tiles=_tiles(secondary, levels, summary),
             notes=_notes(seen, summary),
         )
 
@@ -200,9 +200,14 @@ LABELS = {
     "norm_lifetime_rho": "rank correlation of written norm and lifetime",
     "norm_lifetime_n": "tokens in that correlation",
     "births_recorded": "secondary sinks whose creation was recorded inside the feed-forward part",
-    "written_by_mlp": "of these, written by the feed-forward part of their creation layer",
+    "n_written_by_mlp": "of these, written by the feed-forward part of their creation layer",
+    "written_by_mlp": "written by the MLP",
+    "levels": "levels as (creation layer, lifetime, tokens)",
+    "primary_share_of_prompts": "share of prompts whose primary sink stands there",
+    "n_prompts_without_primary": "prompts without a primary sink by norm",
     "position_deciles": "secondary sinks by tenth of the prompt",
-    **{f"{part}_cosine": f"median |cosine| at the creation layer: {part}" for part in sig.PARTS},
+    **{f"{part}_cosine": f"{part} cosine" for part in sig.PARTS},
+    **{f"median_{part}_cosine": f"median |cosine| at the creation layer: {part}" for part in sig.PARTS},
     **{f"{kind}_lift": f"how much likelier than any token: {kind}" for kind in TOKEN_CLASSES},
 }
 
@@ -292,10 +297,10 @@ def _summary(
         "n_tokens": n_tokens,
         **norm_correlations(secondary),
         "births_recorded": len(births),
-        "written_by_mlp": sum(token.write_share >= WRITTEN_SHARE for token in births),
-        **{f"{part}_cosine": _median(parts[:, i]) for i, part in enumerate(sig.PARTS)},
+        "n_written_by_mlp": sum(token.write_share >= WRITTEN_SHARE for token in births),
+        **{f"median_{part}_cosine": _median(parts[:, i]) for i, part in enumerate(sig.PARTS)},
         **_token_classes(seen, secondary),
-        "position_deciles": _deciles(seen, secondary),
+        "position_deciles": tenths(seen, secondary),
     }
 
 
@@ -313,12 +318,6 @@ def _token_classes(seen: Sequence[Seen], secondary: Sequence[Aligned]) -> dict[s
         f"{kind}_lift": sinks[kind] / every[kind] / rate if every[kind] and rate else None
         for kind in TOKEN_CLASSES
     }
-
-
-def _deciles(seen: Sequence[Seen], secondary: Sequence[Aligned]) -> list[int]:
-    length = {item.record.index: len(item.record) for item in seen}
-    tenth = [10 * token.position // length[token.prompt] for token in secondary]
-    return np.bincount(tenth, minlength=10).tolist() if tenth else [0] * 10
 
 
 def _verdict(secondary: Sequence[Aligned], levels: Sequence[Level], summary: dict[str, Any]) -> str:
@@ -339,10 +338,10 @@ def _verdict(secondary: Sequence[Aligned], levels: Sequence[Level], summary: dic
 
 def _authors(summary: dict[str, Any]) -> str:
     """Whether the feed-forward part of the creation layer wrote them, in a sentence; empty if not recorded."""
-    births, written = summary["births_recorded"], summary["written_by_mlp"]
+    births, written = summary["births_recorded"], summary["n_written_by_mlp"]
     if not births:
         return ""
-    before, after = summary["input_cosine"], summary["down_cosine"]
+    before, after = summary["median_input_cosine"], summary["median_down_cosine"]
     cosines = ""
     if before is not None and after is not None and after > ALIGNED_OUTPUT:
         cosines = (
@@ -356,10 +355,13 @@ def _authors(summary: dict[str, Any]) -> str:
     return f" The MLP of that layer wrote {written} of {births}{cosines}."
 
 
-def _tile(secondary: Sequence[Aligned], levels: Sequence[Level], summary: dict[str, Any]) -> Tile:
-    value = f"{summary['per_1000_tokens']:.2g} per 1000" if secondary else "none"
-    note = f"tokens; {len(levels)} sink levels" if secondary else "no token joins the primary sink later"
-    return Tile("Secondary sinks", value, note, link="secondary-sinks")
+def _tiles(secondary: Sequence[Aligned], levels: Sequence[Level], summary: dict[str, Any]) -> list[Tile]:
+    if not secondary:
+        return []
+    note = f"tokens, in {len(levels)} sink level{'s' * (len(levels) != 1)}"
+    return [
+        Tile("Secondary sinks", f"{summary['per_1000_tokens']:.2g} per 1000", note, link="secondary-sinks")
+    ]
 
 
 def _notes(seen: Sequence[Seen], summary: dict[str, Any]) -> list[str]:

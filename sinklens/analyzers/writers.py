@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from sinklens.core.figures import Event, Figure, Life, Lines, Series, Tile, Timeline
+from sinklens.core.figures import Event, Figure, Life, Lines, Series, Timeline
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import Trace
 
@@ -116,7 +116,6 @@ class Writers(Analyzer):
             units=UNITS,
             labels=LABELS,
             figures=_figures(spikes, len(trace.layers)),
-            tiles=_tiles(spikes[0]),
             notes=self._notes(trace, spikes, len(places), below, summary),
         )
 
@@ -167,7 +166,13 @@ LABELS = {
     "largest_residue": "largest relative gap in before + attention + MLP = after",
     "written_by": "strongest entry written by",
     "erased_by": "strongest entry erased by",
-    "agreement": "prompts that agree on the step",
+    "agreement": "share of prompts that agree",
+    "erased_in_share_of_prompts": "erased in this share of prompts",
+    "main_layer": "main writer in layer",
+    "main_sublayer": "main writer",
+    "main_neuron": "its neuron",
+    "main_expert": "its expert",
+    "first_layer": "first written in layer",
 }
 
 
@@ -289,14 +294,6 @@ def _ending(spike: Spike) -> str:
     return f"it is erased by {' and '.join(group.name for group in erasers[:3])}"
 
 
-def _tiles(top: Spike) -> list[Tile]:
-    writers = top.usual(writes=True)
-    if not writers:
-        return [Tile("Written by", "no single block", "grows in small steps", link="writers")]
-    main = max(writers, key=lambda group: group.share)
-    return [Tile("Written by", main.name.removeprefix("the "), _ending(top), link="writers")]
-
-
 def _figures(spikes: Sequence[Spike], layers: int) -> list[Figure]:
     top = spikes[0]
     x = np.arange(layers)
@@ -312,7 +309,7 @@ def _figures(spikes: Sequence[Spike], layers: int) -> list[Figure]:
         Timeline(
             "lives",
             "Massive activations from writer to eraser",
-            f"The {len(spikes)} entries followed, strongest first. Depth of colour: size over that of the strongest.",
+            "Entries that were followed, strongest first; peak: largest value over the blocks, mean over prompts.",
             tuple(_life(spike, abs(top.peak), layers) for spike in spikes),
             layers,
             "share of the strongest",

@@ -90,7 +90,7 @@ def test_a_planted_secondary_sink_is_found_with_its_layer_and_lifetime(seed: int
     assert (summary["primary_position"], summary["active_first"], summary["active_last"]) == (0, 1, 8)
     assert summary["layers_unknown"] == 0
     assert summary["levels"] == [[created, lifetime, 5]]
-    assert summary["written_by_mlp"] == summary["births_recorded"] == 5
+    assert summary["n_written_by_mlp"] == summary["births_recorded"] == 5
     assert all(abs(row["cosine"]) > 0.98 for row in finding.rows)
 
 
@@ -176,7 +176,7 @@ def test_a_secondary_sink_written_by_an_expert_is_found_too(seed: int) -> None:
     assert {
         (row["position"], row["creation_layer"], row["lifetime"], row["type"]) for row in finding.rows
     } == {(joined(ids), 4, 3, "secondary") for ids in texts}
-    assert finding.summary["written_by_mlp"] == len(texts)
+    assert finding.summary["n_written_by_mlp"] == len(texts)
 
 
 @pytest.mark.parametrize("at", [4, 17])
