@@ -8,13 +8,13 @@ from typing import Protocol
 
 from markupsafe import Markup
 
-from .svg import label, tag, text_width
+from .svg import fitted, label, tag, text_width
 from .text import shorten
 
 MOST_ROWS = 40
 """Rows drawn; a longer list is cut and says so, the table below the figure has all."""
 
-_LABEL_SHARE, _NOTE_SHARE, _MOST_CHARS = 0.34, 0.26, 64
+_LABEL_SHARE, _NOTE_SHARE, _MOST_CHARS = 0.34, 0.26, 90
 _LABEL_SHARE_ALONE = 0.42
 _ROW, _GROUP = 20.0, 22.0
 
@@ -83,15 +83,11 @@ def names(rows: Sequence[Named], place: Layout, width: float) -> list[Markup]:
     left, _, plot, _ = place.box
     parts = [label(shorten(heading, 80), 0, y, "t strong-text") for y, heading in place.headings if heading]
     for row, y in zip(rows, place.centres, strict=True):
-        parts.append(label(_fit(row.label, left - 8), left - 8, y + 4, "t", text_anchor="end"))
+        parts.append(label(fitted(row.label, left - 8), left - 8, y + 4, "t", text_anchor="end"))
         if row.note:
             room = width - left - plot - 8
-            parts.append(label(_fit(row.note, room), left + plot + 8, y + 4, "t tick"))
+            parts.append(label(fitted(row.note, room), left + plot + 8, y + 4, "t tick"))
     return parts
-
-
-def _fit(words: str, room: float) -> str:
-    return shorten(words, max(3, int(room / text_width("x"))))
 
 
 def grid(scale: Scale, values: Sequence[float], words: Sequence[str], title: str) -> list[Markup]:
