@@ -82,7 +82,8 @@ class NormalisedAttention(Analyzer):
         records, reason = usable(trace, self.needs, MIN_TOKENS)
         if reason is not None:
             return self.not_applicable(reason)
-        rows = [self._row(records, layer) for layer in range(len(trace.layers))]
+        scores = [(score(record), score(record, recipe="code")) for record in records]
+        rows = [self._row(scores, layer) for layer in range(len(trace.layers))]
         rows = [row for row in rows if row is not None]
         overlap = average(np.array([row["salient_in_both"] for row in rows]))
         strongest = max(rows, key=lambda row: row["lift"])
@@ -104,15 +105,14 @@ class NormalisedAttention(Analyzer):
             figures=[_figure(records[0])],
         )
 
-    def _row(self, records: list[PromptRecord], layer: int) -> dict[str, Any] | None:
+    def _row(self, by_prompt: list[tuple[np.ndarray, np.ndarray]], layer: int) -> dict[str, Any] | None:
         """One layer, mean over the prompts; None for a layer without attention."""
         places, tops, middles, shared = [], [], [], []
-        for record in records:
-            scores = score(record)[layer]
+        for paper, code in by_prompt:
+            scores, coded = paper[layer], code[layer]
             known = ~np.isnan(scores)
             if not known.any():
                 continue
-            coded = score(record, recipe="code")[layer]
             chosen = coded if self.recipe == "code" else scores
             place = int(np.nanargmax(chosen))
             places.append(place)

@@ -138,9 +138,20 @@ class PrimarySinks(Analyzer):
         )
 
     def _columns(self, evidence: list[SinkEvidence]) -> list[Column]:
-        """Every position that some prompt kept and that enough queries see."""
+        """The positions that some prompt kept, that enough queries see, and that can be a sink.
+
+        A position that no head in any prompt gives more than epsilon has rate 0 and no sink head. Where that is so
+        for all of them, all are returned, so that the strongest can be named.
+        """
         kept = {int(k) for item in evidence for k in item.positions if item.is_seen(int(k), self.min_visible)}
+        if self.min_rate > 0:
+            kept = kept & self._reached(evidence) or kept
         return [column(evidence, k, self.min_visible) for k in sorted(kept)]
+
+    def _reached(self, evidence: list[SinkEvidence]) -> set[int]:
+        """Positions that some head in some prompt gives more than epsilon."""
+        above = (item.positions[(item.alpha > self.epsilon).any((0, 1))] for item in evidence)
+        return {int(k) for positions in above for k in positions}
 
     def _is_sink(self, found: Column) -> bool:
         return bool(self._sink_heads(found)) or (

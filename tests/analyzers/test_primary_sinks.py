@@ -71,6 +71,23 @@ def test_the_position_is_found_and_not_assumed(position: int) -> None:
     assert finding.rows[0]["first_layer"] == finding.rows[0]["last_layer"] == 1
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_positions_that_cannot_be_sinks_may_be_left_out(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(seed)
+    records = []
+    for index in range(3):
+        weights = causal_uniform(2, 3, T)
+        for _ in range(seed):
+            layer, head, position = (int(rng.integers(n)) for n in (2, 3, T - 8))
+            with_sink(weights, layer, head, position, rng.uniform(0.1, 0.9))
+        records.append(record(weights, index=index))
+    found = PrimarySinks().analyze(trace(records))
+    monkeypatch.setattr(PrimarySinks, "_reached", lambda self, evidence: set(range(T)))
+    every = PrimarySinks().analyze(trace(records))
+    assert found.rows == every.rows
+    assert found.summary == every.summary
+
+
 def test_a_late_column_with_few_queries_is_no_sink() -> None:
     weights = np.broadcast_to(np.eye(T), (2, 3, T, T)).copy()  # pure self-attention: the last key receives 1
     finding = PrimarySinks(epsilon=0.01).analyze(trace([record(weights)]))
