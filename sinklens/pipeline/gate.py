@@ -85,14 +85,21 @@ def _lookup(path: str, document: dict[str, Any]) -> Any:
     for place in places:
         if field in place:
             return place[field]
+    if places and places[0] == {} and places[-1].get("status") == "not-applicable":
+        raise UsageError(
+            f"--fail-if: {head} has no {field!r} here, because it does not apply: {places[-1].get('reason')}",
+            hint=f"Ask for its state instead: {head}.status == not-applicable",
+        )
     fields = sorted({name for place in places for name in place})
     detail = did_you_mean(field, fields) or f"It has: {', '.join(fields)}."
     raise UsageError(f"--fail-if: {head} has no {field!r}.", detail=detail)
 
 
 def _alike(value: Any, wanted: str, path: str) -> tuple[Any, Any]:
-    if isinstance(value, (bool, str)):
-        return str(value), wanted.strip("\"'")
+    if isinstance(value, bool):
+        return str(value).lower(), wanted.strip("\"'").lower()
+    if isinstance(value, str):
+        return value, wanted.strip("\"'")
     try:
         return float(value), float(wanted)
     except (TypeError, ValueError):

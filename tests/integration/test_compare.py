@@ -1,0 +1,105 @@
+"""`compare`: parameters and models in the differences, all numbers, and maps by relative depth."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sinklens
+from sinklens.cli.main import main
+from sinklens.core.figures import Heatmap
+from sinklens.pipeline.compare import _difference, at_depth, compare
+
+NAMED = ("primary-sinks", "massive-activations")
+
+
+@pytest.fixture(scope="module")
+def runs() -> tuple[Any, Any]:
+    """The same model and prompts under two definitions."""
+    one = sinklens.profile(n=4, analyzers=NAMED, verify=False)
+    return one, one.analyze("primary-sinks:epsilon=0.7")
+
+
+def test_parameters_of_shared_analyzers_and_nothing_else_differ(runs: tuple[Any, Any]) -> None:
+    (found,) = compare(*runs).differences.values()
+    assert found == {
+        "analyzers.primary-sinks.epsilon": (0.3, 0.7),
+        "analyzers run": (["massive-activations", "primary-sinks"], ["primary-sinks"]),
+    }
+
+
+def test_models_differ_by_their_fields() -> None:
+    dense = sinklens.profile(n=3, analyzers=NAMED, verify=False)
+    moe = sinklens.profile("bundled:moe-ind", n=3, analyzers=NAMED, verify=False)
+    found = compare(dense, moe)
+    (differences,) = found.differences.values()
+    assert differences["model.family"] == ("llama", "qwen3_moe")
+    assert differences["model.experts"] == (0, 8)
+    assert "model.layers" not in differences
+    maps = {figure.key: figure for figure in found.maps}
+    received = maps["primary-sinks-received-1"]
+    mine, other = (run.primary_sinks.figures[0].values for run in (dense, moe))
+    np.testing.assert_allclose(received.values, other - mine)
+    assert "minus" in received.title
+
+
+def test_every_number_that_two_runs_have(runs: tuple[Any, Any]) -> None:
+    rows = compare(*runs).summaries
+    rate = next(row for row in rows if row["quantity"] == "sink_rate")
+    assert list(rate["values"].values()) == [run.primary_sinks.summary["sink_rate"] for run in runs]
+    assert rate["differs"]
+    share = next(row for row in rows if row["quantity"] == "uniform_share")
+    assert share["finding"] == "primary-sinks"
+    assert not any(row["finding"] == "massive-activations" for row in rows)  # only the first run has it
+    assert not any(isinstance(value, bool | list) for row in rows for value in row["values"].values())
+
+
+def test_relative_depth() -> None:
+    values = np.arange(5.0)[:, None] * np.array([1.0, 10.0])
+    np.testing.assert_allclose(at_depth(values, 5), values)
+    np.testing.assert_allclose(at_depth(values, 3), values[[0, 2, 4]])
+    # Four places in five layers: 0, 4/3, 8/3 and 4.
+    np.testing.assert_allclose(at_depth(values, 4)[:, 0], [0, 4 / 3, 8 / 3, 4])
+    holed = values.copy()
+    holed[4] = np.nan
+    np.testing.assert_array_equal(np.isnan(at_depth(holed, 3))[:, 0], [False, False, True])
+
+
+@pytest.mark.parametrize(
+    ("shape", "unit", "drawn"),
+    [((7, 3), "share", True), ((5, 3), "share", True), ((7, 4), "share", False), ((7, 3), "ratio", False)],
+)
+def test_maps_are_drawn_where_they_mean_the_same(shape: tuple[int, int], unit: str, drawn: bool) -> None:
+    base = Heatmap("k", "Title", "Caption.", np.ones((7, 3)), "share")
+    other = Heatmap("k", "Title", "Caption.", np.full(shape, 3.0), unit)
+    found = _difference(base, other, "a", "b", "k-1")
+    assert bool(found) == drawn
+    if drawn:
+        assert found[0].values.shape == (min(7, shape[0]), 3)
+        assert (found[0].values == 2).all()
+        assert ("relative depth" in found[0].y_label) == (shape[0] != 7)
+
+
+def test_the_page_has_maps_numbers_and_no_tokens(tmp_path: Path, capsys: Any) -> None:
+    for name, bos in (("on", "on"), ("off", "off")):
+        named = ["--analyzers", "primary-sinks", "--no-verify"]
+        assert main(["profile", "-q", "-n", "3", "--bos", bos, *named, "--out", str(tmp_path / name)]) == 0
+    capsys.readouterr()
+    out = tmp_path / "page.html"
+    folders = [str(tmp_path / name) for name in ("on", "off")]
+    assert main(["compare", *folders, "--out", str(out), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    first_tokens = [key for key in document["differences"]["off"] if key.startswith("inputs.first_tokens")]
+    assert first_tokens
+    html = out.read_text(encoding="utf-8")
+    assert "All numbers" in html
+    assert "Where they differ" in html
+    assert "first tokens" in html
+    assert main(["compare", *folders, "--out", str(out), "--json", "--no-text"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert not [key for key in document["differences"]["off"] if key.startswith("inputs.first_tokens")]
+    assert "first tokens" not in out.read_text(encoding="utf-8")
