@@ -9,11 +9,13 @@ import pytest
 
 from sinklens.analyzers import registry
 from sinklens.analyzers.base import Finding, Status
+from sinklens.analyzers.heads import Sink, mean
+from sinklens.analyzers.sink_geometry import SinkGeometry, measure
 from sinklens.tracers.attention import Mode
 from sinklens.tracers.executor import TracePlan, trace_batch
 from sinklens.tracers.record_reading import probe_positions
 from sinklens.tracers.trace import Trace, layer_table
-from tests.tracers.naive_attention import layers_of
+from tests.tracers.naive_attention import layers_of, projected
 from tests.tracers.test_families import batch_of, opened
 
 from .made import trace
@@ -98,3 +100,34 @@ def test_an_encoder_has_no_look_back() -> None:
         finding = registry[name]().analyze(given)
         if name in ("waad", "fai", "head-classes", "window-shares"):
             assert "only looks back" in str(finding.reason), name
+
+
+@pytest.mark.parametrize("at", [0, 9])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss", "deepseek_v3", "gpt2"])
+def test_geometry_is_what_queries_keys_and_values_say(family: str, at: int) -> None:
+    model, batch = opened(family), batch_of(family, 61, "right")
+    records = trace_batch(model, batch, TracePlan(SinkGeometry.needs)).records
+    heads = np.ones((len(model.anatomy.main.blocks), records[0]["attention_received"].shape[1]), dtype=bool)
+    found = measure(Sink(at, "t", heads, tuple(records)))
+    expected: dict[str, list[np.ndarray]] = {"key": [], "value": [], "value_out": [], "cosine": []}
+    for row, record in enumerate(records):
+        layers = layers_of(model, batch, row)
+        looked_at = (record["reference_position"] == at).any(1)
+        for key, norms in (
+            ("key", [np.linalg.norm(x.k, axis=-1) for x in layers]),  # type: ignore[arg-type]
+            ("value", [np.linalg.norm(x.v, axis=-1) for x in layers]),  # type: ignore[arg-type]
+            ("value_out", [projected(x, x.v) for x in layers]),  # type: ignore[arg-type]
+        ):
+            expected[key].append(np.stack([n[:, at] / np.delete(n, at, axis=1).mean(1) for n in norms]))
+        cosines = []
+        for layer, seen in zip(layers, looked_at, strict=True):
+            assert layer.q is not None
+            assert layer.k is not None
+            unit_q, unit_k = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (layer.q, layer.k))
+            cosine = (unit_q[:, at + 1 :] * unit_k[:, [at]]).sum(-1).mean(-1)
+            cosines.append(cosine if seen else np.full(len(cosine), np.nan))
+        expected["cosine"].append(np.stack(cosines))
+    for key, values in expected.items():
+        np.testing.assert_allclose(getattr(found, key), mean(values), rtol=2e-3, atol=2e-4, err_msg=key)
+    if at == 0:
+        assert not np.isnan(found.cosine).any()
