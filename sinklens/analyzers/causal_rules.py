@@ -33,6 +33,7 @@ class Evidence:
         beyond: `(mean, low, high)` of what is lost beyond each control, within prompts.
         kl, kl_beyond: The same for the predictions, in nats per token.
         left: Largest targeted entry in later blocks, as a ratio to its former self.
+        left_here: The same right after the block in which the change was made.
         cosine: Of the sink token's state with its former self, one block later.
     """
 
@@ -44,6 +45,7 @@ class Evidence:
     kl_beyond: tuple[tuple[float | None, float | None, float | None], ...] = ()
     left: float | None = None
     cosine: float | None = None
+    left_here: float | None = None
 
 
 def judge_sink(found: Evidence) -> str:
@@ -72,7 +74,8 @@ def _without_effect(found: Evidence) -> str:
     left = found.left
     if left is None:
         return NO_EFFECT
-    if found.kind in ("expert", "write") and left >= UNTOUCHED:
+    here = left if found.left_here is None else found.left_here
+    if found.kind in ("expert", "write") and min(left, here) >= UNTOUCHED:
         return ELSEWHERE
     turned = found.cosine is not None and found.cosine < SAME_DIRECTION
     if left >= STAYS or (left >= LEFT and not turned):
@@ -118,6 +121,7 @@ def read_evidence(experiment: dict[str, Any]) -> Evidence:
         tuple(_interval(control["beyond"]["kl"]) for control in controls),
         left.get("ratio"),
         left.get("cosine"),
+        left.get("ratio_here"),
     )
 
 

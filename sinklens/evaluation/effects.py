@@ -205,16 +205,21 @@ def remains(
 
     Returns:
         `before`, `after`: largest |entry| of the dims in later blocks (the last block looks at itself); `ratio` of
-        the two; `cosine` of the state with its former self one block later.
+        the two; `ratio_here`, the same right after the block; `cosine` of the state with its former self one block
+        later.
     """
     start = min(layer + 1, len(base) - 1)
-    wanted = list(dims)
-    before = float(base[start:, wanted].abs().max()) if wanted else float("nan")
-    after = float(edited[start:, wanted].abs().max()) if wanted else float("nan")
+    before, after = (_largest(state[start:], dims) for state in (base, edited))
+    here_before, here_after = (_largest(state[layer], dims) for state in (base, edited))
     cosine = torch.nn.functional.cosine_similarity(base[start], edited[start], dim=0, eps=1e-30)
     return {
         "before": before,
         "after": after,
         "ratio": after / before if before > 0 else float("nan"),
+        "ratio_here": here_after / here_before if here_before > 0 else float("nan"),
         "cosine": float(cosine),
     }
+
+
+def _largest(state: Float[Tensor, "... dim"], dims: Sequence[int]) -> float:
+    return float(state[..., list(dims)].abs().max()) if dims else float("nan")

@@ -201,9 +201,9 @@ def _entries_said(places: Mapping[tuple[int, int], int], massive: bool) -> str:
     dims, positions = sorted({d for _, d in places}), sorted({p for p, _ in places})
     shown = ", ".join(map(str, dims[:4])) + (", ..." if len(dims) > 4 else "")
     at = ", ".join(map(str, positions[:4])) + (", ..." if len(positions) > 4 else "")
-    blocks = sorted(set(places.values()))
+    blocks, kind = sorted(set(places.values())), "massive" if massive else "strongest"
     return (
-        f"the {'massive' if massive else 'strongest'} entries (dim{'s' * (len(dims) > 1)} {shown} on position{'s' * (len(positions) > 1)} {at}, "
+        f"the {kind} entries (dim{'s' * (len(dims) > 1)} {shown} on position{'s' * (len(positions) > 1)} {at}, "
         f"after block {', '.join(map(str, blocks[:3]))})"
     )
 

@@ -54,6 +54,8 @@ CLEAR, NOT_CLEAR, UNSURE = ((0.4, 0.3, 0.5),), ((0.4, -0.1, 0.9),), ((0.4, None,
         (Evidence("write", True, -0.01, left=0.13, cosine=0.98), "not removed: 13 % remains"),
         (Evidence("write", True, -0.01, left=0.13, cosine=0.6), NO_EFFECT),
         (Evidence("expert", True, 0.0, left=1.0, cosine=1.0), ELSEWHERE),
+        # A norm makes as much of what is left: the write is gone in its block and back in the next.
+        (Evidence("write", True, 0.0, left=1.0, cosine=1.0, left_here=0.1), "not removed: 100 % remains"),
         (Evidence("massive", True, 0.0, left=1.0, cosine=1.0), "not removed: 100 % remains"),
         (Evidence("massive-mean", True, 0.02, left=1.0, cosine=1.0), CONSTANT),
         (Evidence("massive-mean", True, 0.6, CLEAR, left=1.0), CARRIES),

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel, LlamaConfig, Qwen3MoeConfig
 
 import sinklens
 from sinklens.analyzers import Status
-from sinklens.analyzers.causal_rules import CARRIES, DID_NOT_ACT, NEED, NO_EFFECT
+from sinklens.analyzers.causal_rules import CARRIES, DID_NOT_ACT, ELSEWHERE, NEED, NO_EFFECT, UNKNOWN
 from sinklens.pipeline.run import Run
 from sinklens.testbeds import MassivePlant, SinkPlant, SuperExpertPlant, plant, random_control
 
@@ -204,18 +204,41 @@ def test_the_predictions_are_compared_in_nats() -> None:
     assert found["loss_change"] == pytest.approx(float(loss), rel=1e-3, abs=1e-6)
 
 
-def test_an_encoder_without_a_language_head_has_no_kl() -> None:
+def encoder() -> BertModel:
+    """A post-LayerNorm encoder whose first token carries a mark (dim 9) from the embedding on. The feed-forward part
+    of block 0 blows the mark up, and a head in block 1 and one in block 2 attend to whoever has it."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=VOCAB, hidden_size=48, num_hidden_layers=3, num_attention_heads=4, intermediate_size=80
     )
-    model = BertModel(config).eval()
-    with torch.no_grad():  # a spike on the first token, large before every last norm
-        model.embeddings.position_embeddings.weight[0, 9] = 60.0
-    run = verified(model, prompts(0))
-    if run.causal_effects.status is not Status.NOT_APPLICABLE:
-        assert all(row["kl"] is None and row["loss_change"] is None for row in run.causal_effects.rows)
-        assert "no language head" in run.causal_effects.verdict
+    model: Any = BertModel(config).eval()
+    with torch.no_grad():
+        model.embeddings.position_embeddings.weight[0, 9] = 5.0
+        up, down = model.encoder.layer[0].intermediate.dense, model.encoder.layer[0].output.dense
+        up.weight[7], up.bias[7] = 0.0, -4.0
+        up.weight[7, 9] = 1.0
+        down.weight[9, 7] = 60.0
+        for layer, head in ((1, 0), (2, 3)):
+            attention = model.encoder.layer[layer].attention.self
+            attention.key.weight[12 * head, 9] = 3.0
+            attention.query.bias[12 * head] = 3.0
+    return model
+
+
+def test_in_a_post_norm_encoder_a_cleared_write_is_not_a_removed_entry() -> None:
+    """Without the write the mark itself is left, and the norm makes as much of it: the sink stays. Only clearing what
+    the norm reads removes it. There is no language head, so there is nothing to say of predictions."""
+    run = verified(encoder(), prompts(0))
+    assert run.massive_activations.rows == []
+    assert run.massive_activations.summary["max_ratio"] > 50
+    found = rows(run)
+    assert found["massive-zero"]["verdict"] == CARRIES
+    assert found["write-mlp-0"]["sink_lost"] < 0.1
+    assert found["write-mlp-0"]["verdict"] == "not removed: 100 % remains"
+    assert found["write-mlp-1"]["verdict"] == ELSEWHERE
+    assert all(row["kl"] is None and row["loss_change"] is None for row in found.values())
+    assert found["key-0"]["verdict"] == UNKNOWN
+    assert "no language head" in run.causal_effects.verdict
 
 
 def test_random_models_have_nothing_to_take_away() -> None:
