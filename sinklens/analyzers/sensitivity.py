@@ -86,6 +86,7 @@ class Sensitivity(Analyzer):
             rows=rows,
             summary=summary,
             units=UNITS,
+            labels=LABELS,
             figures=[_strip(base, rows, summary)],
             tiles=[_tile(summary)],
             notes=_notes(rows),
@@ -132,6 +133,28 @@ UNITS = {
     "position_rate": "% at the position that is strongest in the run",
     "alike": "share of positions whose hidden state is at least half as long as the run's sink",
     "seq_len": "tokens, median",
+}
+
+LABELS = {
+    "kind": "the sink is",
+    "sink_rate": "sink rate as the run",
+    "share": "attention received",
+    "found": "sink found",
+    "variants": "variants in all",
+    "variants_run": "variants run",
+    "depends_on": "lost",
+    "appears_with": "gained",
+    "strength_depends_on": "of another strength",
+    "variant": "what differs",
+    "group": "kind",
+    "votes": "counts for the verdict",
+    "rate": "sink rate",
+    "delta": "difference to the run",
+    "paired": "paired over prompts",
+    "position_rate": "sink rate at the run's position",
+    "alike": "positions like a sink",
+    "skipped": "why not run",
+    "min_change": "least change of strength",
 }
 
 

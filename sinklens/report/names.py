@@ -41,7 +41,7 @@ _WORDS = {
     "kv": "key-value",
     "id": "id",
 }
-_FRONT = {"n": "number of", "max": "largest", "min": "smallest", "mean": "mean", "median": "median"}
+_FRONT = {"n": "number of", "max": "largest", "min": "least", "mean": "mean", "median": "median"}
 _BACK = {"min": "smallest", "max": "largest", "low": "lower end", "high": "upper end"}
 _ENDS = (("_ci_low", "_ci_high"), ("_low", "_high"))
 
