@@ -15,6 +15,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sinklens import analyzers as analyzers
+    from sinklens.pipeline.cite import cite as cite
+    from sinklens.pipeline.compare import compare as compare
+    from sinklens.pipeline.export import export as export
     from sinklens.pipeline.loading import load as load
     from sinklens.pipeline.profile import profile as profile
     from sinklens.pipeline.run import Run as Run
@@ -24,11 +27,14 @@ if TYPE_CHECKING:
 _PUBLIC = {
     "Run": "sinklens.pipeline.run",
     "Trace": "sinklens.tracers.trace",
+    "cite": "sinklens.pipeline.cite",
+    "compare": "sinklens.pipeline.compare",
+    "export": "sinklens.pipeline.export",
     "load": "sinklens.pipeline.loading",
     "profile": "sinklens.pipeline.profile",
     "trace": "sinklens.tracers.executor",
 }
-__all__ = ["Run", "Trace", "analyzers", "load", "profile", "trace"]
+__all__ = ["Run", "Trace", "analyzers", "cite", "compare", "export", "load", "profile", "trace"]
 
 
 def __getattr__(name: str) -> Any:
