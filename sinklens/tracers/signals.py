@@ -237,6 +237,8 @@ RESIDUAL_COSINE = Signal(
 
 # The strongest entries of a block's output and of its input, each traced to what wrote it: `entry` lists the 16
 # largest of the output, then the 16 largest of the input (an entry may be in both). after = before + attention + mlp.
+# Blocks that end with a LayerNorm: `after` is that norm's input, `before` the block's, and `attention` what the
+# attention and the first LayerNorm together make of it. Where the sum does not hold, the two additions are NaN.
 ENTRIES = 32
 RESIDUAL_AFTER = Signal(
     "residual_after",
