@@ -23,7 +23,14 @@ from sinklens.testbeds import (
 
 SEEDS = range(4)
 VOCAB, BOS, JOINS = 97, 1, 41
-CHAIN = "primary-sinks,secondary-sinks,massive-activations,writers,expert-cascade,bos-alignment"
+CHAIN = (
+    "primary-sinks",
+    "secondary-sinks",
+    "massive-activations",
+    "writers",
+    "expert-cascade",
+    "bos-alignment",
+)
 COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -213,7 +220,7 @@ def test_random_models_have_no_chain(config: Any, seed: int) -> None:
 
 
 def test_the_bundled_mixture_has_a_cascade_on_its_first_token() -> None:
-    run = sinklens.profile("bundled:moe-ind", analyzers=CHAIN + ",super-experts", verify=False)
+    run = sinklens.profile("bundled:moe-ind", analyzers=(*CHAIN, "super-experts"), verify=False)
     top = run.super_experts.rows[0]
     members = {(row["layer"], row["expert"]) for row in run.expert_cascade.rows}
     assert (top["layer"], top["expert"]) in members
