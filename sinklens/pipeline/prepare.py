@@ -130,7 +130,9 @@ def _must_apply(options: ProfileOptions, analyzers: tuple[Analyzer, ...]) -> tup
 
     The others say themselves that they do not apply to prompts that are too short for them.
     """
-    named = [item for item in options.analyzers if item != "all"]
+    asked = options.analyzers
+    items = asked.split(",") if isinstance(asked, str) else asked
+    named = [item for item in items if item not in ("all", "")]
     return chosen_analyzers(named) if named else analyzers[:1]
 
 
