@@ -1,8 +1,8 @@
-"""One sequential colour ramp, safe for colour-blind readers, and the scale from values to its levels.
+"""Two colour ramps, safe for colour-blind readers, and the scale from values to their levels.
 
-The ramp runs from deep blue over teal to pale yellow with evenly growing lightness, so that it also reads
+The sequential ramp runs from deep blue over teal to pale yellow with evenly growing lightness, so that it also reads
 in grey. On a dark page low values are dark; on a light page the ramp is turned round: low is always near
-the page.
+the page. Values of both signs get the diverging ramp, blue below zero and orange above it: its middle is the page.
 """
 
 from __future__ import annotations
@@ -25,6 +25,22 @@ _CONTROL = (
     (0.60, 0.095, 210),
     (0.785, 0.105, 152),
     (0.965, 0.055, 105),
+)
+
+# The same for values of both signs, from the lowest over zero to the highest.
+_DIVERGING_LIGHT = (
+    (0.40, 0.115, 255),
+    (0.66, 0.10, 245),
+    (0.975, 0.004, 90),
+    (0.71, 0.125, 60),
+    (0.44, 0.115, 45),
+)
+_DIVERGING_DARK = (
+    (0.86, 0.085, 235),
+    (0.60, 0.10, 245),
+    (0.25, 0.008, 255),
+    (0.60, 0.12, 55),
+    (0.86, 0.105, 75),
 )
 
 
@@ -50,13 +66,24 @@ def _srgb(lightness: float, a: float, b: float) -> RGB:
 @cache
 def ramp(n: int = LEVELS, *, light: bool = False) -> tuple[RGB, ...]:
     """`n` colours from low to high, for a dark page, or reversed for a light one."""
+    colours = _between(_CONTROL, n)
+    return colours[::-1] if light else colours
+
+
+@cache
+def diverging(n: int = LEVELS, *, light: bool = False) -> tuple[RGB, ...]:
+    """`n` colours from the lowest value over zero to the highest."""
+    return _between(_DIVERGING_LIGHT if light else _DIVERGING_DARK, n)
+
+
+def _between(points: tuple[tuple[float, float, float], ...], n: int) -> tuple[RGB, ...]:
+    """Colours at even steps between control points, mixed in OKLab."""
     control = np.array(
-        [(li, c * math.cos(math.radians(h)), c * math.sin(math.radians(h))) for li, c, h in _CONTROL]
+        [(li, c * math.cos(math.radians(h)), c * math.sin(math.radians(h))) for li, c, h in points]
     )
     at = np.linspace(0, len(control) - 1, n)
     lab = [np.interp(at, np.arange(len(control)), control[:, i]) for i in range(3)]
-    colours = tuple(_srgb(float(li), float(a), float(b)) for li, a, b in zip(*lab, strict=True))
-    return colours[::-1] if light else colours
+    return tuple(_srgb(float(li), float(a), float(b)) for li, a, b in zip(*lab, strict=True))
 
 
 def hexadecimal(colour: RGB) -> str:
@@ -64,11 +91,13 @@ def hexadecimal(colour: RGB) -> str:
 
 
 def stylesheet() -> str:
-    """CSS classes `q0` to `q63` that fill with the ramp's colours in both themes."""
-    pairs = zip(ramp(light=True), ramp(), strict=True)
+    """CSS classes `q0` to `q63` and, for values of both signs, `d0` to `d63`, in the colours of both themes."""
+    ramps = (("q", ramp(light=True), ramp()), ("d", diverging(light=True), diverging()))
     return "".join(
-        f".q{i}{{fill:{hexadecimal(on_light)};fill:light-dark({hexadecimal(on_light)},{hexadecimal(on_dark)})}}"
-        for i, (on_light, on_dark) in enumerate(pairs)
+        f".{name}{i}{{fill:{hexadecimal(on_light)};"
+        f"fill:light-dark({hexadecimal(on_light)},{hexadecimal(on_dark)})}}"
+        for name, light, dark in ramps
+        for i, (on_light, on_dark) in enumerate(zip(light, dark, strict=True))
     )
 
 
@@ -80,13 +109,23 @@ class Scale:
         low: The value of the first level (and of everything below).
         high: The value of the last level.
         log: Whether levels are even in the logarithm.
-        clipped: Whether values above `high` exist.
+        clipped: Whether values above `high` exist (or, with both signs, below `low`).
+        signed: Values of both signs, zero in the middle.
     """
 
     low: float
     high: float
     log: bool = False
     clipped: bool = False
+    signed: bool = False
+
+    @property
+    def name(self) -> str:
+        """The letter of the ramp's CSS classes."""
+        return "d" if self.signed else "q"
+
+    def colours(self, *, light: bool) -> tuple[RGB, ...]:
+        return diverging(light=light) if self.signed else ramp(light=light)
 
     def levels(self, values: Float[np.ndarray, "y x"]) -> Int[np.ndarray, "y x"]:
         """Levels 0 to `LEVELS - 1`, and -1 where there is no value."""
@@ -111,8 +150,8 @@ def scale(values: np.ndarray, *, log: bool = False, limits: tuple[float, float] 
     """The given limits, or robust ones: a few extreme values must not wash out the rest.
 
     Without limits a linear scale starts at zero when all values are non-negative and ends at the largest
-    value or at three times the root mean square, whichever is smaller; a logarithmic one spans the positive
-    values.
+    value or at three times the root mean square, whichever is smaller; with values of both signs it does so on
+    either side of zero. A logarithmic one spans the positive values.
     """
     known = values[np.isfinite(values)].astype(float)
     if log:
@@ -124,11 +163,11 @@ def scale(values: np.ndarray, *, log: bool = False, limits: tuple[float, float] 
     elif log:
         low, high = float(known.min()), float(known.max())
     else:
+        robust = 3 * float(np.sqrt(np.mean(np.square(known, dtype=float))))
+        largest = float(np.abs(known).max())
+        if known.min() < 0 < known.max():
+            high = min(largest, robust)
+            return Scale(-high, high, clipped=largest > high * (1 + 1e-9), signed=True)
         low = 0.0 if known.min() >= 0 else float(np.percentile(known, 1))
-        robust = (
-            3 * float(np.sqrt(np.mean(np.square(known, dtype=float))))
-            if low == 0.0
-            else np.percentile(known, 99)
-        )
-        high = min(float(known.max()), float(robust))
+        high = min(float(known.max()), robust if low == 0.0 else float(np.percentile(known, 99)))
     return Scale(low, high, log, bool(known.size and known.max() > high * (1 + 1e-9)))

@@ -64,7 +64,7 @@ def draw(
         return Drawing(None, ("There are no values to draw.",))
     scale = colour.scale(values, log=figure.log, limits=figure.limits)
     with_rows = _has_marginal(figure, values)
-    ends = [("≥ " if scale.clipped else "") + brief(float(scale.at(part))) for part in (0.0, 0.5, 1.0)]
+    ends = [_end(scale, part) for part in (0.0, 0.5, 1.0)]
     bar = 14 + max(_BAR - 14, text_width(figure.unit), *(18 + text_width(end) for end in ends))
     plot = _place(values.shape, width - _LEFT - bar - (_MARGINAL if with_rows else 0), height, cap)
     right = plot.x + plot.width + (_MARGINAL if with_rows else 0)
@@ -108,8 +108,8 @@ def pooled(values: Float[np.ndarray, "y x"], rows: int, columns: int) -> Float[n
     return np.where(np.isneginf(largest), np.nan, largest)
 
 
-def level_paths(levels: Int[np.ndarray, "y x"]) -> Markup:
-    """One path per level in units of cells; neighbours in a row are joined."""
+def level_paths(levels: Int[np.ndarray, "y x"], ramp: str = "q") -> Markup:
+    """One path per level in units of cells; neighbours in a row are joined. `ramp` is the letter of the classes."""
     commands: dict[int, list[str]] = {}
     for y, row in enumerate(levels.tolist()):
         start = 0
@@ -119,7 +119,7 @@ def level_paths(levels: Int[np.ndarray, "y x"]) -> Markup:
                     commands.setdefault(row[start], []).append(f"M{start} {y}h{x - start}v1h{start - x}z")
                 start = x
     return Markup("").join(
-        tag("path", class_=f"q{level}", d="".join(commands[level])) for level in sorted(commands)
+        tag("path", class_=f"{ramp}{level}", d="".join(commands[level])) for level in sorted(commands)
     )
 
 
@@ -150,12 +150,19 @@ def _cells(scale: colour.Scale, values: np.ndarray, plot: _Plot) -> Markup:
             "preserveAspectRatio": "none",
         }
         images = [
-            tag("image", href=png.data_uri(png.encode(levels, colour.ramp(light=light))), class_=theme, **box)
+            tag(
+                "image",
+                href=png.data_uri(png.encode(levels, scale.colours(light=light))),
+                class_=theme,
+                **box,
+            )
             for light, theme in ((True, "on-light"), (False, "on-dark"))
         ]
         return hatch + tag("g", *images, class_="cells")
     move = f"translate({plot.x:g} {plot.y:g}) scale({plot.cell_width:g} {plot.cell_height:g})"
-    return hatch + tag("g", level_paths(levels), transform=move, class_="cells", shape_rendering="crispEdges")
+    return hatch + tag(
+        "g", level_paths(levels, scale.name), transform=move, class_="cells", shape_rendering="crispEdges"
+    )
 
 
 def _frame(plot: _Plot) -> Markup:
@@ -238,7 +245,7 @@ def _colour_bar(scale: colour.Scale, x: float, plot: _Plot, unit: str) -> Markup
     parts = [
         tag(
             "use",
-            href="#ramp",
+            href="#ramp-signed" if scale.signed else "#ramp",
             transform=f"translate({x:g} {plot.y:g}) scale(10 {height / colour.LEVELS:.4g})",
         ),
         tag("rect", x=x - 0.5, y=plot.y - 0.5, width=11, height=height + 1, class_="frame"),
@@ -247,17 +254,31 @@ def _colour_bar(scale: colour.Scale, x: float, plot: _Plot, unit: str) -> Markup
     if scale.high > scale.low:
         for part in (0.0, 0.5, 1.0):
             y = plot.y + (1 - part) * height
-            text = ("≥ " if part == 1 and scale.clipped else "") + brief(float(scale.at(part)))
+            text = _end(scale, part)
             parts.append(label(text, x + 15, y + (10 if part == 1 else 0 if part == 0 else 4), "t tick"))
     else:
         parts.append(label(brief(scale.low), x + 15, plot.y + height / 2 + 4, "t tick"))
     return tag("g", *parts, class_="bar")
 
 
+def _end(scale: colour.Scale, part: float) -> str:
+    """The number beside the colour bar."""
+    value = brief(float(scale.at(part)) + 0.0)
+    if not scale.clipped or part == 0.5 or (part == 0 and not scale.signed):
+        return value
+    return f"{'≥' if part else '≤'} {value}"
+
+
 def _notes(figure: Heatmap, values: np.ndarray, plot: _Plot, scale: colour.Scale) -> tuple[str, ...]:
     notes = []
     known = values[np.isfinite(values)]
-    if scale.clipped:
+    if scale.signed:
+        notes.append("Blue is below zero, orange above.")
+    if scale.clipped and scale.signed:
+        notes.append(
+            f"Colours end at ±{number(scale.high)}; the largest size is {number(float(np.abs(known).max()))}."
+        )
+    elif scale.clipped:
         notes.append(
             f"Colours end at {number(scale.high)}; the largest value is {number(float(known.max()))}."
         )

@@ -104,7 +104,7 @@ def _image(figure: Heatmap, values: np.ndarray) -> tuple[Markup, colour.Scale]:
     rows, columns = levels.shape
     step_x, step_y = (max(1, min(most, room // n)) for n, room, most in ((columns, 480, 32), (rows, 260, 20)))
     large = np.repeat(np.repeat(levels, step_y, axis=0), step_x, axis=1)
-    source = png.data_uri(png.encode(large, colour.ramp(light=True)))
+    source = png.data_uri(png.encode(large, scale.colours(light=True)))
     look = "display:block;margin:4px 0;max-width:100%;image-rendering:pixelated;background:#fff"
     alt = f"{figure.title}, {figure.y_label} by {figure.x_label}"
     return tag("img", src=source, alt=alt, style=f"{look};width:{columns * step_x}px"), scale

@@ -33,6 +33,7 @@ RESERVED = {
     "strip",
     "sinklens-run",
     "ramp",
+    "ramp-signed",
     "hatch",
     "help",
 }

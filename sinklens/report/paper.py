@@ -93,7 +93,7 @@ def _heatmap(drawn: Drawn, axes: Axes, figure: Heatmap) -> None:
     values = np.asarray(figure.values, dtype=float)
     scale = colour.scale(values, log=figure.log, limits=figure.limits)
     shown = np.ma.masked_invalid(np.maximum(values, scale.low) if figure.log else values)
-    colours = ListedColormap([colour.hexadecimal(c) for c in colour.ramp(light=True)])
+    colours = ListedColormap([colour.hexadecimal(c) for c in scale.colours(light=True)])
     norm = (LogNorm if figure.log and scale.high > scale.low else Normalize)(scale.low, scale.high)
     axes.patch.set(hatch="////", edgecolor="#c0c4c8", facecolor="white")
     image = axes.imshow(shown, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
@@ -104,7 +104,9 @@ def _heatmap(drawn: Drawn, axes: Axes, figure: Heatmap) -> None:
     axes.set_ylabel(figure.y_label, fontsize=8)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
     axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=9))
-    bar = drawn.colorbar(image, ax=axes, extend="max" if scale.clipped else "neither")
+    bar = drawn.colorbar(
+        image, ax=axes, extend="neither" if not scale.clipped else "both" if scale.signed else "max"
+    )
     bar.set_label(figure.unit, fontsize=8)
     bar.ax.tick_params(labelsize=7)
 
@@ -169,7 +171,7 @@ def _plotly_heatmap(chart: Any, figure: Heatmap) -> None:
     with np.errstate(divide="ignore", invalid="ignore"):
         z = np.log10(np.where(values > 0, values, np.nan)) if figure.log else values
     low, high = (np.log10(scale.low), np.log10(scale.high)) if figure.log else (scale.low, scale.high)
-    ramp = colour.ramp(light=True)
+    ramp = scale.colours(light=True)
     colours = [[i / (len(ramp) - 1), colour.hexadecimal(c)] for i, c in enumerate(ramp)]
     hover = (
         f"{_html(figure.y_label)} %{{y}}, {_html(figure.x_label)} %{{x}}: %{{customdata:.4g}}<extra></extra>"

@@ -65,6 +65,36 @@ def test_ramp_grows_evenly_in_lightness_for_every_eye(deficiency: str) -> None:
     assert seen[-1] - seen[0] > 75
 
 
+@pytest.mark.parametrize("light", [True, False])
+@pytest.mark.parametrize("deficiency", _DEFICIENCIES)
+def test_signed_ramp_leaves_zero_evenly_and_keeps_its_sides_apart(deficiency: str, light: bool) -> None:
+    linear = [
+        np.clip(np.array(_DEFICIENCIES[deficiency]) @ _linear(rgb), 0, 1)
+        for rgb in colour.diverging(light=light)
+    ]
+    seen = [116 * np.cbrt(float(rgb @ (0.2126, 0.7152, 0.0722)) + 1e-9) - 16 for rgb in linear]
+    towards_zero = np.diff(seen) * (1 if light else -1)
+    half = colour.LEVELS // 2
+    assert towards_zero[: half - 1].min() > 0
+    assert towards_zero[half:].max() < 0
+    for step in range(half // 2):  # blue stays bluer than its counterpart of the other sign
+        low, high = linear[step], linear[-1 - step]
+        assert low[2] - low[0] > high[2] - high[0] + 0.1
+
+
+def test_values_of_both_signs_have_zero_in_the_middle() -> None:
+    scale = colour.scale(np.array([[-1.0, 3.0, 0.0, np.nan]]))
+    assert (scale.low, scale.high, scale.signed) == (-3.0, 3.0, True)
+    assert scale.levels(np.array([[-3.0, 3.0, -1e-9, 0.0]])).tolist() == [[0, 63, 31, 32]]
+    for values in ([[0.0, 2.0]], [[-2.0, 0.0]], [[-2.0, -1.0]]):
+        assert not colour.scale(np.array(values)).signed
+    assert not colour.scale(np.array([[-1.0, 1.0]]), limits=(-1.0, 1.0)).signed
+    drawing = heatmap.draw(Heatmap("k", "t", "c", np.array([[-1.0, 3.0]]), "x"), figure_id="x")
+    assert "Blue is below zero, orange above." in drawing.notes
+    assert 'href="#ramp-signed"' in str(drawing.svg)
+    assert 'class="d63"' in str(drawing.svg)
+
+
 def test_light_pages_turn_the_ramp_round() -> None:
     assert colour.ramp(light=True) == colour.ramp()[::-1]
     assert _lightness(colour.ramp(light=True)[0]) > 90
