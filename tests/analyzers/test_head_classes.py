@@ -1,4 +1,4 @@
-"""Head classes and window shares against the plainest code on full maps."""
+"""Head classes against the plainest code on full maps."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 
 from sinklens.analyzers import Status
 from sinklens.analyzers.head_classes import HeadClasses
-from sinklens.analyzers.window_shares import WindowShares, uniform_share
 from sinklens.core.errors import UsageError
 
 from .made import causal_uniform, record, trace, with_sink
@@ -98,35 +97,8 @@ def test_no_sink_class_is_not_found_and_missing_layers_have_no_class() -> None:
     assert np.isnan(finding.figures[1].series[0].y[1])  # type: ignore[union-attr]
 
 
-def test_window_shares_equal_the_published_definitions() -> None:
-    weights = [softmax_maps(seed, 2, 3, length) for seed, length in ((1, 64), (2, 89))]
-    finding = WindowShares().analyze(trace([head_record(w, index=i) for i, w in enumerate(weights)]))
-    for row in finding.rows:
-        for k in (1, 4, 8):
-            shares, boosts = [], []
-            for w in weights:
-                length = w.shape[-1]
-                tail = w[row["layer"], row["head"], length - 64 :]
-                shares.append(tail.mean(0)[:k].sum())
-                boosts.append(
-                    shares[-1] / np.mean([min(k, q + 1) / (q + 1) for q in range(length - 64, length)])
-                )
-            assert row[f"share_{k}"] == pytest.approx(np.mean(shares))
-            assert row[f"boost_{k}"] == pytest.approx(np.mean(boosts))
-    assert finding.summary["boost_4"] == pytest.approx(np.mean([row["boost_4"] for row in finding.rows]))
-    assert "differ in length" in finding.notes[0]
-    assert set(finding.rows[0]) - {"layer", "head"} == set(finding.units)
-
-
-def test_uniform_attention_has_a_boost_of_one() -> None:
-    finding = WindowShares().analyze(trace([head_record(causal_uniform(2, 3, T))]))
-    assert all(row["boost_4"] == pytest.approx(1) for row in finding.rows)
-    assert uniform_share(1000, 4) == pytest.approx(np.mean([4 / (q + 1) for q in range(936, 1000)]))
-    assert uniform_share(5, 8) == 1
-
-
-@pytest.mark.parametrize("analyzer", [HeadClasses(), WindowShares()])
-def test_not_applicable(analyzer: HeadClasses | WindowShares) -> None:
+def test_not_applicable() -> None:
+    analyzer = HeadClasses()
     short = analyzer.analyze(trace([record(causal_uniform(2, 3, 40))]))
     assert short.status is Status.NOT_APPLICABLE
     assert "at least 64 tokens; the longest has 40" in str(short.reason)
