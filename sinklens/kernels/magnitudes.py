@@ -1,17 +1,25 @@
 """Exact order statistics of |x| for hidden states: the largest entries with their places, and the median.
 
 Sorting a whole layer state would cost as much as the layer. Here every entry is touched a few times, and only a
-small part is ever sorted.
+small part is ever sorted; with the compiled kernels every entry is read once.
 """
 
 from __future__ import annotations
 
+import ctypes
+import math
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from . import native
+
+# Below this many entries, bracketing the median costs more than selecting it.
+_LEAST_BRACKETED = 65_536
+_SAMPLE = 8_192
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,7 @@ def largest_magnitudes(x: Float[Tensor, "pos dim"], count: int) -> Largest:
 
     They lie in at most `count` rows, and those rows have the largest row maxima: only they are looked at.
     """
-    row_max = x.abs().amax(-1)
+    row_max = _row_max(x)
     kept = min(count, len(row_max))
     # Rows that tie with the last one kept take part, so that ties are broken by position and not by chance.
     rows = (row_max >= torch.topk(row_max, kept).values[-1]).nonzero().squeeze(-1)
@@ -43,10 +51,63 @@ def largest_magnitudes(x: Float[Tensor, "pos dim"], count: int) -> Largest:
 
 def lower_median_magnitude(x: Float[Tensor, "..."]) -> float:
     """The lower median of |x| (the element of rank (n - 1) // 2), exactly, as `torch.median` defines it."""
-    size = x.detach().abs().flatten().float()
-    rank = (size.numel() - 1) // 2
-    if size.is_cuda:
-        return float(size.median())
+    x = x.detach()
+    if x.is_cuda:
+        return float(x.abs().flatten().float().median())
+    found = _bracketed_median(x.reshape(-1, x.shape[-1])) if x.ndim else None
     # numpy selects without sorting, with vector instructions where the processor has them: an order of magnitude
     # faster than torch's kthvalue on the CPU.
-    return float(np.partition(size.numpy(), rank)[rank])
+    return _select(x.abs().flatten().float().numpy(), (x.numel() - 1) // 2) if found is None else found
+
+
+def _select(values: np.ndarray, rank: int) -> float:
+    """The element of that rank; reorders `values`."""
+    values.partition(rank)
+    return float(values[rank])
+
+
+def _row_max(x: Float[Tensor, "pos dim"]) -> Float[Tensor, " pos"]:
+    """Largest magnitude of each row."""
+    if not _compiled(x):
+        return x.abs().amax(-1)
+    found = torch.empty(len(x))
+    native.built().sinklens_row_max(
+        ctypes.c_void_p(x.data_ptr()),
+        *map(ctypes.c_long, (*x.shape, x.stride(0))),
+        ctypes.c_void_p(found.data_ptr()),
+    )
+    return found
+
+
+def _bracketed_median(x: Float[Tensor, "pos dim"]) -> float | None:
+    """The lower median, from the entries between two quantiles of a sample; None if it is not among those."""
+    n, dim = x.numel(), x.shape[-1]
+    if n < _LEAST_BRACKETED or not _compiled(x):
+        return None
+    step = n // _SAMPLE
+    while math.gcd(step, dim) > 1:  # or the sample would hold some dims and not others
+        step += 1
+    places = np.arange(0, n, step)
+    sample = np.sort(np.abs(x.numpy()[places // dim, places % dim]))
+    middle, margin = (len(sample) - 1) // 2, 2 * math.isqrt(len(sample))  # four standard deviations
+    low, high = float(sample[max(0, middle - margin)]), float(sample[middle + margin])
+    room = n // 8
+    kept, counts = torch.empty(room + 32), (ctypes.c_long * 2)()
+    native.built().sinklens_between(
+        ctypes.c_void_p(x.data_ptr()),
+        *map(ctypes.c_long, (*x.shape, x.stride(0))),
+        ctypes.c_float(low),
+        ctypes.c_float(high),
+        ctypes.c_void_p(kept.data_ptr()),
+        ctypes.c_long(room),
+        counts,
+    )
+    rank, (below, among) = (n - 1) // 2, counts
+    if not below <= rank < below + among:
+        return None
+    return _select(kept[:among].numpy(), rank - below)
+
+
+def _compiled(x: Tensor) -> bool:
+    """Whether the compiled kernels can read it."""
+    return x.dtype == torch.float32 and x.device.type == "cpu" and x.stride(-1) == 1 and native.available()

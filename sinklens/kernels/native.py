@@ -1,4 +1,4 @@
-"""The kernels in C (`rows.c`, `attend.c`), compiled once per machine where a C compiler exists; optional.
+"""The kernels in C (`kernels.c`), compiled once per machine where a C compiler exists; optional.
 
 They make the statistics several times cheaper, because each row of logits is read while it is in cache. Without
 them torch does the same: no compiler, an unusual platform, a failed build or `SINKLENS_NATIVE=0` leave the
@@ -23,7 +23,7 @@ import torch
 
 log = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("attend.c")  # includes rows.c
+_SOURCE = Path(__file__).with_name("kernels.c")  # includes the others
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC")
 _GIVEN = ("back", "count", "sink", "other", "tail", "probe", "column", "scratch")
 _PER_ROW = ("logit", "top", "index", "product", "mean_back", "near", "own", "mass", "rest")
@@ -73,6 +73,14 @@ def available() -> bool:
     return built is not None and (built.threaded or torch.get_num_threads() == 1)
 
 
+def built() -> Library:
+    """The library, where `available`."""
+    found = library()
+    if found is None:
+        raise RuntimeError("The compiled kernels are not there; ask native.available() first.")
+    return found
+
+
 class Attention(ctypes.Structure):
     """The C structure of the same fields."""
 
@@ -96,7 +104,8 @@ def library() -> Library | None:
     for openmp in ("-fopenmp", None):
         try:
             found = Library(str(_built((*_FLAGS, openmp) if openmp else _FLAGS)))
-            found.sinklens_rows.restype = found.sinklens_attend.restype = None
+            for name in ("rows", "attend", "row_max", "between"):
+                getattr(found, f"sinklens_{name}").restype = None
             found.sinklens_packed.restype = ctypes.c_long
             found.threaded = openmp is not None
         except (OSError, subprocess.SubprocessError, AttributeError) as error:
@@ -114,7 +123,7 @@ def _built(flags: tuple[str, ...]) -> Path:
     Raises:
         OSError, subprocess.SubprocessError: There is no compiler, or it fails, or the cache cannot be written.
     """
-    sources = [path.read_bytes() for path in (_SOURCE, _SOURCE.with_name("rows.c")) if path.exists()]
+    sources = [path.read_bytes() for path in sorted(_SOURCE.parent.glob("*.c"))]
     key = hashlib.sha256(repr((sources, flags, _processor())).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sinklens"
     target = folder / f"kernels-{key}.so"

@@ -86,7 +86,7 @@ class RowRequest:
 
 def pass_rows(logits: Float[Tensor, "b h r k"], request: RowRequest) -> RowResults:
     """Take what is asked from contiguous float32 logits, each row while it is in cache."""
-    library = _library()
+    library = native.built()
     b, h, r, k = logits.shape
     asked, results, _held = _ask(logits.shape, request)
     library.sinklens_rows(
@@ -108,7 +108,7 @@ def attend(
         request: For all rows and keys as one block; `known`, `keep` and `half` have no meaning here.
         scores: Most logits in flight per thread, as far as a tile of the least size allows.
     """
-    library, threads = _library(), torch.get_num_threads()
+    library, threads = native.built(), torch.get_num_threads()
     b, h, q, dim = call.query.shape
     kv_heads, keys, value_dim = call.value.shape[1:]
     line = -(-keys // 32) * 32 + 16  # not a power of two, so that the rows of a tile do not share cache sets
@@ -147,13 +147,6 @@ def _tiling(units: int, group: int, threads: int, line: int, scores: int) -> tup
     fitting = [rows for rows in _TILES if rows * line <= min(_TILE_LOGITS, scores)] or [_LEAST_TILE]
     # Of several sizes the one whose rows the tile's heads fill best; the smaller on ties.
     return max(fitting, key=lambda rows: (rows // heads * heads / rows, -rows)), pieces
-
-
-def _library() -> native.Library:
-    library = native.library()
-    if library is None:
-        raise RuntimeError("The compiled kernels are not there; ask native.available() first.")
-    return library
 
 
 def _ask(shape: torch.Size, request: RowRequest) -> tuple[native.Asked, RowResults, object]:

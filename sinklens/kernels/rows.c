@@ -31,6 +31,8 @@ ALWAYS vf load(const float *p) { vf v; memcpy(&v, p, sizeof v); return v; }
 ALWAYS void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 ALWAYS vf all(float x) { return x - (vf){0}; }
 ALWAYS vf pick(vi mask, vf a, vf b) { return (vf)(((vi)a & mask) | ((vi)b & ~mask)); }
+ALWAYS vf magnitude(vf v) { return (vf)((vi)v & 0x7fffffff); }
+
 /* The last, partial vector of a row; lanes beyond it hold `fill`. */
 static inline vf load_part(const float *p, long n, float fill) {
     float buffer[LANES];

@@ -37,3 +37,45 @@ def test_inputs_are_left_as_they_are() -> None:
     lower_median_magnitude(x)
     largest_magnitudes(x, 5)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize(
+    "kind", ["normal", "outliers", "two values", "constant", "zero", "sorted", "few distinct", "by dim"]
+)
+def test_large_states(kind: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large enough that the median is looked for between two quantiles of a sample, or falls outside of them."""
+    if not compiled:
+        monkeypatch.setenv("SINKLENS_NATIVE", "0")
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(521, 307, generator=generator)
+    if kind == "outliers":
+        x[7, 11], x[300, 5] = -900.0, 700.0
+    elif kind == "two values":
+        x = torch.where(x > 0.001, 3.0, -1.0)
+    elif kind in ("constant", "zero"):
+        x = torch.full_like(x, -2.5 if kind == "constant" else 0.0)
+    elif kind == "sorted":
+        x = x.flatten().sort().values.view(521, 307)
+    elif kind == "few distinct":
+        x = (x * 2).round()
+    elif kind == "by dim":
+        x = x * torch.logspace(-3, 3, 307)
+    assert lower_median_magnitude(x) == float(x.abs().median())
+    view = torch.nn.functional.pad(x, (0, 9))[:, :307]
+    assert lower_median_magnitude(view) == float(x.abs().median())
+    order = torch.sort(x.abs().flatten(), descending=True, stable=True).indices[:50]
+    for each in (x, view):
+        found = largest_magnitudes(each, 50)
+        assert torch.equal(found.pos * 307 + found.dim, order)
+        assert torch.equal(found.value, x.flatten()[order])
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_what_is_not_a_number_ranks_above_everything(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setenv("SINKLENS_NATIVE", "0")
+    x = torch.randn(401, 301, generator=torch.Generator().manual_seed(5))
+    x[13] = float("nan")
+    ranked = x.abs().flatten().sort().values  # NaN last
+    assert lower_median_magnitude(x) == float(ranked[(x.numel() - 1) // 2])
