@@ -31,6 +31,7 @@ class BosAlignment(Analyzer):
     of L (embedding and last left out) and over the tokens that are not the answer; here all tokens of the prompt take
     part, nothing is trained, and the same layers enter the mean. The share of aligned tokens uses the 0.9 by which
     they and the paper on secondary sinks recognise further sinks. The rule for "found" is ours.
+    The official code computes the same squared cosine as the text, so there is one recipe.
 
     When not to trust it: without a BOS token the first token is a word and the figure speaks of that word. In late
     layers all states can share a narrow cone, and then everything is aligned with everything; `secondary-sinks` also

@@ -38,7 +38,8 @@ class ExpertCascade(Analyzer):
     Compared with the paper: Su et al. describe Super Experts in successive layers that form massive activations, and
     their router scores on the sink token against others (softmax before the choice). The roles, the threshold `step`
     and the division by the peak are ours. Their ranking is by magnitude before the routing weight; see
-    `super-experts`. D_sink is theirs and stands here if the run verified causes.
+    `super-experts`. D_sink is theirs and stands here if the run verified causes. The official code
+    contains neither the analysis of the router nor D_sink, so there is one recipe.
 
     When not to trust it: shares add up along the layers but causes need not: the first writer is often small and
     everything later hangs on it. An expert whose largest output lies elsewhere and which was not looked up at this

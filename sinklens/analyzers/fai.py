@@ -47,6 +47,7 @@ class Fai(Analyzer):
     Compared with the paper: it reads the tokens of a model's response; here every token of a prompt is treated as
     response. 30 % and 10 to 100 are the paper's; a version in circulation ends at 50. The definition of a peak, the
     window of the coupling and its test are ours. Unknown values are left out and not set to 0.
+    The formulas are those of the text; no official code was read, so there is no other recipe.
 
     When not to trust it: heads that rest on a sink look back far, so global heads are often sink heads, and the first
     token tops the list: the second variant, which `exclude_first` makes the one that is ranked, leaves only its

@@ -61,7 +61,8 @@ class SinkGeometry(Analyzer):
     found. They take the plain norm of the value, Guo et al. (2410.13835) the norm through the output projection:
     both are given. The paper has no thresholds; `angle`, `long` and `drained` are ours. Keys are taken as the
     attention sees them, after rotation. Keys at all other positions enter the comparison, also those a query
-    cannot see.
+    cannot see. The official code takes keys and values from the cache, so after rotation too, and averages their norms
+    over samples and key-value heads; here they stand per head.
 
     When not to trust it: only two positions per layer are looked at closely while a prompt runs (the first token
     and the one most attended up to that layer), so a sink that is neither has norms but no cosine in that layer.

@@ -45,7 +45,8 @@ class Waad(Analyzer):
 
     Compared with the paper: it reads the tokens of a model's response; here every token of a prompt is treated as
     response, so heads are ordered over all queries. 30 %, 10 tokens and the share of turns (40 %) are the paper's;
-    the definition of a peak is ours. The paper does not leave out the first token.
+    the definition of a peak is ours. The paper does not leave out the first token. The
+    formulas are those of the text; no official code was read, so there is no other recipe.
 
     When not to trust it: a head that rests on the first token looks back far, so sinks decide which heads are local;
     the second variant shows their part in the value, but the heads are those of the first. The first ten tokens

@@ -44,7 +44,8 @@ class Writers(Analyzer):
 
     Compared with the paper: Sun et al. name the layer in which massive activations appear; the decomposition into
     sublayers, neurons and experts, the threshold `step` and the rule for erasing are ours. The super weights of the
-    Super Experts paper are (block, dim, neuron) triples of the same kind.
+    Super Experts paper are (block, dim, neuron) triples of the same kind. The official code of Sun et al.
+    logs the three largest entries and the median of each layer and attributes nothing, so there is one recipe.
 
     When not to trust it: what adds most is not always what causes it: an earlier block can prepare a token so that a
     later one fires. Remove the writer to know (`causal-effects`). An entry that grows a little in every block has

@@ -22,7 +22,7 @@ EVERY = [cls for _, cls in registry.items()]
 every = pytest.mark.parametrize("cls", EVERY, ids=[cls.name for cls in EVERY])
 
 
-def tests_of(cls: type[Analyzer]) -> str:
+def text_of_tests(cls: type[Analyzer]) -> str:
     """The text of the test file of an analyzer's module."""
     path = HERE / f"test_{cls.__module__.rpartition('.')[2]}.py"
     assert path.is_file(), f"{cls.name} has no golden tests: {path.name}"
@@ -94,7 +94,7 @@ def test_it_says_why_it_does_not_apply(cls: type[Analyzer], attention: bool) -> 
 
 @every
 def test_its_states_are_tested(cls: type[Analyzer]) -> None:
-    text = tests_of(cls)
+    text = text_of_tests(cls)
     assert re.search(r"NOT_APPLICABLE|not-applicable|not applicable|\.reason", text), (
         "the not applicable state"
     )
