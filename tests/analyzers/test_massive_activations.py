@@ -77,3 +77,11 @@ def test_a_model_without_any_says_how_near_it_came() -> None:
     assert finding.summary["max_ratio"] == pytest.approx(76)
     assert "76 times" in finding.verdict
     assert "dim 3" in finding.verdict
+
+
+def test_not_applicable_without_prompts() -> None:
+    made = trace([flat(0.1, (1, 0, 3, 150.0))])
+    made.records.clear()
+    finding = MassiveActivations().analyze(made)
+    assert finding.status is Status.NOT_APPLICABLE
+    assert finding.reason == "there are no prompts."
