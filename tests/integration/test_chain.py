@@ -227,3 +227,23 @@ def test_the_bundled_mixture_has_a_cascade_on_its_first_token() -> None:
     assert all(row["chosen"] > 0.9 and row["position"] == 0 for row in run.expert_cascade.rows)
     assert all(row["router_score"] > row["router_score_others"] for row in run.expert_cascade.rows)
     assert run.secondary_sinks.status is Status.NOT_FOUND
+
+
+@pytest.mark.parametrize("checkpoint", ["dense-ind", "moe-ind"])
+def test_a_second_first_token_inside_the_prompt_rises_with_the_primary_sink(checkpoint: str) -> None:
+    """Trained, not planted: a second BOS takes the first one's state in the same block, and keeps it."""
+    plain = sinklens.profile(f"bundled:{checkpoint}", n=4, analyzers=("bos-alignment",), verify=False)
+    texts = [record.token_ids.tolist() for record in plain.trace]
+    for ids in texts:
+        ids[24] = ids[0]
+    finding = sinklens.profile(
+        f"bundled:{checkpoint}", prompts=texts, analyzers=("secondary-sinks",), verify=False
+    ).secondary_sinks
+    (row,) = finding.rows
+    assert (row["position"], row["type"], row["n_prompts"]) == (24, "bos_sink", 4)
+    assert row["creation_layer"] == finding.summary["active_first"]
+    assert row["cosine"] > 0.99
+    assert row["written_by_mlp"] is True
+    assert row["down_cosine"] > 0.99
+    assert finding.status is Status.NOT_FOUND
+    assert "4 tokens rise together with it" in finding.verdict
