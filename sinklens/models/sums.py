@@ -239,36 +239,36 @@ def _fit(block: Block, ran: Ran, attention: tuple[str, ...], mlp: tuple[str, ...
         before, terms = (terms[0], terms[1:]) if attention else (before, terms)
     size = after.abs() + before.abs() + sum((term.abs() for term in terms), torch.zeros_like(after))
     size = size.clamp_min(torch.finfo(ran.after.dtype).tiny)
-    scales = _scales([term / size for term in terms], (after - before) / size)
     limit = ROUNDINGS * torch.finfo(ran.after.dtype).eps
 
     def error(by: list[float]) -> float:
         total = sum((scale * term for scale, term in zip(by, terms, strict=True)), before)
         return float(((after - total).abs() / size).max())
 
-    ones = [1.0] * len(terms)
-    worst = error(ones)
+    scales = [1.0] * len(terms)
+    worst = error(scales)
     if worst > limit:
-        ones, worst = scales, error(scales)
+        scales = _scales([term / size for term in terms], (after - before) / size)
+        worst = error(scales)
     if block.residual_norm is not None and attention:
-        ones = [1.0, *ones]
-    return Fit(attention, mlp, tuple(ones), worst)
+        scales = [1.0, *scales]
+    return Fit(attention, mlp, tuple(scales), worst)
 
 
 def _flat(tensor: Tensor | None) -> Float[Tensor, " entry"]:
     assert tensor is not None
-    return tensor.detach().double().flatten()
+    return tensor.detach().cpu().double().flatten()  # not every device has double precision
 
 
 def _scales(terms: list[Tensor], target: Tensor) -> list[float]:
     """Least squares over all entries, each weighed by its own size; terms that are zero get the scale 1."""
     if not terms:
         return []
-    matrix = torch.stack(terms, -1).cpu()
+    matrix = torch.stack(terms, -1)
     live = matrix.abs().amax(0) > 0
     scales = torch.ones(len(terms), dtype=matrix.dtype)
     if bool(live.any()):
-        solved = torch.linalg.lstsq(matrix[:, live], target.cpu()[:, None], driver="gelsd").solution
+        solved = torch.linalg.lstsq(matrix[:, live], target[:, None], driver="gelsd").solution
         scales[live] = solved[:, 0]
     return scales.tolist()
 

@@ -225,7 +225,7 @@ def strongest_inputs(
     """The input of the expert's `down_proj` with the largest part in output `dim` of each row, and that part."""
     down = module.down_proj[expert]
     rows = down[:, dim].T if module.is_transposed else down[dim]
-    parts = inner.float() * rows.float()
+    parts = inner.float() * rows.float()  # the bias belongs to no input
     neuron = parts.abs().argmax(-1)
     return neuron, parts.gather(-1, neuron[:, None]).squeeze(-1)
 

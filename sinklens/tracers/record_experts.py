@@ -74,8 +74,10 @@ class ExpertsRecorder:
         self, tokens: Int[Tensor, " row"], n_tokens: int, value: Float[Tensor, " row"]
     ) -> Int[Tensor, " found"]:
         """Of one expert's rows, the one with the largest entry for each prompt; the earliest token if several tie."""
-        prompt = self._prompts(n_tokens, tokens.device)[tokens]
         batch, size = self.ledger.batch.size, value.abs()
+        if batch == 1 and (self.ledger.real is None or len(self.ledger.real[0]) == n_tokens):
+            return size.argmax(0, keepdim=True)
+        prompt = self._prompts(n_tokens, tokens.device)[tokens]
         size = torch.where(prompt < batch, size, -1.0)
         largest = torch.full((batch + 1,), -1.0, device=size.device).scatter_reduce(0, prompt, size, "amax")
         order = torch.arange(len(tokens), device=tokens.device)
