@@ -17,7 +17,7 @@ from sinklens.tracers.trace import PromptRecord, Trace
 from .base import Analyzer, Finding, Reference, Status, registry
 from .expert_effects import stored_effects
 from .head_figures import figures
-from .heads import Histogram, PerHead, bimodality, find_sinks, groups, mass_after, named, number, spread
+from .heads import Histogram, PerHead, bimodality, find_sinks, groups, mass_after, mean, named, number, spread
 from .primary_sinks import PrimarySinks
 
 CLASSES = ("dormant", "by domain", "switching", "partial", "active")
@@ -71,9 +71,10 @@ class HeadRoles(Analyzer):
     groups of queries.
 
     When not to trust it: a head that splits its attention over several sinks is dormant without passing 0.9 on any
-    one of them. Queries right after the sink see few other keys, so short prompts make heads look dormant. The
-    largest contrast among many heads is large by chance when a domain has few prompts: read its p. Only two
-    positions per layer have a histogram over queries; a sink that is neither has dormancy alone.
+    one of them. Heads that rest on a learned sink logit, which is no token, are counted apart. Queries right after
+    the sink see few other keys, so short prompts make heads look dormant. The largest contrast among many heads is
+    large by chance when a domain has few prompts: read its p. Only two positions per layer have a histogram over
+    queries; a sink that is neither has dormancy alone.
 
     Args:
         dormant: Dormancy above which a head is called dormant.
@@ -130,7 +131,8 @@ class HeadRoles(Analyzer):
         classes = self.classify(roles)
         rows = self._rows(roles, classes)
         zeroed = zeroed_heads(trace)
-        summary = {**self._summary(roles, classes), **(zeroed or {})}
+        learned = self._on_learned_sink(records)
+        summary = {**self._summary(roles, classes), "on_learned_sink": learned, **(zeroed or {})}
         verdict = self._verdict(summary, found_sink=bool(sinks))
         return self.finding(
             Status.FOUND if any(row["role"] != "partial" for row in rows) else Status.NOT_FOUND,
@@ -240,9 +242,16 @@ class HeadRoles(Analyzer):
             "largest_contrast": None if contrast is None else number(np.nanmax(contrast)),
         }
 
+    def _on_learned_sink(self, records: list[PromptRecord]) -> list[list[int]]:
+        """Heads that rest on their learned sink logit, which is no token, instead of on a token."""
+        known = [r[sig.LEARNED_SINK_MASS] for r in records if sig.LEARNED_SINK_MASS.name in r.arrays]
+        return np.argwhere(mean(known) > self.dormant).tolist() if known else []
+
     def _verdict(self, s: dict[str, Any], *, found_sink: bool) -> str:
         where = f"position {s['position']} ({s['token']!r})"
-        if not found_sink and not any(s[key] for key in ("dormant", "by_domain", "switching")):
+        if not found_sink and not any(
+            s[key] for key in ("dormant", "by_domain", "switching", "on_learned_sink")
+        ):
             return f"No head rests on a sink: none of {s['n_heads']} is dormant on {where}."
         counts = s["dormant_by_domain"]
         if len(set(counts.values())) == 1:
@@ -263,6 +272,9 @@ class HeadRoles(Analyzer):
                 f"; {n} {'rests' if n == 1 else 'rest'} on it for some queries and looks elsewhere for others"
             )
             text = text if n == 1 else text.replace("looks elsewhere", "look elsewhere")
+        if s["on_learned_sink"]:
+            n = len(s["on_learned_sink"])
+            text += f"; {n} {'rests on its' if n == 1 else 'rest on their'} learned sink logit"
         return f"{text}."
 
 
@@ -293,6 +305,7 @@ LABELS = {
     "dormant": "dormant",
     "by_domain": "dormant in some domains only",
     "switching": "dormant on some queries only",
+    "on_learned_sink": "rest on a learned sink logit",
     "largest_contrast": "largest difference between domains",
     "zeroed_heads": "heads that were zeroed",
     "zeroed_loss_change": "change of the loss by that",

@@ -66,6 +66,7 @@ class SinkGeometry(Analyzer):
 
     When not to trust it: only two positions per layer are looked at closely while a prompt runs (the first token
     and the one most attended up to that layer), so a sink that is neither has norms but no cosine in that layer.
+    Under a sliding window, queries that no longer see the sink enter its cosine as well.
     Attention with a bias on logits (ALiBi), a soft cap or a learned scale has more in a logit than norms and angle.
     A sink can rest on one channel of key and query that neither measure shows.
 

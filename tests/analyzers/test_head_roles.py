@@ -155,6 +155,17 @@ def test_layers_without_attention_have_no_role() -> None:
     assert all(row["layer"] > 0 for row in finding.rows)
 
 
+def test_heads_that_rest_on_a_learned_logit_are_counted_apart() -> None:
+    weights = maps()
+    weights[1, 1] *= 0.03  # the rest of every row goes to the learned sink
+    learned = np.zeros((L, H))
+    learned[1, 1] = 0.97
+    finding = HeadRoles().analyze(trace([head_record(weights, learned_sink_mass=learned)]))
+    assert finding.summary["on_learned_sink"] == [[1, 1]]
+    assert (1, 1) not in {(row["layer"], row["head"]) for row in finding.rows}
+    assert "1 rests on its learned sink logit" in finding.verdict
+
+
 def test_zeroed_heads_are_told_where_the_run_looked() -> None:
     effect = {"loss_change": {"mean": 0.25, "low": 0.1, "high": 0.4, "n": 8}}
     other = {"loss_change": {"mean": -0.01, "low": None, "high": None, "n": 1}}
