@@ -93,10 +93,12 @@ def largest_experts(trace: Trace, n: int, before: int) -> list[Pair]:
 
 
 def writers(trace: Trace, places: Mapping[tuple[int, int], int], position: int | None, n: int) -> list[Pair]:
-    """Experts that get the sink token, with the largest mean routing weight, in the blocks where entries appear."""
+    """Experts that may write the entries: those traced as their writers, and those that get the sink token, with the
+    largest mean routing weight, in the blocks where entries appear."""
+    traced = traced_writers(trace, places)[:n]
     if position is None or sig.ROUTER_CHOICE not in trace.signals:
-        return []
-    out = []
+        return traced
+    routed: list[Pair] = []
     for layer in sorted({layer for (at, _), layer in places.items() if at == position}):
         weight: dict[int, float] = defaultdict(float)
         for record in trace:
@@ -106,8 +108,23 @@ def writers(trace: Trace, places: Mapping[tuple[int, int], int], position: int |
                 for expert, share in zip(chosen, record[sig.ROUTER_WEIGHT][layer, at[0]], strict=True):
                     if expert >= 0:
                         weight[int(expert)] += float(np.nan_to_num(share))
-        out += [(layer, expert) for expert in sorted(weight, key=lambda e: (-weight[e], e))[:n]]
-    return out
+        routed += [(layer, expert) for expert in sorted(weight, key=lambda e: (-weight[e], e))[:n]]
+    return list(dict.fromkeys([*traced, *routed]))
+
+
+def traced_writers(trace: Trace, places: Mapping[tuple[int, int], int]) -> list[Pair]:
+    """Experts by the largest part they write in these entries, in any block; [] where writes were not traced."""
+    if sig.WRITE_EXPERT not in trace.signals or sig.WRITE_EXPERT_VALUE not in trace.signals:
+        return []
+    largest: dict[Pair, float] = defaultdict(float)
+    for record in trace:
+        for position, dim in places:
+            here = (record["residual_after_pos"] == position) & (record["residual_after_dim"] == dim)
+            for layer, entry in np.argwhere(here & (record[sig.WRITE_EXPERT] >= 0)):
+                pair = (int(layer), int(record[sig.WRITE_EXPERT][layer, entry]))
+                value = abs(float(np.nan_to_num(record[sig.WRITE_EXPERT_VALUE][layer, entry])))
+                largest[pair] = max(largest[pair], value)
+    return sorted(largest, key=lambda pair: (-largest[pair], pair))
 
 
 def is_found(findings: Mapping[str, Finding], name: str) -> bool:

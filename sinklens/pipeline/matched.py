@@ -14,13 +14,13 @@ from sinklens.analyzers.super_experts import ROUTED
 from sinklens.inputs.spec import Prompt
 from sinklens.models.spec import OpenedModel
 from sinklens.tracers import signals as sig
+from sinklens.tracers.blocked_key import KeyBlocked
 from sinklens.tracers.interventions import (
     EntriesSet,
     Entry,
     ExpertsPruned,
     HeadsZeroed,
     Intervention,
-    KeyBlocked,
     MedianEntriesZeroed,
     ProjectionZeroed,
     WriteZeroed,

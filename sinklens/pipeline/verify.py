@@ -11,11 +11,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import torch
 
 from sinklens.analyzers import PrimarySinks
 from sinklens.analyzers.base import Finding
 from sinklens.analyzers.evidence import uniform_received
-from sinklens.core.errors import ModelError
+from sinklens.core.errors import ModelError, ResourceError
 from sinklens.evaluation.effects import (
     Look,
     Seen,
@@ -33,6 +34,7 @@ from sinklens.inputs.spec import Prompt, PromptSet
 from sinklens.models.spec import OpenedModel
 from sinklens.tracers import signals as sig
 from sinklens.tracers.batch import collate
+from sinklens.tracers.blocked_key import KeyBlocked
 from sinklens.tracers.executor import TracePlan, partition
 from sinklens.tracers.interventions import Intervention
 from sinklens.tracers.trace import Trace
@@ -44,6 +46,8 @@ BEHIND = 64
 """Queries looked at behind a sink that sits late in the prompt."""
 LOGITS = 64_000_000
 """Logits of one batch that are kept for comparison."""
+HEEDED = 1e-4
+"""Attention that a blocked key may still get: masks are finite numbers in some families."""
 QUANTITIES = ("sink_share", "sink_rate", "sink_lost", "d_sink", "d_sink_of_means", "kl", "loss_change")
 
 Progress = Callable[[int, int], None]
@@ -182,10 +186,18 @@ class _Runner:
         batches = self._batches()
         done, total = 0, len(batches) * (len(self.interventions) + 1)
         for group in batches:
-            for _ in self._batch(group):
-                done += 1
-                if self.progress:
-                    self.progress(done, total)
+            try:
+                for _ in self._batch(group):
+                    done += 1
+                    if self.progress:
+                        self.progress(done, total)
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                longest = max(len(prompt) for prompt in group)
+                raise ResourceError(
+                    f"Out of memory while causes were taken away, in a batch of {len(group)} x {longest} tokens.",
+                    detail="The run itself was traced.",
+                    hint="Leave this out with --no-verify, or cut the prompts with --seq-len.",
+                ) from error
 
     def _batches(self) -> list[list[Prompt]]:
         module: Any = self.opened.module
@@ -205,11 +217,22 @@ class _Runner:
             if intervention not in self.failed:
                 try:
                     seen, acted = look(self.opened, batch, self.look, intervention)
+                    self._check(intervention, base, seen)
                 except ModelError as error:
                     self.failed[intervention] = f"{_said(self.matched, intervention)}: {error.what}"
                 else:
                     self._note(intervention, base, seen, acted)
             yield
+
+    def _check(self, intervention: Intervention, base: list[Seen], seen: list[Seen]) -> None:
+        """A blocked key must get nothing from other queries; a family that does not heed the mask is found out."""
+        at = self.matched.position
+        if at is None or not isinstance(intervention, KeyBlocked) or intervention.position != at:
+            return
+        for before, after in zip(base, seen, strict=True):
+            left = share_of_later(after, before, at)
+            if left is not None and np.nanmax(left, initial=0.0) > HEEDED:
+                raise ModelError("The model's attention does not heed a mask that hides this key.")
 
     def _note_base(self, seen: Seen) -> None:
         loss = float("nan")

@@ -4,14 +4,10 @@ Every intervention is plain data; `applied(opened, batch)` puts its hooks on the
 again, also after an error. They sit below the taps that measure, so a traced pass inside the `with` sees the changed
 model; passes of other batches (probes) are left alone. Positions are those of the prompt's own tokens: padding is
 counted off, prompts too short are left as they are.
-
-A blocked key is an exact computation, not a correction of the output: the model's own kernel gets a mask in which no
-later query sees the key, so learned sink logits, soft caps and windows stay what they are.
 """
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -19,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from sinklens.core.errors import ModelError
@@ -27,9 +23,6 @@ from sinklens.models.spec import Block, OpenedModel
 
 from .batch import Batch
 from .states import first_of
-
-_DENSE = ("eager", "sinklens_dense")
-"""Attention implementations that see everything where they are given no mask, and take additive ones."""
 
 
 @dataclass
@@ -98,12 +91,12 @@ class EntriesSet:
     @staticmethod
     def _edit(entries: list[Entry], batch: Batch, acted: Acted) -> Callable[[Tensor], Tensor]:
         def edit(state: Tensor) -> Tensor:
-            if state.shape[:2] != _shape(batch):
+            if state.shape[:2] != shape_of(batch):
                 return state
             found = [
                 (row, place, entry)
                 for entry in entries
-                for row, place in _places(batch, entry.position, entry.prompt)
+                for row, place in places_of(batch, entry.position, entry.prompt)
             ]
             if not found:
                 return state
@@ -143,10 +136,10 @@ class MedianEntriesZeroed:
     @staticmethod
     def _edit(wanted: dict[int, int], batch: Batch, acted: Acted) -> Callable[[Tensor], Tensor]:
         def edit(state: Tensor) -> Tensor:
-            if state.shape[:2] != _shape(batch):
+            if state.shape[:2] != shape_of(batch):
                 return state
             state = state.clone()
-            for row, places in enumerate(_rows(batch, state.shape[1])):
+            for row, places in enumerate(rows_of(batch, state.shape[1])):
                 n = wanted.get(batch.prompts[row].index, 0)
                 if not n:
                     continue
@@ -190,7 +183,7 @@ class ExpertsPruned:
                     detail=f"Expected hidden states, experts and weights in order; found {len(args)} arguments.",
                 )
             hidden, index, weights = args
-            if len(index) != math.prod(_shape(batch)):
+            if len(index) != math.prod(shape_of(batch)):
                 return None
             pruned = torch.isin(index, gone.to(index.device)).view_as(weights)
             acted.edited += int(pruned.sum())
@@ -217,7 +210,7 @@ class ProjectionZeroed:
             acted.saw(before, torch.zeros_like(before))
             return _replaced(output, torch.zeros_like(before))
 
-        with _removed(opened.module.get_submodule(path).register_forward_hook(hook)):
+        with removed(opened.module.get_submodule(path).register_forward_hook(hook)):
             yield acted
 
 
@@ -240,13 +233,13 @@ class WriteZeroed:
             if not _is_of(batch, whole):
                 return None
             state = whole.reshape(batch.size, -1, whole.shape[-1]).clone()
-            for row, place in _places(batch, self.position):
+            for row, place in places_of(batch, self.position):
                 before = state[row, place].clone()
                 state[row, place] = 0.0
                 acted.saw(before, state[row, place])
             return _replaced(output, state.view_as(whole))
 
-        with _removed(opened.module.get_submodule(path).register_forward_hook(hook)):
+        with removed(opened.module.get_submodule(path).register_forward_hook(hook)):
             yield acted
 
 
@@ -290,70 +283,6 @@ class HeadsZeroed:
         return hook
 
 
-@dataclass(frozen=True)
-class KeyBlocked:
-    """No query but its own sees the key of one position, in all blocks; rows share their attention among the rest."""
-
-    position: int
-
-    @contextmanager
-    def applied(self, opened: OpenedModel, batch: Batch) -> Iterator[Acted]:
-        acted = Acted()
-        with ExitStack() as stack:
-            for block in opened.anatomy.main.blocks:
-                if block.attention is not None:
-                    module = opened.module.get_submodule(block.attention)
-                    hook = self._hook(module, batch, acted)
-                    stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            yield acted
-
-    def _hook(self, module: nn.Module, batch: Batch, acted: Acted) -> Callable[..., Any]:
-        names = list(inspect.signature(module.forward).parameters)
-        if "attention_mask" not in names:
-            raise ModelError(
-                "Keys cannot be blocked in this model.",
-                detail=f"{type(module).__name__} takes no attention mask.",
-            )
-        place = names.index("attention_mask")
-
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            given = args[place] if len(args) > place else kwargs.get("attention_mask")
-            hidden = next(x for x in (*args, *kwargs.values()) if isinstance(x, Tensor))
-            if hidden.shape[:2] != _shape(batch):
-                return None
-            mask = self._mask(module, given, batch, hidden)
-            acted.edited += sum(1 for _ in _places(batch, self.position))
-            if len(args) > place:
-                return (*args[:place], mask, *args[place + 1 :]), kwargs
-            return args, {**kwargs, "attention_mask": mask}
-
-        return hook
-
-    def _mask(self, module: nn.Module, given: Tensor | None, batch: Batch, hidden: Tensor) -> Tensor:
-        """The mask the attention would have used, without the key."""
-        length = hidden.shape[1]
-        dense = getattr(getattr(module, "config", None), "_attn_implementation", None) in _DENSE
-        if given is None:
-            seen = torch.ones(1, 1, length, length, dtype=torch.bool, device=hidden.device)
-            # Kernels that get no mask draw the causal triangle themselves; the dense ones do not.
-            given = seen.tril() if getattr(module, "is_causal", True) and not dense else seen
-            if dense:
-                given = torch.zeros_like(given, dtype=hidden.dtype)
-        blocked = self.blocked(batch, given.shape[-2], given.shape[-1]).to(given.device)
-        given = given.expand(batch.size, *given.shape[1:])
-        if given.dtype == torch.bool:
-            return given & ~blocked if _true_is_visible(given, batch) else given | blocked
-        return given.masked_fill(blocked, torch.finfo(given.dtype).min)
-
-    def blocked(self, batch: Batch, queries: int, keys: int) -> Bool[Tensor, "batch 1 query key"]:
-        """Pairs of a query and a key that no longer meet."""
-        out = torch.zeros(batch.size, 1, queries, keys, dtype=torch.bool)
-        for row, place in _places(batch, self.position):
-            out[row, :, :, place] = True
-            out[row, :, place - (keys - queries), place] = False
-        return out
-
-
 @contextmanager
 def _state_edit(opened: OpenedModel, block: Block, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Change the residual stream after a block: its output, or in post-LayerNorm blocks what the last norm reads."""
@@ -369,12 +298,12 @@ def _state_edit(opened: OpenedModel, block: Block, edit: Callable[[Tensor], Tens
             return (edit(args[0]), *args[1:])
 
         handle = opened.module.get_submodule(block.residual_norm).register_forward_pre_hook(before)
-    with _removed(handle):
+    with removed(handle):
         yield
 
 
 @contextmanager
-def _removed(handle: Any) -> Iterator[None]:
+def removed(handle: Any) -> Iterator[None]:
     try:
         yield
     finally:
@@ -391,7 +320,7 @@ def _part(path: str | None, missing: str) -> str:
     return path
 
 
-def _shape(batch: Batch) -> tuple[int, int]:
+def shape_of(batch: Batch) -> tuple[int, int]:
     """Rows and tokens with padding."""
     rows, tokens = next(value.shape[:2] for value in batch.inputs.values() if isinstance(value, Tensor))
     return rows, tokens
@@ -399,27 +328,19 @@ def _shape(batch: Batch) -> tuple[int, int]:
 
 def _is_of(batch: Batch, made: Tensor) -> bool:
     """Whether a module's output belongs to a pass of this batch; probes with other inputs are left alone."""
-    return made[..., 0].numel() == math.prod(_shape(batch))
+    return made[..., 0].numel() == math.prod(shape_of(batch))
 
 
-def _true_is_visible(mask: Bool[Tensor, "batch head query key"], batch: Batch) -> bool:
-    """Whether a boolean mask marks what is seen, or (MPT) what is hidden: real tokens see themselves."""
-    own = mask.diagonal(mask.shape[-1] - mask.shape[-2], -2, -1)[:, 0]
-    if batch.valid is not None:
-        own = own[batch.valid[:, -own.shape[1] :]]
-    return bool(own.float().mean() > 0.5)
-
-
-def _rows(batch: Batch, length: int) -> Iterable[Tensor]:
+def rows_of(batch: Batch, length: int) -> Iterable[Tensor]:
     """Places of the real tokens of each row."""
     if batch.valid is None:
         return [torch.arange(length)] * batch.size
     return [row.nonzero().squeeze(-1) for row in batch.valid]
 
 
-def _places(batch: Batch, position: int, prompt: int | None = None) -> Iterator[tuple[int, int]]:
+def places_of(batch: Batch, position: int, prompt: int | None = None) -> Iterator[tuple[int, int]]:
     """`(row, place in the padded row)` of a position in the prompts that have it."""
-    for row, places in enumerate(_rows(batch, _shape(batch)[1])):
+    for row, places in enumerate(rows_of(batch, shape_of(batch)[1])):
         mine = prompt is None or batch.prompts[row].index == prompt
         if mine and position < len(places):
             yield row, int(places[position])
@@ -429,5 +350,5 @@ def position_states(
     state: Float[Tensor, "batch pos dim"], batch: Batch, position: int
 ) -> Iterator[tuple[int, Float[Tensor, " dim"]]]:
     """The state of one position in each prompt that has it, by row of the batch."""
-    for row, place in _places(batch, position):
+    for row, place in places_of(batch, position):
         yield row, state[row, place]

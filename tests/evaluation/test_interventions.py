@@ -19,6 +19,7 @@ from sinklens.models.spec import OpenedModel
 from sinklens.tracers import signals as sig
 from sinklens.tracers.attention import AttentionTap, Site
 from sinklens.tracers.batch import Batch, collate, first_tensor, forward
+from sinklens.tracers.blocked_key import KeyBlocked
 from sinklens.tracers.executor import TracePlan, edited_output, sites, trace_batch
 from sinklens.tracers.experts import ExpertsTap
 from sinklens.tracers.interventions import (
@@ -27,7 +28,6 @@ from sinklens.tracers.interventions import (
     ExpertsPruned,
     HeadsZeroed,
     Intervention,
-    KeyBlocked,
     MedianEntriesZeroed,
     ProjectionZeroed,
     WriteZeroed,
