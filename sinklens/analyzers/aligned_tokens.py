@@ -218,8 +218,9 @@ def received_from_others(
     mean = record[sig.ATTENTION_RECEIVED_MEAN].astype(np.float64).copy()
     kept = record[sig.KEPT_POSITIONS]
     seen = visible[:, None, kept]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        others = (record[sig.ATTENTION_RECEIVED] * seen - record[sig.ATTENTION_SELF]) / (seen - 1)
+    others = (record[sig.ATTENTION_RECEIVED] * seen - record[sig.ATTENTION_SELF]) / np.where(
+        seen > 1, seen - 1, np.nan
+    )
     mean[:, kept] = others.mean(1)
     mean[visible <= 1] = np.nan
     exact = np.zeros(mean.shape[1], dtype=bool)
