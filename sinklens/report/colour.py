@@ -149,6 +149,8 @@ class Scale:
 def scale(values: np.ndarray, *, log: bool = False, limits: tuple[float, float] | None = None) -> Scale:
     """The given limits, or robust ones: a few extreme values must not wash out the rest.
 
+    Limits that are even about zero ask for the ramp of values of both signs.
+
     Without limits a linear scale starts at zero when all values are non-negative and ends at the largest
     value or at three times the root mean square, whichever is smaller; with values of both signs it does so on
     either side of zero. A logarithmic one spans the positive values.
@@ -158,6 +160,8 @@ def scale(values: np.ndarray, *, log: bool = False, limits: tuple[float, float] 
         known = known[known > 0]
     if limits is not None and not (log and limits[0] <= 0):
         low, high = float(limits[0]), float(limits[1])
+        if low == -high != 0:
+            return Scale(low, high, clipped=bool(known.size and np.abs(known).max() > high), signed=True)
     elif not known.size:
         low, high = (1.0, 1.0) if log else (0.0, 0.0)
     elif log:

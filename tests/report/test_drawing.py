@@ -88,7 +88,8 @@ def test_values_of_both_signs_have_zero_in_the_middle() -> None:
     assert scale.levels(np.array([[-3.0, 3.0, -1e-9, 0.0]])).tolist() == [[0, 63, 31, 32]]
     for values in ([[0.0, 2.0]], [[-2.0, 0.0]], [[-2.0, -1.0]]):
         assert not colour.scale(np.array(values)).signed
-    assert not colour.scale(np.array([[-1.0, 1.0]]), limits=(-1.0, 1.0)).signed
+    assert colour.scale(np.array([[0.5, 1.0]]), limits=(-2.0, 2.0)).signed
+    assert not colour.scale(np.array([[-1.0, 1.0]]), limits=(-1.0, 2.0)).signed
     drawing = heatmap.draw(Heatmap("k", "t", "c", np.array([[-1.0, 3.0]]), "x"), figure_id="x")
     assert "Blue is below zero, orange above." in drawing.notes
     assert 'href="#ramp-signed"' in str(drawing.svg)
