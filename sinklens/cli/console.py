@@ -98,7 +98,8 @@ def print_run(run: Run, report: Path | None) -> None:
     print(f"{'Verdict':<{WIDTH}}{run.verdict.text}")
     told = {line.analyzer for line in run.verdict.lines}
     for name, finding in run.findings.items():
-        print(f"{'':<{WIDTH}}{finding.title}: {finding.verdict if name in told else finding.status}")
+        said = finding.verdict if name in told or finding.reason else finding.status
+        print(f"{'':<{WIDTH}}{finding.title}: {said}")
         for note in finding.notes:
             print(f"{'':<{WIDTH}}  note: {note}")
     if run.folder is not None:
