@@ -9,6 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sinklens.models.anatomy import find_anatomy
+from sinklens.models.spec import ModelInfo, OpenedModel
+from sinklens.testbeds.planting.plant import plant
+from sinklens.testbeds.planting.truth import SinkPlant
 from sinklens.tracers import signals as sig
 from sinklens.tracers.attention import Mode
 from sinklens.tracers.batch import Batch, forward
@@ -17,6 +21,10 @@ from sinklens.tracers.ledger import Limits
 from sinklens.tracers.record_reading import heads_by_look_back, probe_positions
 from sinklens.tracers.record_vectors import gram_matrices, projected_norms, projection_matrix
 from sinklens.tracers.trace import PromptRecord
+from tests.testbeds.families import BOS as BED_BOS
+from tests.testbeds.families import HEADS as BED_HEADS
+from tests.testbeds.families import LAYERS as BED_LAYERS
+from tests.testbeds.families import tiny
 from tests.tracers.naive_attention import Layer, captured, layers_of, naive, projected, vectors
 from tests.tracers.test_families import FAMILIES, batch_of, opened
 
@@ -89,6 +97,23 @@ def test_the_leader_is_the_position_that_received_most_in_the_blocks_before() ->
             total = received[:layer].sum(0)
             candidates = range(1, len(record) - 15)
             assert places[layer, 1] == max(candidates, key=lambda k: total[k])
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_planted_sink_leads_from_the_block_after_its_first(seed: int) -> None:
+    token, at = 83, 11 + 7 * seed
+    module = tiny("llama", seed)
+    plant(module, sinks=[SinkPlant([(1, 0), (1, 3), (1, 4), (4, 2)], token=token)], seed=seed)
+    info = ModelInfo("llama", None, "llama", BED_LAYERS, BED_HEADS, 3, 60, 0, "float32")
+    model = OpenedModel(module, None, find_anatomy(module), info)
+    ids = torch.randint(8, token, (1, 61), generator=torch.Generator().manual_seed(seed))
+    ids[0, 0], ids[0, at] = BED_BOS, token
+    record = trace_batch(model, Batch({"input_ids": ids}, torch.ones_like(ids).bool()), plan()).records[0]
+    assert record[sig.REFERENCE_POSITION][2:, 1].tolist() == [at] * (BED_LAYERS - 2)
+    mass, cosine = record[sig.REFERENCE_MASS][4, :, 1], record[sig.QK_COSINE][4, :, 1]
+    assert mass[2, -1] == mass[2].sum() == 60 - at
+    assert mass[[0, 1, 3, 4, 5], -1].sum() == 0
+    assert cosine[2] > record[sig.QK_COSINE_OTHERS][4, 2] + 0.5
 
 
 def test_a_causal_prompt_too_short_for_a_leader_has_none() -> None:
