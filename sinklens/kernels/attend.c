@@ -1,5 +1,6 @@
 /* Attention of float32 tensors in one go: tiles of logits that stay in cache from the product that makes them, through
- * the row pass, to the product with the values. Rows of a causal tile end at their own key, so nothing is masked.
+ * the row pass, to the product with the values. Rows of a causal tile end at their own key, so nothing is masked; under
+ * a mask, a tile has the keys from the first to the last that any of its rows sees.
  */
 
 #include "rows.c"
@@ -23,10 +24,11 @@
 /* Strides are in numbers, in the order batch, head, position; the last axis is contiguous. */
 typedef struct {
     const float *query, *key, *value;
+    const uint8_t *mask; /* 1 where a row sees a key; NULL without */
     float *output;   /* NULL without */
     float *packed;   /* [threads, `packed_stride` apart]: keys in panels, values, queries and outputs of a tile */
     float *logits;   /* [threads, `logits_stride` apart][tile][line] */
-    long query_stride[3], key_stride[3], value_stride[3], output_stride[3];
+    long query_stride[3], key_stride[3], value_stride[3], mask_stride[3], output_stride[3];
     long batch, heads, kv_heads, queries, keys, dim, value_dim;
     long packed_stride, logits_stride;
     long tile;       /* rows of a tile, all heads together; a multiple of ROWS */
@@ -113,9 +115,29 @@ typedef struct {
     float *keys, *values, *query, *output, *logits, *scratch;
 } work;
 
-ALWAYS long seen_by(const attention *c, long q) {
-    long seen = c->causal ? q + c->keys - c->queries + 1 : c->keys;
-    return seen < 0 ? 0 : seen < c->keys ? seen : c->keys;
+/* Keys outside of `first` to `stop` are hidden. */
+typedef struct { long first, stop; } range;
+
+static const uint8_t *mask_of(const work *w, long head, long q) {
+    const attention *c = w->c;
+    return c->mask + w->batch * c->mask_stride[0] + (w->head + head) * c->mask_stride[1] + q * c->mask_stride[2];
+}
+
+static range seen_by(const work *w, long head, long q) {
+    const attention *c = w->c;
+    if (c->mask) {
+        const uint8_t *m = mask_of(w, head, q);
+        long start = 0, stop = c->keys;
+        uint64_t eight;
+        while (start + 8 <= stop && (memcpy(&eight, m + start, 8), !eight)) start += 8;
+        while (start < stop && !m[start]) start++;
+        if (start == stop) return (range){0, 0};
+        while (stop - start >= 8 && (memcpy(&eight, m + stop - 8, 8), !eight)) stop -= 8;
+        while (!m[stop - 1]) stop--;
+        return (range){start, stop};
+    }
+    long stop = c->causal ? q + c->keys - c->queries + 1 : c->keys;
+    return (range){0, stop < 0 ? 0 : stop < c->keys ? stop : c->keys};
 }
 
 static void pack_queries(const work *w, long first, long each) {
@@ -130,26 +152,49 @@ static void pack_queries(const work *w, long first, long each) {
     }
 }
 
-/* The row pass over one row of a tile. Returns the factor that its weights lack for the output. */
-static float pass_row(const work *w, float *x, long i, long first, long each, long last) {
+/* A row that sees nothing: what is found is overwritten with 0 later, or is 0. */
+static void pass_nothing(const asked *a, long row) {
+    if (a->index) a->logit[row] = a->top[row] = (float)(a->index[row] = 0);
+    for (long k = 0; a->mass && k < a->columns; k++) a->mass[row * a->columns + k] = 0;
+    float *each[] = {a->product, a->mean_back, a->near, a->own, a->rest};
+    for (int n = 0; n < 5; n++) if (each[n]) each[n][row] = 0;
+}
+
+/* The row pass over one row `x` of a tile that has the keys `tile`; `a` counts from the first of them. Returns the
+ * factor that its weights lack for the output. */
+static float pass_row(const work *w, const asked *a, float *x, long i, long first, long each, range tile, range seen) {
     const attention *c = w->c;
-    const asked *a = w->a;
     long q = first + i % each, head = w->batch * c->heads + w->head + i / each, row = head * c->queries + q;
-    long seen = seen_by(c, q), filled = up(seen, LANES) < c->keys ? up(seen, LANES) : c->keys;
-    if (seen == 0) { /* what it finds is overwritten with 0 later */
-        memset(x, 0, (size_t)last * sizeof(float));
-        if (a->index) a->logit[row] = a->top[row] = (float)(a->index[row] = 0);
-        for (long k = 0; a->mass && k < a->columns; k++) a->mass[row * a->columns + k] = 0;
-        float *each_row[] = {a->product, a->mean_back, a->near, a->own, a->rest};
-        for (int n = 0; n < 5; n++) if (each_row[n]) each_row[n][row] = 0;
+    if (seen.stop == 0) {
+        memset(x, 0, (size_t)(tile.stop - tile.first) * sizeof(float));
+        pass_nothing(a, row);
         return 0;
     }
-    for (long k = seen; k < filled; k++) x[k] = HIDDEN;
+    long stop = seen.stop - tile.first, most = c->keys - tile.first, filled = up(stop, LANES);
+    if (filled > most) filled = most;
+    if (c->mask) {
+        const uint8_t *m = mask_of(w, i / each, q) + tile.first;
+        for (long k = 0; k < stop; k++) x[k] = m[k] ? x[k] : HIDDEN;
+    }
+    for (long k = stop; k < filled; k++) x[k] = HIDDEN;
     /* `back` belongs to the first row; each row further it holds one more. */
     const float *back = a->back ? a->back - q : 0;
-    float factor = one_row(x, head, row, q + c->keys - c->queries, filled, back, 0, w->scratch, a);
-    if (c->output && filled < last) memset(x + filled, 0, (size_t)(last - filled) * sizeof(float));
+    long place = q + c->keys - c->queries - tile.first;
+    float factor = one_row(x, head, row, place, filled, back, 0, w->scratch, a);
+    long rest = tile.stop - tile.first - filled;
+    if (c->output && rest > 0) memset(x + filled, 0, (size_t)rest * sizeof(float));
     return factor;
+}
+
+/* The questions about the keys from `first` on. */
+static asked from_key(const asked *a, long first) {
+    asked b = *a;
+    b.first = first;
+    const float **given[] = {&b.back, &b.other};
+    for (int n = 0; n < 2; n++) if (*given[n]) *given[n] += first;
+    float **sums[] = {&b.received, &b.received_log, &b.received_tail, &b.received_rows, &b.band, &b.band_rest};
+    for (int n = 0; n < 6; n++) if (*sums[n]) *sums[n] += first;
+    return b;
 }
 
 static void write_row(const work *w, long i, long first, long each, float factor) {
@@ -163,19 +208,29 @@ static void write_row(const work *w, long i, long first, long each, float factor
 /* Query rows `first` to `first + each` of all heads of the piece. */
 static void one_tile(const work *w, long first, long each) {
     const attention *c = w->c;
-    long n = w->heads * each, last = seen_by(c, first + each - 1), width = up(c->value_dim, LANES);
+    long n = w->heads * each, width = up(c->value_dim, LANES);
     float factor[n];
+    range seen[n], tile = {c->keys, 0};
+    for (long i = 0; i < n; i++) {
+        int same_as_before = i >= each && (!c->mask || c->mask_stride[1] == 0);
+        seen[i] = same_as_before ? seen[i - each] : seen_by(w, i / each, first + i % each);
+        if (seen[i].stop && seen[i].first < tile.first) tile.first = seen[i].first;
+        if (seen[i].stop > tile.stop) tile.stop = seen[i].stop;
+    }
+    tile.first = tile.stop ? tile.first / PANEL * PANEL : 0;
+    asked a = from_key(w->a, tile.first);
+    float *logits = w->logits + tile.first;
     pack_queries(w, first, each);
-    for (long k = 0; k < last; k += PANEL)
+    for (long k = tile.first; k < tile.stop; k += PANEL)
         for (long i = 0; i < n; i += ROWS)
             multiply(w->query + i * c->dim, w->keys + k * c->dim, w->logits + i * c->line + k, c->line, c->dim);
-    for (long i = 0; i < n; i++) factor[i] = pass_row(w, w->logits + i * c->line, i, first, each, last);
+    for (long i = 0; i < n; i++) factor[i] = pass_row(w, &a, logits + i * c->line, i, first, each, tile, seen[i]);
     if (!c->output) return;
     memset(w->output, 0, (size_t)(up(n, MIX_ROWS) * width) * sizeof(float));
-    for (long k = 0; k < last; k += MIX_KEYS)
+    for (long k = tile.first; k < tile.stop; k += MIX_KEYS)
         for (long i = 0; i < n; i += MIX_ROWS)
             mix_columns(w->logits + i * c->line + k, c->line, w->values + k * width, width,
-                        last - k < MIX_KEYS ? last - k : MIX_KEYS, w->output + i * width);
+                        tile.stop - k < MIX_KEYS ? tile.stop - k : MIX_KEYS, w->output + i * width);
     for (long i = 0; i < n; i++) write_row(w, i, first, each, factor[i]);
 }
 

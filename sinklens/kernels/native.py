@@ -38,6 +38,7 @@ _NUMBERS = (
     "band_first",
     "band_last",
     "keep",
+    "first",
 )
 _SIZES = (
     "batch",
@@ -85,8 +86,11 @@ class Attention(ctypes.Structure):
     """The C structure of the same fields."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "key", "value", "output", "packed", "logits")),
-        *((f"{name}_stride", ctypes.c_long * 3) for name in ("query", "key", "value", "output")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("query", "key", "value", "mask", "output", "packed", "logits")
+        ),
+        *((f"{name}_stride", ctypes.c_long * 3) for name in ("query", "key", "value", "mask", "output")),
         *((name, ctypes.c_long) for name in _SIZES),
         ("scale", ctypes.c_float),
     )

@@ -85,7 +85,9 @@ def native_serves(call: AttentionCall, plan: BlockPlan) -> bool:
 def attend_serves(call: AttentionCall, plan: BlockPlan) -> bool:
     """Whether the compiled attention can take the place of products and row pass, if `native_serves`."""
     tensors = (call.query, call.key, call.value)
-    plain = call.mask is None and call.softcap is None and all(t.dtype == torch.float32 for t in tensors)
+    mask = call.mask
+    lines = mask is None or (mask.dtype == torch.bool and mask.shape[-1] > 1 and mask.stride(-1) == 1)
+    plain = lines and call.softcap is None and all(t.dtype == torch.float32 for t in tensors)
     # A single row meets each key once: laying the keys out for it would cost more than it saves.
     return plain and plan.score_dtype == torch.float32 and call.query.shape[2] > 1
 

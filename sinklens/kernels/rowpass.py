@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from . import native
+from .shapes import four_axes
 from .spec import AttentionCall
 from .workspace import workspace
 
@@ -102,7 +103,7 @@ def pass_rows(logits: Float[Tensor, "b h r k"], request: RowRequest) -> RowResul
 def attend(
     call: AttentionCall, request: RowRequest, output: Float[Tensor, "b q h value_dim"] | None, scores: int
 ) -> RowResults:
-    """Whole attention of float32 tensors without a mask or a soft cap: output if wanted, and what is asked.
+    """Whole attention of float32 tensors, with a boolean mask or none, without a soft cap.
 
     Args:
         request: For all rows and keys as one block; `known`, `keep` and `half` have no meaning here.
@@ -125,6 +126,8 @@ def attend(
         setattr(whole, name, size)
     given = {"query": call.query, "key": call.key, "value": call.value}
     given = {name: t if t.stride(-1) == 1 else t.contiguous() for name, t in given.items()}
+    if call.mask is not None:
+        given["mask"] = four_axes(call.mask, q, keys).expand(b, h, q, keys)
     if output is not None:
         given["output"] = output.transpose(1, 2)
     for name, tensor in given.items():

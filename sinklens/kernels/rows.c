@@ -123,6 +123,7 @@ typedef struct {
     long place;            /* index of the first row's own key */
     long window, band_first, band_last;
     long keep;             /* what becomes of the logits */
+    long first;            /* index of the first key here among the keys that `column` and `index` count */
 } asked;
 
 /* They may hold anything afterwards, or be the weights, or the weights before they are normalised. */
@@ -252,7 +253,7 @@ float logf(float);
 static void look_up(const float *e, long head, long row, long place, long keys, float scale, const asked *a) {
     if (a->own) a->own[row] = place >= 0 && place < keys ? e[place] * scale : 0.0f;
     for (long c = 0; c < a->columns; c++) {
-        int64_t key = a->column[head * a->columns + c];
+        int64_t key = a->column[head * a->columns + c] - a->first;
         a->mass[row * a->columns + c] = key >= 0 && key < keys ? e[key] * scale : 0.0f;
     }
     if (a->near) {
@@ -298,7 +299,7 @@ static float one_row(float *x, long head, long row, long place, long keys, const
     }
     if (a->index) {
         a->logit[row] = p.value;
-        a->index[row] = p.at;
+        a->index[row] = p.at + a->first;
         a->top[row] = e[p.at] * scale;
     }
     if (a->product) a->product[row] = sum(s.product) * scale * (known ? LN2 : 1.0f) + log_scale;

@@ -60,7 +60,8 @@ def compare(case: Case) -> None:
     assert_close(attention_sweep(call, want, None, plan), truth, ties=near_ties(call))
 
 
-masks = st.sampled_from(["causal", "bidirectional"])
+BOOLEAN = ("random", "by head", "left padding", "right padding", "window")
+masks = st.sampled_from(["causal", "bidirectional", *BOOLEAN])
 
 
 @settings(max_examples=100)
@@ -84,6 +85,35 @@ def test_every_row_end(keys: int, used: list[AttentionCall]) -> None:
     compare(Case(1, 2, 3, keys, keys, 8, 5, "causal", None, True, False, False, "empty", 90_000, keys))
     compare(Case(1, 2, 3, keys, keys, 8, 5, "bidirectional", None, True, True, True, "empty", 90_000, keys))
     assert len(used) == 4
+
+
+@pytest.mark.parametrize("kind", BOOLEAN)
+def test_masks(kind: str, used: list[AttentionCall]) -> None:
+    """Rows of several tiles and panels; some see nothing, some not their own key."""
+    for keys, queries, seed in ((331, 331, 1), (161, 67, 2), (70, 131, 3)):
+        compare(Case(2, 2, 3, queries, keys, 8, 5, kind, None, True, True, False, "empty", 90_000, seed))
+    assert len(used) == 6
+
+
+def test_a_window_far_from_the_first_key(used: list[AttentionCall]) -> None:
+    """Tiles then begin in the middle of the keys, and everything counted by key begins with them."""
+    torch.manual_seed(1)
+    length, window = 401, 37
+    query, key, value = (
+        torch.randn(1, 6, length, 8),
+        torch.randn(1, 2, length, 8),
+        torch.randn(1, 2, length, 5),
+    )
+    mask = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - window)
+    groups = torch.zeros(2, 1, length, dtype=torch.bool)
+    groups[0, 0, 300], groups[1, 0, [0, 130]] = True, True
+    call = AttentionCall(query, key, value, 0.4, mask=mask[None, None])
+    want = Want(SERVED, groups=groups, probes=torch.rand(1, length) > 0.7, band=(3, 30))
+    output, found = attention_fused(call, want)
+    assert used
+    true_output, truth = expected(call, want)
+    torch.testing.assert_close(output.double(), true_output, atol=2e-6, rtol=0)
+    assert_close(found, truth, ties=near_ties(call))
 
 
 def test_rows_before_the_first_key_are_zero(used: list[AttentionCall]) -> None:
@@ -152,7 +182,10 @@ def test_where_it_does_not_serve(used: list[AttentionCall]) -> None:
     case = Case(1, 2, 3, 37, 37, 8, 5, "causal", None, False, False, False, "empty", 5_000, 1)
     call, want, plan = build(case)
     assert attend_serves(call, plan)
-    assert not attend_serves(replace(call, mask=torch.ones(1, 1, 37, 37, dtype=torch.bool)), plan)
+    mask = torch.ones(1, 1, 37, 37)
+    assert attend_serves(replace(call, mask=mask > 0), plan)
+    assert not attend_serves(replace(call, mask=mask), plan)
+    assert not attend_serves(replace(call, mask=mask.mT[..., :1] > 0), plan)
     assert not attend_serves(replace(call, softcap=3.0), plan)
     assert not attend_serves(replace(call, query=call.query[:, :, -1:]), plan)
     assert not attend_serves(replace(call, value=call.value.bfloat16()), plan)
