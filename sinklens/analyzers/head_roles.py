@@ -156,7 +156,7 @@ class HeadRoles(Analyzer):
             position,
             token,
             np.stack([_dormancy(record, position) for record in records]),
-            tuple(record.domain or "unnamed" for record in records),
+            _domains(records),
             pooled,
             np.where(n > 0, switching.sum(0) / np.maximum(n, 1), np.nan),
         )
@@ -317,6 +317,12 @@ LABELS = {
 }
 
 
+def _domains(records: list[PromptRecord]) -> tuple[str, ...]:
+    """Domain of each prompt, in words."""
+    unnamed = "other prompts" if any(record.domain for record in records) else "all prompts"
+    return tuple(record.domain or unnamed for record in records)
+
+
 def _dormancy(record: PromptRecord, position: int) -> PerHead:
     """Mean mass of the later queries; 0 where the prompt did not keep the position, because no head cared for it."""
     mass = mass_after(record, position)
@@ -371,11 +377,10 @@ def _places(classes: np.ndarray, word: str) -> list[list[int]]:
 def _tiles(s: dict[str, Any]) -> list[Tile]:
     counts = s["dormant_by_domain"]
     most = max(counts.values())
-    note = (
-        ", ".join(f"{name} {n}" for name, n in counts.items())
-        if len(counts) > 1
-        else f"on position {s['position']}"
-    )
+    each = ", ".join(f"{name} {n}" for name, n in counts.items())
+    note = each if len(counts) > 1 else f"on position {s['position']}"
+    if s["switching"]:
+        note += f"; {len(s['switching'])} on some queries only"
     return [Tile("Dormant heads", f"{most} of {s['n_heads']}", note, link="head-roles")]
 
 

@@ -125,6 +125,9 @@ def test_one_domain_one_prompt() -> None:
     assert any("no contrast between domains" in note for note in finding.notes)
     assert "contrast" not in finding.rows[0]
     assert finding.summary["largest_contrast"] is None
+    assert finding.summary["domains"] == {"all prompts": 1}
+    assert finding.tiles[0].value == "2 of 12"
+    assert finding.tiles[0].note == "on position 0; 1 on some queries only"
     assert finding.verdict.startswith(
         "2 of 12 heads are dormant on position 0 ('t0'); 1 rests on it for some"
     )
