@@ -151,6 +151,7 @@ def _facts(document: Mapping[str, Any], title: str | None) -> dict[str, Any]:
         "command": page.command(manifest),
         "beside": published.beside(document),
         "most_lines": page.FIRST_LINES,
+        "most_figures": page.MOST_FIGURES,
     }
 
 

@@ -48,6 +48,7 @@ def run_repr_html(
         "div",
         tag("div", verdict.headline, style=f"font-size:85%;letter-spacing:.06em;{_SOFT}"),
         tag("div", verdict.sentence, style=f"font-size:115%;font-weight:{weight}"),
+        *(_line(line) for line in verdict.lines[: page.FIRST_LINES]),
         tag("div", verdict.trust, style=f"font-size:85%;{_SOFT}"),
         style="margin:6px 0",
     )
@@ -56,6 +57,10 @@ def run_repr_html(
     )
     style = "max-width:900px;border:1px solid rgba(127,127,127,.35);border-radius:6px;padding:10px 14px;"
     return str(tag("div", head, says, boxes, _map(figures), style=style + "overflow-wrap:anywhere"))
+
+
+def _line(line: page.Line) -> Markup:
+    return tag("div", tag("strong", line.title), " ", line.text, style="font-size:85%")
 
 
 def _tile(tile: Tile, trusted: bool) -> Markup:

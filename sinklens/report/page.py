@@ -16,7 +16,7 @@ from .marks import Marks, marks
 from .numbers import brief, duration, number, size, with_unit
 from .tables import Table, short_unit, table, with_interval
 
-FIRST_TILES, FIRST_LINES = 6, 10
+FIRST_TILES, FIRST_LINES, MOST_FIGURES = 6, 10, 8
 _PAGE_WIDTH, _FIXED_LINKS = 1232, 460
 LEAST_ROW, MOST_ROW = 18, 32
 """Height of a row of the first screen's strip, in px."""

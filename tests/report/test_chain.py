@@ -166,6 +166,18 @@ def test_many_sections_fold_into_two_rows_of_links() -> None:
     )
 
 
+def test_many_figures_fold() -> None:
+    run = factory_chain.make()
+    (figure,) = run.figures["secondary-sinks"]
+    run.figures["secondary-sinks"] = [replace(figure, key=f"f{i}", title=f"Figure {i}") for i in range(11)]
+    html = render_report(*run.args)
+    section = html[html.index('id="secondary-sinks"') : html.index('id="writers"')]
+    shown, folded = section.split('<details class="more"><summary>3 more figures</summary>')
+    assert "Figure 7" in shown
+    assert "Figure 8" not in shown
+    assert "Figure 10" in folded
+
+
 def test_tiles_that_do_not_apply_give_way() -> None:
     tiles = [Tile(f"t{i}", "1", applicable=i != 2) for i in range(9)]
     first, rest = page.first_tiles(tiles)
@@ -185,4 +197,7 @@ def test_text_is_left_out_of_rows_and_lines() -> None:
 
 def test_notebook_form_stays_small_with_many_findings() -> None:
     run = factory_chain.make(layers=48, heads=32, experts=128)
-    assert len(run_repr_html(run.document, run.figures, run.tiles)) < 100_000
+    html = run_repr_html(run.document, run.figures, run.tiles)
+    assert len(html) < 100_000
+    for line in run.document["verdict"]["lines"]:
+        assert line["text"] in Page(html).words
