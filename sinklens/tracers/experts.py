@@ -100,6 +100,13 @@ class ExpertsTap:
 
         if self.sites.keys() & _attached.keys():
             raise ModelError("The experts of this model are already being traced.")
+        for module in self._modules:
+            if not hasattr(module, "has_gate"):
+                raise ModelError(
+                    f"{type(module).__name__} computes its experts itself, so they cannot be seen one by one.",
+                    detail="Expected experts that go through transformers' experts interface.",
+                    hint="Try: --analyzers primary-sinks,massive-activations",
+                )
         ExpertsInterface.register(NAME, _entry)
         configs: dict[int, Any] = {id(module.config): module.config for module in self._modules}
         before = {key: config._experts_implementation for key, config in configs.items()}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sinklens.core.errors import ModelError
 from sinklens.models.anatomy import find_anatomy
 from sinklens.tracers.batch import first_tensor, forward
 from sinklens.tracers.executor import TracePlan, sites, trace_batch
@@ -126,3 +127,19 @@ def test_rows_say_where_the_largest_entry_is() -> None:
         y = one_expert(module, int(index[token, slot]), hidden[token]).detach()
         assert int(routed.dim[row]) == int(y.abs().argmax())
         assert float(routed.value[row]) == pytest.approx(float(y[routed.dim[row]]), rel=1e-5)
+
+
+def test_experts_outside_the_interface_are_refused_by_name() -> None:
+    """Llama 4 multiplies all its experts at once in its own code."""
+    import transformers
+
+    from tests.families import GQA
+
+    config = transformers.Llama4TextConfig(
+        **GQA, head_dim=16, num_local_experts=4, num_experts_per_tok=1, intermediate_size_mlp=96
+    )
+    model = transformers.Llama4ForCausalLM(config).eval()
+    where = sites(model, find_anatomy(model).main, "experts")
+    with pytest.raises(ModelError, match="Llama4TextExperts"), ExpertsTap(where).attached():
+        raise AssertionError
+    assert not any(hasattr(module, "has_gate") for module in where)
