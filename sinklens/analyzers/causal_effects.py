@@ -24,14 +24,14 @@ class CausalEffects(Analyzer):
     How it is computed: a few prompts run again, each time with one change that matches a finding: massive entries set
     to zero where they first appear, once or in every later block, or to the signed mean of other prompts; experts
     pruned (routing weights not renormalised); the sink's key hidden from later queries; the strongest sink heads
-    silenced; what the feed-forward part or the attention of one block writes on the sink token set to zero. The
-    controls change as much elsewhere: other dims of the same tokens, entries of median size, other experts of the
-    same block, the key of another position, other heads, another token; they are drawn with a seed. Everything is
-    compared within a prompt. "Sink lost" is the drop of the sink's share relative to what it has beyond even
-    attention; D_sink is one minus the mean over heads of the ratio of attention after to attention before, over the
-    queries behind the sink, without heads that gave less than 0.01, mean over the blocks with sink heads. KL is taken
-    from the unchanged to the changed prediction, over all tokens of the prompt. A row counts as an effect only if it
-    exceeds every control of its own; the words follow a fixed table.
+    silenced; what the feed-forward part or the attention of one block writes on the sink token set to zero. Controls
+    of equal count, drawn with a seed: shifts of equal size on other dims of the same tokens, entries of median size,
+    other experts of the same block, the key of another position, other heads, the same write on another token.
+    Everything is compared within a prompt. "Sink lost" is the drop of the sink's share relative to what it has beyond
+    even attention. D_sink is one minus the mean over heads of the ratio of attention after to attention before, over
+    the queries behind the sink, without heads that gave less than 0.01, mean over the blocks with sink heads. KL is
+    taken from the unchanged to the changed prediction, over all tokens of the prompt. A row counts as an effect only
+    if it exceeds every control of its own; the words follow a fixed table.
 
     Compared with the paper: Sun et al. set entries to zero or to their mean at one block and measure perplexity; here
     the same is done with values found in the model at hand, and the sink is measured too. D_sink follows equations 7
@@ -147,6 +147,9 @@ UNITS = {
 
 LABELS = {
     "intervention": "what is changed",
+    "short": "in short",
+    "kind": "kind of change",
+    "name": "name in the JSON document",
     "predictions": "the predictions",
     "sink_lost": "sink lost",
     "sink_lost_low": "sink lost, lower end",
@@ -188,7 +191,7 @@ def _summary(rows: list[dict[str, Any]], effects: dict[str, Any]) -> dict[str, A
         "uniform_share": effects["base"]["uniform"]["mean"],
         "sink_rate": effects["base"]["sink_rate"]["mean"],
         "base_loss": effects["base"]["loss"]["mean"],
-        "carriers": [row["name"] for row in rows if row["verdict"] == CARRIES],
+        "carriers": [row["short"] for row in rows if row["verdict"] == CARRIES],
         "interventions": len(rows),
         "n_prompts": effects["n_prompts"],
         "tokens": effects["tokens"],
@@ -274,7 +277,7 @@ def _tile(rows: list[dict[str, Any]]) -> Tile:
             "Sink carried by", "not shown", "nothing that was taken away ended it", link="causal-effects"
         )
     best = max(carriers, key=lambda row: (_SINGLE[row["kind"]], row["sink_lost"]))
-    value = {"expert": best["name"].removeprefix("expert-"), "write": best["name"].removeprefix("write-")}
+    value = {"expert": best["short"].removesuffix(" pruned"), "write": best["short"]}
     return Tile(
         "Sink carried by",
         value.get(best["kind"], "massive entries"),
@@ -342,7 +345,7 @@ def _decay_by_layer(rows: list[dict[str, Any]], effects: dict[str, Any]) -> Line
     series = []
     for place, row in enumerate(ranked):
         y = np.array([math.nan if v is None else v for v in by_name[row["name"]]["d_sink_by_layer"]])
-        series.append(Series(row["name"], np.arange(len(y)), y, emphasis=place == 0))
+        series.append(Series(row["short"], np.arange(len(y)), y, emphasis=place == 0))
     return Lines(
         "decay",
         "Attention lost by layer (D_sink)",

@@ -166,10 +166,35 @@ def _row(effects: dict[str, Any], experiment: dict[str, Any]) -> dict[str, Any]:
         "edited": experiment["acted"]["edited"],
         "output_change": experiment["acted"]["output_change"],
         "control": "; ".join(control["what"] for control in experiment["controls"]) or "none was possible",
+        "short": short(experiment["name"]),
         "kind": experiment["kind"],
         "name": experiment["name"],
         "n_prompts": effect["kl" if speaks else "sink_lost"]["n"],
     }
+
+
+_SHORT = {
+    "massive-zero": "entries zeroed",
+    "massive-held": "entries held at zero",
+    "massive-mean": "entries at their mean",
+    "super-experts": "Super Experts pruned",
+    "heads": "sink heads zeroed",
+}
+
+
+def short(name: str) -> str:
+    """An experiment's name in a few words: `expert-L2E3` is `L2E3 pruned`."""
+    if name in _SHORT:
+        return _SHORT[name]
+    what, *rest = name.split("-")
+    where = rest[-1] if rest else ""
+    if what == "expert":
+        return f"{where} pruned"
+    if what == "key":
+        return f"key of position {where} blocked"
+    if what == "write":
+        return f"{'feed-forward' if rest[0] == 'mlp' else 'attention'} of block {where}"
+    return f"{what} projection of block {where.removeprefix('L')}"
 
 
 def _strongest(experiment: dict[str, Any], quantity: str) -> float | None:

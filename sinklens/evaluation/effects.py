@@ -116,13 +116,13 @@ def _seen(
     real = batch.valid[row]
     ids = batch.inputs["input_ids"][row][real].cpu()
     main = first_tensor(output)[row]
-    main = main[real] if main.shape[0] == len(real) else main
+    main = main[real.to(main.device)] if main.shape[0] == len(real) else main
     logits = getattr(output, "logits", None)
     # Classification heads have logits too: a language head has one per token of the vocabulary.
     speaks = isinstance(logits, Tensor) and logits.ndim == 3 and logits.shape[1] == len(real)
     speaks = isinstance(logits, Tensor) and speaks and logits.shape[-1] > int(ids.max())
     received, own, visible = (None, None, None) if position is None else _received(record, position)
-    mine = logits[row][real] if isinstance(logits, Tensor) and speaks else None
+    mine = logits[row][real.to(logits.device)] if isinstance(logits, Tensor) and speaks else None
     return Seen(record.index, received, own, visible, states, mine, main, ids)
 
 

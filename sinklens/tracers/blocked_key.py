@@ -94,5 +94,5 @@ def _true_is_visible(mask: Bool[Tensor, "batch head query key"], batch: Batch) -
     """Whether a boolean mask marks what is seen, or (MPT) what is hidden: real tokens see themselves."""
     own = mask.diagonal(mask.shape[-1] - mask.shape[-2], -2, -1)[:, 0]
     if batch.valid is not None:
-        own = own[batch.valid[:, -own.shape[1] :]]
+        own = own[batch.valid[:, -own.shape[1] :].to(own.device)]
     return bool(own.float().mean() > 0.5)

@@ -25,6 +25,7 @@ from sinklens.analyzers.causal_rules import (
     Evidence,
     judge_predictions,
     judge_sink,
+    short,
 )
 from sinklens.core.figures import Intervals, Lines
 
@@ -190,7 +191,7 @@ def test_the_carrier_is_named_and_stands_beside_its_control() -> None:
         "key-0": (NEED, NEED),
     }
     assert [row["kind"] for row in finding.rows] == ["massive", "expert", "expert", "key"]
-    assert finding.summary["carriers"] == ["massive-zero", "expert-L2E3"]
+    assert finding.summary["carriers"] == ["entries zeroed", "L2E3 pruned"]
     assert finding.tiles[0].value == "L2E3"
     sink, costs, layers = finding.figures
     assert isinstance(sink, Intervals)
@@ -198,7 +199,7 @@ def test_the_carrier_is_named_and_stands_beside_its_control() -> None:
     assert isinstance(costs, Intervals)
     assert len(costs.rows) == 4
     assert isinstance(layers, Lines)
-    assert layers.series[0].name == "expert-L2E3"
+    assert layers.series[0].name == "L2E3 pruned"
     assert set(finding.units) <= set(finding.rows[0])
     json.dumps(finding.to_json(), allow_nan=False)
 
@@ -263,3 +264,20 @@ def test_not_applicable_says_why(stored: Any, manifest: Any, reason: str) -> Non
     finding = found_in(stored, **manifest)
     assert finding.status is Status.NOT_APPLICABLE
     assert reason in str(finding.reason)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("massive-held", "entries held at zero"),
+        ("expert-L12E3", "L12E3 pruned"),
+        ("key-17", "key of position 17 blocked"),
+        ("write-mlp-4", "feed-forward of block 4"),
+        ("write-attention-0", "attention of block 0"),
+        ("shared-L8", "shared projection of block 8"),
+        ("super-experts", "Super Experts pruned"),
+        ("heads", "sink heads zeroed"),
+    ],
+)
+def test_short_names(name: str, words: str) -> None:
+    assert short(name) == words
