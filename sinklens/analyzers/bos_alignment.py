@@ -24,26 +24,28 @@ class BosAlignment(Analyzer):
 
     How it is computed: after every block, the squared cosine of each token's state with the first token's state,
     averaged over the tokens after the first, then over prompts; and the share of tokens whose cosine exceeds `aligned`
-    in size, either sign. The mean over layers leaves out the last block. It counts as found if in some layer at least
-    `min_share` of the tokens are aligned.
+    in size, either sign. The mean over layers leaves out the last block. Sink-like are aligned tokens whose norm is
+    also at least `norm_gate` times the layer's median; found means that in some layer `min_share` of the tokens are.
 
     Compared with the paper: Cappellazzo et al. use the mean squared cosine as a training loss, over layers 1 to L - 1
     of L (embedding and last left out) and over the tokens that are not the answer; here all tokens of the prompt take
     part, nothing is trained, and the same layers enter the mean. The share of aligned tokens uses the 0.9 by which
-    they and the paper on secondary sinks recognise further sinks. The rule for "found" is ours.
+    they and the paper on secondary sinks recognise further sinks. The norm gate and the rule for "found" are ours.
     The official code computes the same squared cosine as the text, so there is one recipe.
 
     When not to trust it: without a BOS token the first token is a word and the figure speaks of that word. In late
-    layers all states can share a narrow cone, and then everything is aligned with everything; `secondary-sinks` also
-    asks for a large norm.
+    layers, and in encoders everywhere, all states can share a narrow cone, and then everything is aligned with
+    everything: read the sink-like tokens beside the aligned ones. A repeated first token is aligned with itself.
 
     Args:
         aligned: |cosine| above which a token counts as aligned.
-        min_share: Share of aligned tokens that makes it found.
+        norm_gate: In units of the layer's median norm.
+        min_share: Share of sink-like tokens that makes it found.
     """
 
     aligned: float = 0.9
-    min_share: float = 0.01
+    norm_gate: float = 3.0
+    min_share: float = 0.001
 
     name = "bos-alignment"
     title = "BOS alignment"
@@ -55,7 +57,7 @@ class BosAlignment(Analyzer):
         "<mo>,</mo><mn>0</mn></mrow></msub><mo>,</mo><msub><mi>h</mi><mrow><mi>l</mi><mo>,</mo><mi>t</mi></mrow></msub>"
         "<mo>)</mo></math>"
     )
-    needs = frozenset({sig.RESIDUAL_COSINE, sig.REFERENCE_POSITION})
+    needs = frozenset({sig.RESIDUAL_COSINE, sig.REFERENCE_POSITION, sig.RESIDUAL_NORM})
     reference = Reference(
         key="cappellazzo2025mitigating",
         title="Mitigating Attention Sinks and Massive Activations in Audio-Visual Speech Recognition with LLMs",
@@ -74,7 +76,8 @@ class BosAlignment(Analyzer):
                 "the trace does not compare states with the first token's; profile again."
             )
         squared = mean_known([(_cosines(record) ** 2).mean(1) for record in records])
-        share = mean_known([self._aligned(record) for record in records])
+        share = mean_known([self._aligned(record, 0.0) for record in records])
+        large = mean_known([self._aligned(record, self.norm_gate) for record in records])
         if np.isnan(squared).all():
             return self.not_applicable("no layer was compared with the first token.")
         rows = [
@@ -82,13 +85,14 @@ class BosAlignment(Analyzer):
                 "layer": layer,
                 "cos2": float(squared[layer]),
                 "aligned": float(share[layer]),
+                "sink_like": float(large[layer]),
                 "n_prompts": len(records),
             }
             for layer in np.flatnonzero(~np.isnan(squared)).tolist()
         ]
         rows.sort(key=lambda row: (-row["cos2"], row["layer"]))
-        summary = _summary(trace, records, squared, share)
-        found = summary["aligned_max"] >= self.min_share
+        summary = _summary(trace, records, squared, share, large)
+        found = summary["sink_like_max"] >= self.min_share
         return self.finding(
             Status.FOUND if found else Status.NOT_FOUND,
             _verdict(summary, found, self.aligned),
@@ -100,15 +104,17 @@ class BosAlignment(Analyzer):
             notes=_notes(records),
         )
 
-    def _aligned(self, record: PromptRecord) -> Float[np.ndarray, " layer"]:
-        """Share of the tokens after the first that are aligned, NaN in layers without a comparison."""
-        cosine = _cosines(record)
-        return np.where(np.isnan(cosine).any(1), np.nan, (np.abs(cosine) > self.aligned).mean(1))
+    def _aligned(self, record: PromptRecord, gate: float) -> Float[np.ndarray, " layer"]:
+        """Share of the tokens after the first that are aligned and large, NaN in layers without a comparison."""
+        cosine, norm = _cosines(record), record[sig.RESIDUAL_NORM]
+        large = norm[:, 1:] >= gate * np.median(norm, axis=1, keepdims=True)
+        return np.where(np.isnan(cosine).any(1), np.nan, ((np.abs(cosine) > self.aligned) & large).mean(1))
 
 
 UNITS = {
     "cos2": "squared cosine with the first token's state, mean over tokens and prompts",
     "aligned": "share of the tokens with |cosine| above the threshold, mean over prompts",
+    "sink_like": "share of the tokens that are aligned and have a large norm, mean over prompts",
 }
 
 LABELS = {
@@ -119,6 +125,9 @@ LABELS = {
     "cos2_max_layer": "in layer",
     "aligned_max": "largest share of aligned tokens",
     "aligned_max_layer": "in layer",
+    "sink_like_max": "largest share of sink-like tokens",
+    "sink_like_max_layer": "in layer",
+    "random_level": "mean squared cosine of random directions",
     "same_token_share": "prompts that begin with this token",
 }
 
@@ -142,6 +151,7 @@ def _summary(
     records: list[PromptRecord],
     squared: Float[np.ndarray, " layer"],
     share: Float[np.ndarray, " layer"],
+    large: Float[np.ndarray, " layer"],
 ) -> dict[str, Any]:
     inner = squared[:-1] if len(squared) > 1 else squared
     token = records[0].pieces[0]
@@ -151,6 +161,8 @@ def _summary(
         "cos2_max_layer": int(np.nanargmax(squared)),
         "aligned_max": float(np.nanmax(share)),
         "aligned_max_layer": int(np.nanargmax(share)),
+        "sink_like_max": float(np.nanmax(large)),
+        "sink_like_max_layer": int(np.nanargmax(large)),
         "random_level": 1 / trace.info.hidden_size,
         "token": token,
         "same_token_share": sum(record.pieces[0] == token for record in records) / len(records),
@@ -164,11 +176,15 @@ def _verdict(summary: dict[str, Any], found: bool, aligned: float) -> str:
         f"mean squared cosine {summary['cos2_mean'] or 0:.3f} over the layers, at most {summary['cos2_max']:.3f} "
         f"(layer {summary['cos2_max_layer']}), {summary['random_level']:.3f} for random directions"
     )
+    aligned_max, sink_like = 100 * summary["aligned_max"], 100 * summary["sink_like_max"]
     if not found:
-        return f"The other tokens do not share the direction of {first}: {level}."
+        return (
+            f"No other token becomes like {first}: {level}; at most {aligned_max:.1f} % of the tokens are aligned above "
+            f"{aligned:g}, and {sink_like:.2g} % with a large norm."
+        )
     return (
-        f"Up to {100 * summary['aligned_max']:.1f} % of the tokens are aligned with {first} above {aligned:g} (layer "
-        f"{summary['aligned_max_layer']}): {level}."
+        f"Up to {sink_like:.2g} % of the tokens (layer {summary['sink_like_max_layer']}) have a large norm and are "
+        f"aligned with {first} above {aligned:g}: {level}."
     )
 
 

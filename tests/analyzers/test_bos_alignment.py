@@ -27,8 +27,30 @@ def test_the_mean_is_of_the_squared_cosine_without_the_first_token() -> None:
     finding = BosAlignment().analyze(trace([chain_record(unit_states(0.0, np.pi, np.pi / 2, np.pi / 3))]))
     assert [row["cos2"] for row in finding.rows] == pytest.approx([(1 + 1 + 0 + 0.25) / 4] * DEPTH)
     assert [row["aligned"] for row in finding.rows] == pytest.approx([0.5] * DEPTH)
-    assert finding.status is Status.FOUND
+    assert finding.status is Status.NOT_FOUND  # aligned, but no larger than the others
     assert "50.0 % of the tokens are aligned" in finding.verdict
+
+
+def test_a_large_aligned_token_makes_it_found() -> None:
+    hidden = unit_states(*[1.5] * 9, 0.1)
+    hidden[2:4, 10] *= 7
+    finding = BosAlignment().analyze(trace([chain_record(hidden)]))
+    assert [(row["layer"], row["sink_like"]) for row in finding.rows if row["sink_like"]] == [
+        (2, pytest.approx(0.1)),
+        (3, pytest.approx(0.1)),
+    ]
+    assert finding.status is Status.FOUND
+    assert "Up to 10 % of the tokens (layer 2) have a large norm" in finding.verdict
+    assert BosAlignment(norm_gate=8.0).analyze(trace([chain_record(hidden)])).status is Status.NOT_FOUND
+
+
+def test_a_narrow_cone_is_not_found() -> None:
+    hidden = np.ones((DEPTH, LENGTH, WIDTH)) + 0.01 * np.random.default_rng(2).normal(
+        size=(DEPTH, LENGTH, WIDTH)
+    )
+    finding = BosAlignment().analyze(trace([chain_record(hidden)]))
+    assert finding.summary["aligned_max"] == 1.0
+    assert finding.status is Status.NOT_FOUND
 
 
 def test_exactly_the_threshold_is_not_aligned() -> None:
@@ -58,7 +80,7 @@ def test_random_directions_are_not_aligned() -> None:
     finding = BosAlignment().analyze(trace([chain_record(hidden)]))
     assert finding.status is Status.NOT_FOUND
     assert finding.summary["cos2_max"] == pytest.approx(1 / 64, rel=0.2)
-    assert "do not share the direction" in finding.verdict
+    assert "No other token becomes like" in finding.verdict
 
 
 def test_one_token_or_no_comparison_is_not_applicable() -> None:
