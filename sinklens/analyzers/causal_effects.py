@@ -12,7 +12,16 @@ from sinklens.core.figures import Estimate, Figure, Intervals, Lines, Series, Ti
 from sinklens.tracers.trace import Trace
 
 from .base import Analyzer, Finding, Reference, Status, registry
-from .causal_rules import CARRIES, DID_NOT_ACT, HOLDS_BACK, NEED, ON_PREDICTIONS, PART, effect_rows
+from .causal_rules import (
+    CARRIES,
+    DID_NOT_ACT,
+    HOLDS_BACK,
+    NEED,
+    ON_PREDICTIONS,
+    PART,
+    effect_rows,
+    strongest_control,
+)
 from .expert_effects import stored_effects
 
 
@@ -109,8 +118,8 @@ class CausalEffects(Analyzer):
 
 _ORDER = ("massive", "massive-mean", "expert", "write", "key", "heads")
 _GROUPS = {
-    "massive": "Massive entries",
-    "massive-mean": "Massive entries",
+    "massive": "Strong entries",
+    "massive-mean": "Strong entries",
     "expert": "Experts",
     "write": "Writes on the sink token",
     "key": "The sink's key",
@@ -306,10 +315,6 @@ def _notes(rows: list[dict[str, Any]], effects: dict[str, Any]) -> list[str]:
     return notes
 
 
-def _number(value: float | None, factor: float = 1.0) -> float:
-    return math.nan if value is None else factor * value
-
-
 def _bars(
     rows: list[dict[str, Any]],
     effects: dict[str, Any],
@@ -319,20 +324,17 @@ def _bars(
     caption: str,
     x_label: str,
 ) -> Intervals:
-    estimates = tuple(
-        Estimate(
-            row["intervention"],
-            _number(row[quantity], factor),
-            _number(row[f"{quantity}_low"], factor),
-            _number(row[f"{quantity}_high"], factor),
-            _number(row[f"control_{quantity}"], factor),
-            note=row["verdict"] if quantity == "sink_lost" else row["predictions"],
-            group=_GROUPS[row["kind"]],
-        )
-        for row in rows
-    )
+    by_name = {experiment["name"]: experiment for experiment in effects["experiments"]}
+    estimates = []
+    for row in rows:
+        control = strongest_control(by_name[row["name"]], quantity) or {}
+        known = (row[quantity], row[f"{quantity}_low"], row[f"{quantity}_high"])
+        hollow = (control.get("mean"), control.get("low"), control.get("high"))
+        values = [math.nan if value is None else factor * value for value in (*known, *hollow)]
+        note = row["verdict"] if quantity == "sink_lost" else row["predictions"]
+        estimates.append(Estimate(row["short"], *values, note=note, group=_GROUPS[row["kind"]]))
     said = f"{caption} {effects['n_prompts']} prompts of up to {effects['tokens']} tokens."
-    return Intervals(quantity, title, said, estimates, x_label, "95 % interval over prompts")
+    return Intervals(quantity, title, said, tuple(estimates), x_label, "95 % interval over prompts")
 
 
 def _decay_by_layer(rows: list[dict[str, Any]], effects: dict[str, Any]) -> Lines | None:

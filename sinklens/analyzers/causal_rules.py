@@ -197,7 +197,13 @@ def short(name: str) -> str:
     return f"{what} projection of block {where.removeprefix('L')}"
 
 
+def strongest_control(experiment: dict[str, Any], quantity: str) -> dict[str, Any] | None:
+    """The stored interval of the control with the largest effect, the one that is hardest to exceed."""
+    found = [control["effect"][quantity] for control in experiment["controls"]]
+    known = [interval for interval in found if interval["mean"] is not None]
+    return max(known, key=lambda interval: interval["mean"], default=None)
+
+
 def _strongest(experiment: dict[str, Any], quantity: str) -> float | None:
-    """The largest effect among the controls, the one that is hardest to exceed."""
-    means = [control["effect"][quantity]["mean"] for control in experiment["controls"]]
-    return max((mean for mean in means if mean is not None), default=None)
+    found = strongest_control(experiment, quantity)
+    return None if found is None else found["mean"]

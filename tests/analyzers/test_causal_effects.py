@@ -196,6 +196,7 @@ def test_the_carrier_is_named_and_stands_beside_its_control() -> None:
     sink, costs, layers = finding.figures
     assert isinstance(sink, Intervals)
     assert [row.value for row in sink.rows] == pytest.approx([70.0, 90.0, 0.0])
+    assert [(row.control_low, row.control_high) for row in sink.rows] == [(-1.0, 1.0)] * 3
     assert isinstance(costs, Intervals)
     assert len(costs.rows) == 4
     assert isinstance(layers, Lines)
