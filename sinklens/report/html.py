@@ -18,6 +18,7 @@ from . import (
     assets,
     colour,
     embed,
+    first,
     heatmap,
     intervals,
     lines,
@@ -31,6 +32,9 @@ from . import (
 )
 from .mathml import formula
 from .views import FigureView, svgs
+
+MOST_FIGURES = 8
+"""Figures of a section shown at once; the others are folded away."""
 
 STATIC_TOKENS, STATIC_PER_PROMPT = 20_000, 512
 """Tokens written into the page in all and per prompt; the script shows the others from the embedded data."""
@@ -101,7 +105,7 @@ def _render(
     ids = {section.analyzer: section.id for section in found}
     data: dict[str, Any] = {}
     drawings = {s.analyzer: views.draw_all(s.id, figures.get(s.analyzer, ()), data) for s in found}
-    first, rest = page.first_tiles(tiles)
+    boxes, rest = first.split_tiles(tiles)
     payload = {
         "schema": embed.SCHEMA,
         "document": document,
@@ -114,8 +118,8 @@ def _render(
     return assets.template("report.html").render(
         **_facts(document, title),
         ids=ids,
-        navigation=page.navigation(found),
-        tiles=page.tile_views(first, ids, methods),
+        navigation=first.navigation(found),
+        tiles=page.tile_views(boxes, ids, methods),
         more_tiles=page.tile_views(rest, ids, methods),
         first=_first_screen(figures, found, document),
         sections=[(s, drawings[s.analyzer], tables.table(s.rows, s.units, s.labels)) for s in found],
@@ -150,8 +154,8 @@ def _facts(document: Mapping[str, Any], title: str | None) -> dict[str, Any]:
         "groups": page.manifest_groups(manifest),
         "command": page.command(manifest),
         "beside": published.beside(document),
-        "most_lines": page.FIRST_LINES,
-        "most_figures": page.MOST_FIGURES,
+        "most_lines": first.FIRST_LINES,
+        "most_figures": MOST_FIGURES,
     }
 
 
@@ -162,11 +166,11 @@ def _first_screen(
     shown: dict[str, FigureView | None] = {"map": None, "norms": None, "strip": None}
     ids = {section.analyzer: section.id for section in found}
     known = {name: given for name, given in figures.items() if name in ids}
-    beside = page.strip(known)
-    widths, height = page.first_sizes(
+    beside = first.strip(known)
+    widths, height = first.sizes(
         page.verdict(document), found, page.checks(document), with_strip=beside is not None
     )
-    if (main := page.main_map(known)) is not None:
+    if (main := first.main_map(known)) is not None:
         name, figure = main
         identifier = f"{ids[name]}--{text.slug(figure.key)}"
         flat = samples.rate_map(figure) if isinstance(figure, Samples) else figure
@@ -174,7 +178,7 @@ def _first_screen(
         shown["map"] = FigureView(
             identifier, flat.title, flat.caption, flat.unit, svgs(drawing), drawing.notes
         )
-    if (curve := page.norm_curve(known)) is not None:
+    if (curve := first.norm_curve(known)) is not None:
         name, line = curve
         identifier = f"{ids[name]}--{text.slug(line.key)}"
         drawing = lines.draw(line, figure_id=identifier, width=widths[1], height=height - 18)
@@ -182,8 +186,8 @@ def _first_screen(
     if beside is not None:
         name, row = beside
         identifier = f"{ids[name]}--{text.slug(row.key)}"
-        few = page.narrow(row, height)
-        step = min(page.MOST_ROW, max(page.LEAST_ROW, (height - 60) / max(1, len(few.rows))))
+        few = first.narrow(row, height)
+        step = min(first.MOST_ROW, max(first.LEAST_ROW, (height - 60) / max(1, len(few.rows))))
         drawing = intervals.draw(few, width=widths[2], row_height=step)
         left = sum(math.isfinite(item.value) for item in row.rows) - len(few.rows)
         notes = (f"{left} more in its section.",) if left and drawing.svg is not None else ()

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from sinklens.core.canonical import plain
 from sinklens.core.figures import Figure, Heatmap, Samples, Tile
 
-from . import colour, page, png, samples
+from . import colour, first, page, png, samples
 from .heatmap import pooled
 from .numbers import brief
 from .svg import tag
@@ -48,12 +48,12 @@ def run_repr_html(
         "div",
         tag("div", verdict.headline, style=f"font-size:85%;letter-spacing:.06em;{_SOFT}"),
         tag("div", verdict.sentence, style=f"font-size:115%;font-weight:{weight}"),
-        *(_line(line) for line in verdict.lines[: page.FIRST_LINES]),
+        *(_line(line) for line in verdict.lines[: first.FIRST_LINES]),
         tag("div", verdict.trust, style=f"font-size:85%;{_SOFT}"),
         style="margin:6px 0",
     )
     boxes = tag(
-        "div", *(_tile(tile, verdict.trusted) for tile in page.first_tiles(tiles)[0]), style="margin:6px 0"
+        "div", *(_tile(tile, verdict.trusted) for tile in first.split_tiles(tiles)[0]), style="margin:6px 0"
     )
     style = "max-width:900px;border:1px solid rgba(127,127,127,.35);border-radius:6px;padding:10px 14px;"
     return str(tag("div", head, says, boxes, _map(figures), style=style + "overflow-wrap:anywhere"))
@@ -79,7 +79,7 @@ def _tile(tile: Tile, trusted: bool) -> Markup:
 
 
 def _map(figures: Mapping[str, Sequence[Figure]]) -> Markup:
-    chosen = page.main_map(figures)
+    chosen = first.main_map(figures)
     if chosen is None:
         return tag("div", "No map of layers by heads in this run.", style=_SOFT)
     figure = samples.rate_map(chosen[1]) if isinstance(chosen[1], Samples) else chosen[1]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from sinklens.core.figures import Intervals, Tile
-from sinklens.report import names, page, published, render_report, run_repr_html, tables
+from sinklens.report import first, names, published, render_report, run_repr_html, tables
 
 from . import factory_chain
 from .parsed import Page
@@ -180,10 +180,10 @@ def test_many_figures_fold() -> None:
 
 def test_tiles_that_do_not_apply_give_way() -> None:
     tiles = [Tile(f"t{i}", "1", applicable=i != 2) for i in range(9)]
-    first, rest = page.first_tiles(tiles)
-    assert [tile.label for tile in first] == ["t0", "t1", "t3", "t4", "t5", "t6"]
+    shown, rest = first.split_tiles(tiles)
+    assert [tile.label for tile in shown] == ["t0", "t1", "t3", "t4", "t5", "t6"]
     assert [tile.label for tile in rest] == ["t7", "t8", "t2"]
-    few = page.first_tiles(tiles[:4])
+    few = first.split_tiles(tiles[:4])
     assert [tile.label for tile in few[0]] == ["t0", "t1", "t2", "t3"]
 
 
