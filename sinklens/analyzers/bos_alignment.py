@@ -179,8 +179,8 @@ def _verdict(summary: dict[str, Any], found: bool, aligned: float) -> str:
     aligned_max, sink_like = 100 * summary["aligned_max"], 100 * summary["sink_like_max"]
     if not found:
         return (
-            f"No other token becomes like {first}: {level}; at most {aligned_max:.1f} % of the tokens are aligned above "
-            f"{aligned:g}, and {sink_like:.2g} % with a large norm."
+            f"No other token becomes like {first}: {level}; at most {aligned_max:.1f} % of the tokens are aligned "
+            f"above {aligned:g}, and {sink_like:.2g} % with a large norm."
         )
     return (
         f"Up to {sink_like:.2g} % of the tokens (layer {summary['sink_like_max_layer']}) have a large norm and are "

@@ -21,6 +21,7 @@ from .writers import standing_out
 
 FIRST, AMPLIFIES, ERASES = "first writer", "amplifies", "erases"
 ROUTED = "routed"
+EFFECTS = ("sink_lost", "d_sink")
 
 
 @registry.register("expert-cascade")
@@ -167,13 +168,17 @@ UNITS = {
     "chosen": "share of prompts that route the sink token to the expert",
     "chosen_others": "share of the other tokens routed to it",
     "routing_weight": "mean routing weight of the sink token there",
-    "d_sink": "share of the sink's attention that is lost without the expert",
+    "sink_lost": "share of the sink beyond even attention that is lost without the expert",
+    "d_sink": "the paper's D_sink without the expert: 1 - mean over heads of attention after over before",
 }
 
 LABELS = {
     "first_writer": "first writer",
     "share_written": "share of the peak that the writing steps add up to",
-    "d_sink": "attention lost without it (D_sink)",
+    "sink_lost": "sink lost without it",
+    "d_sink": "D_sink without it",
+    "largest_sink_lost": "largest part of the sink lost without one expert",
+    "largest_sink_lost_by": "without",
     "n_amplifiers": "parts that amplify",
     "n_erasers": "parts that erase",
 }
@@ -203,7 +208,7 @@ def _expert_row(
         "chosen": _number(routing.chosen[layer, expert]),
         "chosen_others": _number(routing.chosen_others[layer, expert]),
         "routing_weight": _number(routing.weight[layer, expert]),
-        "d_sink": _d_sink(trace, layer, expert),
+        **_effect(trace, layer, expert),
         "n_prompts": int(np.count_nonzero(shares[known])),
     }
 
@@ -221,7 +226,7 @@ def _other_row(spike: Spike, group: Group, trace: Trace) -> dict[str, Any]:
             "chosen",
             "chosen_others",
             "routing_weight",
-            "d_sink",
+            *EFFECTS,
         )
     )
     return {
@@ -250,13 +255,14 @@ def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def _d_sink(trace: Trace, layer: int, expert: int) -> float | None:
-    """D_sink of pruning this expert alone, if the run measured it."""
+def _effect(trace: Trace, layer: int, expert: int) -> dict[str, float | None]:
+    """What pruning this expert alone does to the sink, if the run measured it."""
+    measured: dict[str, Any] = {}
     effects = trace.manifest.get("experiments", {}).get("effects", {})
     for experiment in effects.get("experiments", []):
         if experiment.get("target", {}).get("experts") == [[layer, expert]]:
-            return experiment.get("effect", {}).get("d_sink", {}).get("mean")
-    return None
+            measured = experiment.get("effect", {})
+    return {name: measured.get(name, {}).get("mean") for name in EFFECTS}
 
 
 def _name(row: dict[str, Any]) -> str:
@@ -268,7 +274,8 @@ def _name(row: dict[str, Any]) -> str:
 
 def _summary(trace: Trace, spike: Spike, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first = next((row for row in rows if row["role"] == FIRST), None)
-    causal = max((row for row in rows if row["d_sink"] is not None), key=lambda r: r["d_sink"], default=None)
+    known = [row for row in rows if row["sink_lost"] is not None]
+    causal = max(known, key=lambda row: row["sink_lost"], default=None)
     return {
         "position": spike.position,
         "token": spike.token,
@@ -282,8 +289,8 @@ def _summary(trace: Trace, spike: Spike, rows: Sequence[dict[str, Any]]) -> dict
         "n_amplifiers": sum(row["role"] == AMPLIFIES for row in rows),
         "n_erasers": sum(row["role"] == ERASES for row in rows),
         "share_written": share_written(spike),
-        "largest_d_sink": causal["d_sink"] if causal else None,
-        "largest_d_sink_by": _name(causal) if causal else None,
+        "largest_sink_lost": causal["sink_lost"] if causal else None,
+        "largest_sink_lost_by": _name(causal) if causal else None,
         "n_prompts": len(spike.paths),
         "n_experts": sum(layer.experts for layer in trace.layers)
         * spike.paths[0].record[sig.EXPERT_MAX].shape[1],

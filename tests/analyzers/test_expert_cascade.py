@@ -159,19 +159,25 @@ def test_a_token_whose_routing_is_unknown_says_so() -> None:
 
 def test_the_cause_stands_beside_the_size_where_it_was_measured() -> None:
     made = trace([mixture(CHAIN)], experts=EXPERTS)
+
+    def measured(experts: list[list[int]], lost: float) -> dict[str, Any]:
+        effect = {"sink_lost": {"mean": lost}, "d_sink": {"mean": lost / 2}}
+        return {"target": {"experts": experts}, "effect": effect}
+
     made.manifest["experiments"] = {
         "effects": {
             "experiments": [
-                {"target": {"experts": [[1, 3]]}, "effect": {"d_sink": {"mean": 0.9}}},
-                {"target": {"experts": [[2, 0]]}, "effect": {"d_sink": {"mean": 0.2}}},
-                {"target": {"experts": [[1, 3], [2, 0]]}, "effect": {"d_sink": {"mean": 0.95}}},
+                measured([[1, 3]], 0.9),
+                measured([[2, 0]], 0.2),
+                measured([[1, 3], [2, 0]], 0.95),
                 {"target": {"position": 0}, "failed": "no place for it"},
             ]
         }
     }
     finding = ExpertCascade().analyze(made)
-    assert [row["d_sink"] for row in finding.rows] == [0.9, 0.2, None, None]
-    assert finding.summary["largest_d_sink_by"] == "L1E3"
+    assert [row["sink_lost"] for row in finding.rows] == [0.9, 0.2, None, None]
+    assert [row["d_sink"] for row in finding.rows] == [0.45, 0.1, None, None]
+    assert finding.summary["largest_sink_lost_by"] == "L1E3"
 
 
 def test_dense_models_and_flat_streams_are_not_applicable() -> None:

@@ -247,3 +247,15 @@ def test_a_second_first_token_inside_the_prompt_rises_with_the_primary_sink(chec
     assert row["down_cosine"] > 0.99
     assert finding.status is Status.NOT_FOUND
     assert "4 tokens rise together with it" in finding.verdict
+
+
+def test_the_cascade_carries_the_measured_effect_of_its_experts() -> None:
+    model = random_control(moe(), 0)
+    plant(
+        model,
+        sinks=[SinkPlant(heads=[(3, 0), (4, 2)])],
+        super_experts=[SuperExpertPlant(layer=1, expert=3, dim=11)],
+    )
+    run = sinklens.profile(model, prompts=prompts(0), analyzers=(*CHAIN, "super-experts"), verify=True)
+    assert run.expert_cascade.rows[0]["sink_lost"] > 0.9
+    assert run.expert_cascade.summary["largest_sink_lost_by"] == "L1E3"
