@@ -72,6 +72,7 @@ class WritesRecorder:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self._last: tuple[weakref.ref[Tensor], int, dict[int, Largest]] | None = None
+        self._now: dict[int, Largest] = {}
 
     def see(self, row: int, passed: BlockPass, top: Largest) -> None:
         """Record prompt `row` of a block whose largest entries afterwards are `top`."""
@@ -97,17 +98,18 @@ class WritesRecorder:
             return None
         if self._last is not None:
             state, version, tops = self._last
-            if state() is passed.before and passed.before._version == version and row in tops:
+            if state() is passed.before and _version(passed.before) == version and row in tops:
                 return tops[row]
         return largest_magnitudes(self.ledger.row(row, passed.before), HALF)
 
     def _remember(self, row: int, passed: BlockPass, top: Largest) -> None:
         assert passed.after is not None
-        if row == 0 or self._last is None:
+        if row == 0:
             self._now = {}
         self._now[row] = _first(top, HALF)
+        version = _version(passed.after)
         if row == self.ledger.batch.size - 1:
-            self._last = weakref.ref(passed.after), passed.after._version, self._now
+            self._last = None if version is None else (weakref.ref(passed.after), version, self._now)
 
     def _entries(self, row: int, passed: BlockPass, pos: Tensor, dim: Tensor) -> Entries:
         assert passed.after is not None
@@ -151,6 +153,11 @@ class WritesRecorder:
         for name, value in values.items():
             if name.removesuffix("_pos").removesuffix("_dim") in wanted:
                 self.ledger.put(row, name, layer, _halves(value, counts))
+
+
+def _version(state: Tensor) -> int | None:
+    """How often a tensor was changed in place; None where torch does not count."""
+    return None if state.is_inference() else state._version
 
 
 def added(terms: Iterable[Tensor]) -> Tensor | None:

@@ -177,6 +177,23 @@ def test_cosines_with_the_references(family: str) -> None:
                 np.testing.assert_allclose(record["residual_cosine"][layer, slot], expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "bert"])
+def test_one_token_and_inference_mode(family: str) -> None:
+    """A prompt of one token has no leader; inference mode changes nothing."""
+    model = opened(family)
+    one = Batch({"input_ids": torch.tensor([[7]])}, torch.ones(1, 1, dtype=torch.bool))
+    record = trace_batch(model, one, TracePlan(signals=STATES)).records[0]
+    np.testing.assert_allclose(record["residual_cosine"][:, 0, 0], 1, atol=1e-6)
+    assert np.isnan(record["residual_cosine"][:, 1]).all()
+    assert (record["birth_layer"] == -1).all()
+    batch = batch_of(family, 13)
+    plain = trace_batch(model, batch, TracePlan(signals=STATES)).records[1]
+    with torch.inference_mode():
+        again = trace_batch(model, batch, TracePlan(signals=STATES)).records[1]
+    for name, value in plain.arrays.items():
+        np.testing.assert_array_equal(again[name], value, err_msg=name)
+
+
 def test_nothing_is_looked_at_that_nobody_wants() -> None:
     model = opened("qwen3_moe")
     batch = batch_of("qwen3_moe", 13, "right")
