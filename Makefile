@@ -14,7 +14,7 @@ DEV_STAMP := $(VENV)/.ready-dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help bench reports profile test lint typecheck unit format setup setup-dev clean
+.PHONY: help bench pages reports profile test lint typecheck unit format setup setup-dev clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -70,8 +70,11 @@ bench: $(RUN_STAMP)  ## Cost of tracing against a plain forward pass (some minut
 	$(BIN)/python -m benchmarks.profile --lengths 512,1024,2048,4096,8192 --out benchmarks/results/profile.json
 	$(BIN)/python -m benchmarks.profile --lengths 2048,8192 --dtype bfloat16 --out benchmarks/results/profile.json
 
+pages: $(RUN_STAMP)  ## Write docs/analyzers.md and docs/signals.md from the code again
+	$(BIN)/python docs/generate.py
+
 reports: $(RUN_STAMP)  ## Make the example reports in reports/ again
 	for name in dense-ind moe-ind; do \
-	  HF_HUB_OFFLINE=1 $(BIN)/sinklens profile -q -m bundled:$$name --out runs/example-$$name --force && \
+	  HF_HUB_OFFLINE=1 $(BIN)/sinklens profile -q --verify --sensitivity -m bundled:$$name --out runs/example-$$name --force && \
 	  cp runs/example-$$name/report.html reports/$$name.html || exit 1; \
 	done
