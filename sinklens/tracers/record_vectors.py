@@ -79,19 +79,19 @@ class VectorsRecorder:
             return
         gram = gram_matrices(matrix, heads)
         if sig.HEAD_OUTPUT_NORM in self.ledger.wanted:
-            for row, written in self.ledger.rows(x):
-                per_head = written.unflatten(-1, (heads, -1)).transpose(0, 1)
-                norms = projected_norms(per_head, gram).mean(-1)
-                self.ledger.put(row, sig.HEAD_OUTPUT_NORM.name, layer, norms)
+            written = x.detach().reshape(self.ledger.batch.size, -1, heads, gram.shape[-1])
+            norms = projected_norms(written.transpose(1, 2), gram)
+            for row, span in enumerate(self.ledger.spans(norms.shape[2], x.device)):
+                self.ledger.put(row, sig.HEAD_OUTPUT_NORM.name, layer, norms[row][:, span].mean(-1))
         if pending is None or pending[0] != layer:
             return
         value = pending[1]
         if value.shape[-1] != gram.shape[-1] or heads % value.shape[1]:
             return
+        norms = projected_norms(value, gram)
         for row, span in enumerate(self.ledger.spans(value.shape[2], value.device)):
-            norms = projected_norms(value[row][:, span], gram)
-            self.ledger.put(row, sig.VALUE_OUT_NORM.name, layer, norms)
-            self.ledger.put(row, sig.VALUE_OUT_NORM_MEAN.name, layer, norms.mean(-1))
+            self.ledger.put(row, sig.VALUE_OUT_NORM.name, layer, norms[row][:, span])
+            self.ledger.put(row, sig.VALUE_OUT_NORM_MEAN.name, layer, norms[row][:, span].mean(-1))
 
     def _put(self, view: PromptView, signal: sig.Signal, value: Tensor) -> None:
         if signal in self.ledger.wanted:
@@ -143,15 +143,15 @@ def gram_matrices(matrix: Float[Tensor, "in out"], heads: int) -> Float[Tensor, 
 
 
 def projected_norms(
-    x: Float[Tensor, "given pos dim"], gram: Float[Tensor, "head dim dim"]
-) -> Float[Tensor, "head pos"]:
+    x: Float[Tensor, "batch given pos dim"], gram: Float[Tensor, "head dim dim"]
+) -> Float[Tensor, "batch head pos"]:
     """`|x W|` for each head; `given` heads of x are shared evenly (GQA)."""
-    group = len(gram) // len(x)
-    found = torch.empty(len(gram), x.shape[1], dtype=torch.float32, device=x.device)
+    group = len(gram) // x.shape[1]
+    found = torch.empty(x.shape[0], len(gram), x.shape[2], dtype=torch.float32, device=x.device)
     for head in range(len(gram)):
-        mine = x[head // group].float()
+        mine = x[:, head // group].float()
         # Rounding may leave a tiny negative number where the projection all but annihilates x.
-        found[head] = (mine @ gram[head]).mul_(mine).sum(-1).clamp_(min=0).sqrt_()
+        found[:, head] = (mine @ gram[head]).mul_(mine).sum(-1).clamp_(min=0).sqrt_()
     return found
 
 

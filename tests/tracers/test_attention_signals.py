@@ -277,11 +277,11 @@ def test_vectors_of_half_precision_models_are_measured_in_full(dtype: torch.dtyp
 def test_norms_behind_a_projection_come_from_its_gram_matrix() -> None:
     generator = torch.Generator().manual_seed(3)
     matrix = torch.randn(6 * 5, 17, generator=generator)
-    x = torch.randn(2, 11, 5, generator=generator)
+    x = torch.randn(3, 2, 11, 5, generator=generator)
     found = projected_norms(x, gram_matrices(matrix, 6))
     for head in range(6):
-        expected = (x[head // 3] @ matrix[head * 5 : (head + 1) * 5]).norm(dim=-1)
-        torch.testing.assert_close(found[head], expected, rtol=1e-5, atol=1e-6)
+        expected = (x[:, head // 3] @ matrix[head * 5 : (head + 1) * 5]).norm(dim=-1)
+        torch.testing.assert_close(found[:, head], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_probes_are_the_last_tokens_and_as_many_others() -> None:
