@@ -131,11 +131,7 @@ class ExpertCascade(Analyzer):
         return None
 
     def _rows(
-        self,
-        trace: Trace,
-        spike: Spike,
-        shares: Float[np.ndarray, "prompt layer expert"],
-        routing: Routing,
+        self, trace: Trace, spike: Spike, shares: Float[np.ndarray, "prompt layer expert"], routing: Routing
     ) -> list[dict[str, Any]]:
         """The members of the cascade in order of layer."""
         members = np.abs(np.nan_to_num(mean_known(shares))) >= self.step

@@ -202,6 +202,7 @@ LABELS = {
     "births_recorded": "secondary sinks whose creation was recorded inside the feed-forward part",
     "n_written_by_mlp": "of these, written by the feed-forward part of their creation layer",
     "written_by_mlp": "written by the MLP",
+    "n_levels": "sink levels",
     "levels": "levels as (creation layer, lifetime, tokens)",
     "primary_share_of_prompts": "share of prompts whose primary sink stands there",
     "n_prompts_without_primary": "prompts without a primary sink by norm",
