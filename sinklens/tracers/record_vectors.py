@@ -156,7 +156,7 @@ def projected_norms(
 
 
 def _norms(x: Float[Tensor, "head pos dim"]) -> Float[Tensor, "head pos"]:
-    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32)).float()
 
 
 def query_key_cosines(

@@ -250,8 +250,8 @@ def test_quantised_projections_are_not_read() -> None:
     assert projection_matrix(nn.Linear(12, 7, device="meta")) is None
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_vectors_of_half_precision_models_are_measured_in_full(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_vectors_of_any_precision_are_measured_in_single(dtype: torch.dtype) -> None:
     model, batch = opened("llama", dtype), batch_of("llama", 61, "left")
     for row, record in enumerate(trace_batch(model, batch, plan()).records):
         places = torch.nonzero(batch.valid[row])[:, 0]  # type: ignore[index]
