@@ -122,6 +122,9 @@ def _primary(
 ) -> Primary:
     start, end = active_range(norm[:, position], float(np.median(norm[0])), paper=paper)
     slots = record[sig.REFERENCE_POSITION] == position
+    if position == 0:
+        # Slot 0 is always the first token, also in layers without attention, which record no position.
+        slots[:, 0] |= ~np.isnan(record[sig.RESIDUAL_COSINE][:, 0, 0])
     cosine = np.full(norm.shape, np.nan)
     unknown = 0
     for layer in range(start, end):

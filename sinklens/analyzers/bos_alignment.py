@@ -135,7 +135,8 @@ LABELS = {
 def _cosines(record: PromptRecord) -> Float[np.ndarray, "layer pos"]:
     """Cosines of all tokens but the first with the first; NaN in layers that were not compared with it."""
     cosine = record[sig.RESIDUAL_COSINE][:, FIRST, 1:].astype(np.float64)
-    return np.where(record[sig.REFERENCE_POSITION][:, FIRST, None] == 0, cosine, np.nan)
+    # Layers without attention record no position (-1), but the first token's state is compared there too.
+    return np.where(record[sig.REFERENCE_POSITION][:, FIRST, None] <= 0, cosine, np.nan)
 
 
 def mean_known(values: list[Float[np.ndarray, " layer"]]) -> Float[np.ndarray, " layer"]:

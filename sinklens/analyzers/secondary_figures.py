@@ -11,7 +11,7 @@ from sinklens.core.figures import Event, Figure, Heatmap, Life, Lines, Series, T
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord
 
-from .aligned_tokens import Aligned, Level, Primary
+from .aligned_tokens import SECONDARY, Aligned, Level, Primary
 
 TIMELINE_ROWS = 40
 
@@ -61,9 +61,46 @@ def draw(
             "per 1000 tokens",
             bars=True,
         ),
+        _strength(seen, layers),
         _places(seen, secondary),
         *figures,
     ]
+
+
+def attention_by_layer(seen: Sequence[Seen], layers: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean attention received by the primary sinks and by the secondary sinks alive, `[layer]`; NaN without any.
+
+    Mean over heads, queries that see the token (itself included), tokens and prompts.
+    """
+    primary: list[list[float]] = [[] for _ in range(layers)]
+    others: list[list[float]] = [[] for _ in range(layers)]
+    for item in seen:
+        received = item.record[sig.ATTENTION_RECEIVED_MEAN]
+        for layer in range(item.primary.start, item.primary.end):
+            primary[layer].append(float(received[layer, item.primary.position]))
+        for token in (token for token in item.tokens if token.kind == SECONDARY):
+            for layer in token.layers:
+                others[layer].append(float(received[layer, token.position]))
+    return _known_means(primary), _known_means(others)
+
+
+def _known_means(values: list[list[float]]) -> np.ndarray:
+    known = [[value for value in row if not np.isnan(value)] for row in values]
+    return np.array([np.mean(row) if row else np.nan for row in known])
+
+
+def _strength(seen: Sequence[Seen], layers: int) -> Lines:
+    primary, others = attention_by_layer(seen, layers)
+    x = np.arange(layers)
+    return Lines(
+        "attention",
+        "Attention to the primary sink and to secondary sinks, by layer",
+        f"Mean attention received over heads and {len(seen)} prompts, while the primary sink is active and while a "
+        "secondary sink is alive; attention to themselves included.",
+        (Series("primary sink", x, primary, emphasis=True), Series("a secondary sink", x, others)),
+        "layer",
+        "share",
+    )
 
 
 def tenths(seen: Sequence[Seen], secondary: Sequence[Aligned]) -> list[int]:

@@ -34,7 +34,7 @@ from .aligned_tokens import (
 )
 from .base import Analyzer, Finding, Reference, Status, registry
 from .evidence import span
-from .secondary_figures import Seen, draw, tenths
+from .secondary_figures import Seen, attention_by_layer, draw, tenths
 
 WRITTEN_SHARE = 0.5
 """Norm of what the feed-forward part adds over the norm of the state, from which on it is the writer."""
@@ -194,6 +194,8 @@ LABELS = {
     "n_noise": "tokens aligned too briefly to count",
     "active_first": "primary sink active from layer",
     "active_last": "primary sink active until layer",
+    "primary_share_alone": "attention to the primary sink where no secondary sink lives",
+    "primary_share_beside_secondary": "where secondary sinks live",
     "layers_unknown": "(prompt, layer) in which the trace did not compare with the primary sink",
     "norm_score_rho": "rank correlation of written norm and attention received",
     "norm_score_n": "tokens in that correlation",
@@ -293,6 +295,7 @@ def _summary(
         "active_first": int(np.median([item.primary.start for item in seen])),
         "active_last": int(np.median([item.primary.end - 1 for item in seen])),
         "layers_unknown": sum(item.primary.unknown for item in seen),
+        **_weakening(seen),
         "n_prompts": len(seen),
         "n_prompts_without_primary": n_prompts - len(seen),
         "n_tokens": n_tokens,
@@ -302,6 +305,16 @@ def _summary(
         **{f"median_{part}_cosine": _median(parts[:, i]) for i, part in enumerate(sig.PARTS)},
         **_token_classes(seen, secondary),
         "position_deciles": tenths(seen, secondary),
+    }
+
+
+def _weakening(seen: Sequence[Seen]) -> dict[str, float | None]:
+    """Attention to the primary sink in the layers in which secondary sinks live, and in its other layers."""
+    primary, others = attention_by_layer(seen, len(seen[0].record[sig.RESIDUAL_NORM]))
+    alone, shared = primary[np.isnan(others)], primary[~np.isnan(others)]
+    return {
+        "primary_share_alone": _mean(alone.tolist()),
+        "primary_share_beside_secondary": _mean(shared.tolist()),
     }
 
 

@@ -156,6 +156,29 @@ def test_share_is_the_attention_of_other_queries_in_the_aligned_layers() -> None
     assert SecondarySinks().analyze(made).rows[0]["share"] == pytest.approx(column)
 
 
+def test_a_primary_sink_that_weakens_where_secondary_sinks_live_is_seen() -> None:
+    weights = causal_uniform(DEPTH, 2, LENGTH)
+    alive = list(range(10, 20))
+    for layer in range(DEPTH):
+        with_sink(weights, layer, 0, 0, 0.2 if layer in alive else 0.8)
+    made = trace([chain_record(stream((17, alive)), weights=weights)])
+    finding = SecondarySinks().analyze(made)
+    active = [layer for layer in range(START, END) if layer not in alive]
+    visible = np.arange(LENGTH, 0, -1)
+    column = weights[:, :, :, 0].sum(2).mean(1) / visible[0]
+    assert finding.summary["primary_share_alone"] == pytest.approx(column[active].mean())
+    assert finding.summary["primary_share_beside_secondary"] == pytest.approx(column[alive].mean())
+    assert finding.summary["primary_share_beside_secondary"] < finding.summary["primary_share_alone"]
+
+
+def test_the_first_token_is_compared_with_in_layers_without_attention_too() -> None:
+    made = chain_record(stream((17, list(range(5, 15)))))
+    made["reference_position"][7:9] = -1
+    finding = SecondarySinks().analyze(trace([made]))
+    assert kinds(finding) == {17: ("secondary", 5, 10)}
+    assert finding.summary["layers_unknown"] == 0
+
+
 def test_positions_that_were_not_kept_are_scored_with_themselves_and_that_is_said() -> None:
     one = chain_record(stream((17, list(range(5, 15)))))
     kept = np.array([0, 1, 2])
