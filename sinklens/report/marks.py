@@ -38,7 +38,7 @@ class Marks:
         return self.items[SHOWN:]
 
 
-def marks(key: str, value: Any, called: str | None = None) -> Marks | None:
+def marks(key: str, value: Any, called: str | None = None, *, of_heads: bool = False) -> Marks | None:
     """The labels of a list of `[layer, head]` or `[layer, head, number]`, None if it is anything else.
 
     The key must speak of heads or of experts; then the second number is an expert (L2E7). Numbers that all lie
@@ -46,9 +46,10 @@ def marks(key: str, value: Any, called: str | None = None) -> Marks | None:
 
     Args:
         called: Name of the list in front of readers, by default the key in words.
+        of_heads: Pairs under any key are heads: the finding is about heads.
     """
     experts = "expert" in key
-    named = experts or "head" in key
+    named = experts or of_heads or "head" in key
     if not named or not isinstance(value, list) or not value or not all(_is_place(item) for item in value):
         return None
     shares = all(0 <= item[2] <= 1 for item in value if len(item) == 3)

@@ -231,7 +231,10 @@ def _section(name: str, identifier: str, title: str, finding: Mapping[str, Any])
     labels = _texts(finding.get("labels"))
     units = _texts(finding.get("units"))
     called = {key: names.name(str(key), labels) for key in summary}
-    places = {k: found for k, value in summary.items() if (found := marks(str(k), value, called[k]))}
+    of_heads = any({"layer", "head"} <= set(row) for row in rows)
+    places = {
+        k: found for k, v in summary.items() if (found := marks(str(k), v, called[k], of_heads=of_heads))
+    }
     lists = {key: value for key, value in summary.items() if _is_table(value)}
     rest = {k: v for k, v in summary.items() if k not in places and k not in lists and v is not None}
     return Section(

@@ -151,6 +151,17 @@ def test_tables_in_a_summary_are_tables() -> None:
     assert "by domain code: 3, prose: 0.25" in words
 
 
+def test_pairs_are_heads_where_rows_are_about_heads() -> None:
+    run = factory_chain.make()
+    roles = run.document["findings"]["head-roles"]
+    roles |= {"summary": {"switching": [[3, 0], [2, 1]]}, "labels": {"switching": "dormant on some queries"}}
+    assert "L3H0" not in render_report(*run.args).split("<main>")[1]
+    roles["rows"] = [{"layer": 3, "head": 0, "role": "switching"}]
+    section = render_report(*run.args).split('id="head-roles"')[1].split("</section>")[0]
+    assert "dormant on some queries" in section
+    assert '<a href="#L3H0">L3H0</a>' in section
+
+
 def test_many_sections_fold_into_two_rows_of_links() -> None:
     run = factory_chain.make()
     blank = run.document["findings"]["head-classes"]
