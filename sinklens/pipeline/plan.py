@@ -115,7 +115,7 @@ def prediction(
 
 
 def record_bytes(described: ModelDescription, length: int, plan: TracePlan) -> int:
-    """Size of one prompt's record on disk."""
+    """Size of one prompt's record on disk, at most: as many positions are kept as may be."""
     tower = described.anatomy.main
     sizes = {
         "layer": len(tower.blocks),
@@ -135,7 +135,9 @@ def record_bytes(described: ModelDescription, length: int, plan: TracePlan) -> i
         "col": sig.PREFIX,
         "variant": VARIANTS,
     }
-    return sum(_elements(signal, sizes) * BYTES * _arrays(signal) for signal in plan.signals)
+    dense = any(block.down_proj or block.shared_down_proj for block in tower.blocks)
+    kept = [signal for signal in plan.signals if dense or signal.source is not Source.DOWN_PROJ]
+    return sum(_elements(signal, sizes) * BYTES * _arrays(signal) for signal in kept)
 
 
 def _arrays(signal: Signal) -> int:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 import sinklens
-from sinklens.core.errors import ResourceError
+from sinklens.analyzers import registry
+from sinklens.cli.main import main
+from sinklens.core.errors import DataError, ResourceError
 from sinklens.pipeline import experiments
+from sinklens.pipeline.options import ProfileOptions
+from sinklens.pipeline.plan import predict
 
 NAMED = ("primary-sinks", "causal-effects")
 
@@ -70,3 +75,58 @@ def test_the_pace_is_that_of_this_machine() -> None:
         patch.setattr(experiments, "measured_pace", keep)
         sinklens.profile(n=3, analyzers=NAMED)
     assert 0 < found[0] < 1
+
+
+def test_stopping_an_experiment_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def stop(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "run"
+    monkeypatch.setattr(experiments, "verify", stop)
+    command = ["profile", "-q", "-n", "3", "--analyzers", ",".join(NAMED), "--verify"]
+    assert main([*command, "--out", str(out)]) == 130
+    assert "3/3 prompts saved" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert main(["profile", "-q", "--resume", str(out)]) == 0
+    run = sinklens.load(out)
+    assert isinstance(run, sinklens.Run)
+    assert run.causal_effects.reason is None
+
+
+def test_conditions_reach_every_finding(tmp_path: Path, capsys: Any) -> None:
+    named = ["profile", "-q", "-n", "3", "--analyzers", "all", "--no-verify"]
+    conditions = [f"{name}.status == nothing" for name in registry]
+    asked = [part for condition in conditions for part in ("--fail-if", condition)]
+    assert main([*named, *asked, "--out", str(tmp_path / "a")]) == 0
+    capsys.readouterr()
+    gate = ["--fail-if", "super-experts.n_found > 0"]
+    assert main([*named, *gate, "--out", str(tmp_path / "b")]) == 2
+    said = capsys.readouterr().err
+    assert "does not apply" in said
+    assert "super-experts.status" in said
+    assert main([*named, "--fail-if", "writers.rows > 0", "--out", str(tmp_path / "c")]) == 6
+
+
+def test_default_prompts_may_be_too_short_for_some_analyzers_but_not_for_the_first() -> None:
+    short = [[1, *range(5, 55)], [1, *range(9, 59)]]
+    run = sinklens.profile("bundled:dense-ind", prompts=short, verify=False)
+    assert run.head_classes.reason is not None
+    assert "64 tokens" in run.head_classes.reason
+    assert run.primary_sinks.reason is None
+    with pytest.raises(DataError, match="at least 64 tokens"):
+        sinklens.profile("bundled:dense-ind", prompts=short, analyzers=("head-classes",))
+    with pytest.raises(DataError, match="at least 32 tokens"):
+        sinklens.profile("bundled:dense-ind", prompts=[[1, *range(5, 20)]])
+
+
+def test_a_dry_run_knows_how_much_will_be_stored() -> None:
+    options = ProfileOptions(n=5, analyzers=("all",))
+    predicted = predict("bundled:moe-ind", options)[2]
+    run = sinklens.profile("bundled:moe-ind", n=5, analyzers=("all",), verify=False)
+    stored = sum(array.nbytes for record in run.trace for array in record.arrays.values())
+    assert 0.95 * stored <= predicted.disk <= 1.2 * stored
+    kinds = {record_name for record in run.trace for record_name in record.arrays}
+    # This model has no learned sinks, and no down projection beside those of its experts.
+    assert set(predicted.signals) - kinds <= {"learned_sink_mass", "down_proj_top"}
