@@ -160,6 +160,17 @@ static void pass_nothing(const asked *a, long row) {
     for (int n = 0; n < 5; n++) if (each[n]) each[n][row] = 0;
 }
 
+/* Rows of queries lie far apart, where no processor expects them: ask for those of the next tile in time. */
+static void fetch_queries(const work *w, long first, long each) {
+    const attention *c = w->c;
+    long stop = first + each < c->queries ? first + each : c->queries;
+    for (long head = w->head; head < w->head + w->heads; head++)
+        for (long q = first; q < stop; q++) {
+            const float *at = c->query + w->batch * c->query_stride[0] + head * c->query_stride[1] + q * c->query_stride[2];
+            for (long d = 0; d < c->dim; d += LANES) __builtin_prefetch(at + d);
+        }
+}
+
 /* The row pass over one row `x` of a tile that has the keys `tile`; `a` counts from the first of them. Returns the
  * factor that its weights lack for the output. */
 static float pass_row(const work *w, const asked *a, float *x, long i, long first, long each, range tile, range seen) {
@@ -221,6 +232,7 @@ static void one_tile(const work *w, long first, long each) {
     asked a = from_key(w->a, tile.first);
     float *logits = w->logits + tile.first;
     pack_queries(w, first, each);
+    fetch_queries(w, first + each, each);
     for (long k = tile.first; k < tile.stop; k += PANEL)
         for (long i = 0; i < n; i += ROWS)
             multiply(w->query + i * c->dim, w->keys + k * c->dim, w->logits + i * c->line + k, c->line, c->dim);

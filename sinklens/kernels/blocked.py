@@ -6,6 +6,9 @@ Two entry points with the same definitions (`spec.Stat`, oracle in `reference.py
 * `attention_sweep` computes statistics only, beside a kernel that has made the output. With that kernel's
   log-sum-exp it needs no pass for the softmax denominator.
 
+Where the compiled kernels are there, float32 calls without soft cap and additive mask go through one of them as a
+whole (`rowpass.attend`), others block by block through its row pass, and the rest through torch.
+
 Query heads that share a key head are rows of the same matrix product, so GQA repeats nothing. Keys that no
 row of a block sees at either end (the future, what lies before a sliding window, padding) are not visited.
 """
@@ -22,8 +25,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import UsageError
+from .block import Block, Peak, row_peaks
 from .groups import KeyGroups
-from .reduce import PER_KEY, Accumulator, Block, Peak, attend_serves, native_serves, needs_peak, row_peaks
+from .reduce import PER_KEY, Accumulator, needs_peak
+from .rowpass import attend_serves, native_serves
 from .scores import Scores
 from .shapes import sizes_of
 from .spec import AttentionCall, AttentionStatistics, BlockPlan, Stat, Want

@@ -9,16 +9,16 @@ the weights.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from . import native, rowpass
+from . import rowpass
 from .bands import add_band, nearness
+from .block import Block, Peak, row_products
 from .groups import KeyGroups
-from .spec import AttentionCall, BlockPlan, Stat, Want
+from .spec import AttentionCall, Stat, Want
 from .workspace import workspace
 
 PER_KEY = frozenset(stat for stat in Stat if stat.startswith("received")) | {Stat.TOP1}
@@ -36,110 +36,12 @@ _NATIVE_SUMS = {
     Stat.RECEIVED_BAND: "band",
     Stat.RECEIVED_BAND_REST: "band_rest",
 }
-_CHUNK = 64
 _TINY = 1e-38
-
-
-@dataclass(frozen=True)
-class Peak:
-    """Largest entry of each row: its key (counted from the block's first), logit and weight."""
-
-    index: Int[Tensor, "b h r"]
-    logit: Float[Tensor, "b h r"]
-    weight: Float[Tensor, "b h r"]
-
-    @property
-    def norm(self) -> Float[Tensor, "b h r"]:
-        """Log-sum-exp (nats) of the row's logits, if its weights are their softmax."""
-        return self.logit - self.weight.log()
-
-
-@dataclass(frozen=True)
-class Block:
-    """Some rows of some heads; keys outside of `keys` have weight 0.
-
-    Attributes:
-        weights: `P`, `[b, h, r, k]`.
-        logits: `log P` plus a constant per row, hidden keys very negative but finite. Overwritten.
-        peak: If `needs_peak`.
-        factor: `A / P`, `[b, h, r]`; None if 1.
-        done: What the compiled row pass has found already; its sums over rows are then added too, and `weights`
-            are only there if `Accumulator.reads_weights`.
-    """
-
-    rows: slice
-    keys: slice
-    weights: Float[Tensor, "b h r k"]
-    logits: Float[Tensor, "b h r k"]
-    peak: Peak | None
-    factor: Float[Tensor, "b h r"] | None = None
-    done: rowpass.RowResults | None = None
-
-
-def native_serves(call: AttentionCall, plan: BlockPlan) -> bool:
-    """Whether the compiled row pass can take the place of the torch passes."""
-    ordinary = call.query.device.type == "cpu" and call.query.dtype != torch.float64
-    return plan.native and ordinary and native.available()
-
-
-def attend_serves(call: AttentionCall, plan: BlockPlan) -> bool:
-    """Whether the compiled attention can take the place of products and row pass, if `native_serves`."""
-    tensors = (call.query, call.key, call.value)
-    mask = call.mask
-    lines = mask is None or (mask.dtype == torch.bool and mask.shape[-1] > 1 and mask.stride(-1) == 1)
-    plain = lines and call.softcap is None and all(t.dtype == torch.float32 for t in tensors)
-    # A single row meets each key once: laying the keys out for it would cost more than it saves.
-    return plain and plan.score_dtype == torch.float32 and call.query.shape[2] > 1
 
 
 def needs_peak(stats: frozenset[Stat], *, known: bool) -> bool:
     """Whether `Block.peak` is read; `known` says that the log-sum-exp was given."""
     return bool(stats & _FROM_PEAK) or (not known and bool(stats & _FROM_NORM))
-
-
-def row_peaks(logits: Float[Tensor, "b h r k"], weights: Float[Tensor, "b h r k"]) -> Peak:
-    """Largest logit of each row, the first on ties, and the weight there.
-
-    On CPU a plain maximum is vectorised and one with its place is not, so the place is searched among the
-    maxima of 64 keys each, and then among the 64 keys of the winner.
-    """
-    keys = logits.shape[3]
-    if logits.device.type != "cpu" or keys < 4 * _CHUNK:
-        logit, index = logits.max(-1)
-        return Peak(index, logit, _pick(weights, index))
-    rest = keys % _CHUNK
-    tops = logits[..., : keys - rest].unflatten(-1, (-1, _CHUNK)).amax(-1)
-    if rest:
-        tops = torch.cat([tops, logits[..., keys - rest :].amax(-1, keepdim=True)], -1)
-    logit, chunk = tops.max(-1)
-    if rest:
-        # The last chunk is short: its last key is then looked at repeatedly, which changes no arg-max.
-        columns = chunk[..., None] * _CHUNK + torch.arange(_CHUNK, device=logits.device)
-        inner = logits.gather(-1, columns.clamp_(max=keys - 1)).max(-1).indices
-    else:
-        each = torch.arange(chunk.numel(), device=logits.device) * tops.shape[-1]
-        inner = logits.view(-1, _CHUNK).index_select(0, each.add_(chunk.flatten())).max(-1).indices
-    index = chunk.mul_(_CHUNK).add_(inner.view_as(chunk))
-    return Peak(index, logit, _pick(weights, index))
-
-
-def _pick(table: Tensor, index: Tensor) -> Tensor:
-    return table.gather(-1, index[..., None])[..., 0]
-
-
-def _row_products(
-    weights: Float[Tensor, "b h r k"], logits: Float[Tensor, "b h r k"]
-) -> Float[Tensor, "b h r"]:
-    """`sum_k weights logits` of each row; may overwrite the logits.
-
-    On CPU as the diagonal of the product of each pair of rows with itself: twice the arithmetic, but no pass
-    that writes, and torch has no row-wise dot product.
-    """
-    b, h, r, k = weights.shape
-    if weights.device.type != "cpu" or b * h * r % 2 or k < 256:
-        return logits.mul_(weights).sum(-1)
-    pairs = torch.bmm(weights.view(-1, 2, k), logits.view(-1, 2, k).mT)
-    return pairs.diagonal(dim1=1, dim2=2).reshape(b, h, r)
 
 
 class Accumulator:
@@ -369,7 +271,7 @@ class Accumulator:
         """Entropy of rows and columns: both are sums of `P log P`."""
         norm = None if self.known or block.peak is None else block.peak.norm
         if Stat.RECEIVED_LOG not in self.want.stats:
-            product = _row_products(block.weights, block.logits) * self.unit
+            product = row_products(block.weights, block.logits) * self.unit
             self._raw["product"].append(product if norm is None else product - norm)
             return
         if norm is not None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import native
 from .shapes import four_axes
-from .spec import AttentionCall
+from .spec import AttentionCall, BlockPlan
 from .workspace import workspace
 
 # Rows of a tile, multiples of what the C code multiplies at once. Taller tiles read keys and values less often.
@@ -83,6 +83,22 @@ class RowRequest:
     count: Float[Tensor, "b h r"] | None = None
     sinks: Float[Tensor, "b h"] | None = None
     half: Float[Tensor, "b h r k"] | None = None
+
+
+def native_serves(call: AttentionCall, plan: BlockPlan) -> bool:
+    """Whether the compiled row pass can take the place of the torch passes."""
+    ordinary = call.query.device.type == "cpu" and call.query.dtype != torch.float64
+    return plan.native and ordinary and native.available()
+
+
+def attend_serves(call: AttentionCall, plan: BlockPlan) -> bool:
+    """Whether the compiled attention can take the place of products and row pass, if `native_serves`."""
+    tensors = (call.query, call.key, call.value)
+    mask = call.mask
+    lines = mask is None or (mask.dtype == torch.bool and mask.shape[-1] > 1 and mask.stride(-1) == 1)
+    plain = lines and call.softcap is None and all(t.dtype == torch.float32 for t in tensors)
+    # A single row meets each key once: laying the keys out for it would cost more than it saves.
+    return plain and plan.score_dtype == torch.float32 and call.query.shape[2] > 1
 
 
 def pass_rows(logits: Float[Tensor, "b h r k"], request: RowRequest) -> RowResults:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from sinklens.kernels import native, rowpass
 from sinklens.kernels.blocked import attention_fused, attention_sweep
-from sinklens.kernels.reduce import attend_serves
+from sinklens.kernels.rowpass import attend_serves
 from sinklens.kernels.spec import AttentionCall, BlockPlan, Stat, Want
 
 from .calls import ALL, Case, assert_close, build, cases, expected, near_ties, output_error

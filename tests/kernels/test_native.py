@@ -15,7 +15,7 @@ from hypothesis import given, settings
 
 from sinklens.kernels import native, rowpass
 from sinklens.kernels.blocked import attention_fused, attention_sweep
-from sinklens.kernels.reduce import native_serves
+from sinklens.kernels.rowpass import native_serves
 from sinklens.kernels.spec import BlockPlan
 
 from .calls import ALL, Case, assert_close, build, cases, expected, near_ties, output_error, true_lse
