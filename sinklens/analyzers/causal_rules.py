@@ -169,7 +169,7 @@ def _row(effects: dict[str, Any], experiment: dict[str, Any]) -> dict[str, Any]:
         "short": short(experiment["name"]),
         "kind": experiment["kind"],
         "name": experiment["name"],
-        "n_prompts": effect["kl" if speaks else "sink_lost"]["n"],
+        "n_prompts": max(effect["sink_share"]["n"], effect["kl"]["n"]),
     }
 
 

@@ -36,7 +36,7 @@ from sinklens.tracers import signals as sig
 from sinklens.tracers.batch import collate
 from sinklens.tracers.blocked_key import KeyBlocked
 from sinklens.tracers.executor import TracePlan, partition
-from sinklens.tracers.interventions import Intervention
+from sinklens.tracers.interventions import EntriesSet, Intervention, MedianEntriesZeroed
 from sinklens.tracers.trace import Trace
 
 from .matched import Experiment, Matched, match, sink_position
@@ -146,7 +146,7 @@ def _interventions(matched: Matched) -> list[Intervention]:
 
 @dataclass
 class _Measured:
-    """What one intervention did, one entry per prompt in every list."""
+    """What one intervention did, one entry per prompt in every list; NaN for prompts that lack what is changed."""
 
     values: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in QUANTITIES})
     by_layer: list[np.ndarray] = field(default_factory=list)
@@ -263,6 +263,10 @@ class _Runner:
         found.edited += acted.edited
         found.largest = max(found.largest, acted.largest)
         for before, after in zip(base, edited, strict=True):
+            if not _touches(intervention, before.index):
+                for name in QUANTITIES:
+                    found.values[name].append(float("nan"))
+                continue
             found.output = max(found.output, output_change(before, after))
             received, rate = self._strength(after, before)
             was = self._strength(before, before)[0]
@@ -347,6 +351,15 @@ class _Runner:
                 name: paired_difference(found.array(name), pooled[name]).to_json() for name in QUANTITIES
             },
         }
+
+
+def _touches(intervention: Intervention, prompt: int) -> bool:
+    """Whether a prompt has what is changed: one without massive entries says nothing about their removal."""
+    if isinstance(intervention, EntriesSet):
+        return any(entry.prompt in (None, prompt) for entry in intervention.entries)
+    if isinstance(intervention, MedianEntriesZeroed):
+        return any(at == prompt for at, *_ in intervention.counts)
+    return True
 
 
 def _left_json(found: _Measured) -> dict[str, Any] | None:

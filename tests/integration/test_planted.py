@@ -130,7 +130,8 @@ def test_a_sink_in_the_middle_of_the_prompt_is_found_there(at: int) -> None:
 def test_random_models_have_nothing_to_find(config: Any, seed: int) -> None:
     run = profiled(random_control(config(), seed), seed)
     assert run.verdict.status == "no-sink"
-    assert all(not finding.rows for finding in run.findings.values())
+    found = {name for name, finding in run.findings.items() if finding.status is Status.FOUND}
+    assert found <= {"head-classes"}  # it sorts every head of every model
 
 
 def test_uniform_attention_has_no_sink() -> None:
