@@ -18,10 +18,11 @@ from .shapes import four_axes
 from .spec import AttentionCall, BlockPlan
 from .workspace import workspace
 
-# Rows of a tile, multiples of what the C code multiplies at once. Taller tiles read keys and values less often.
+# Rows of a tile, multiples of what the C code multiplies at once.
 _TILES, _LEAST_TILE = (24, 36, 48), 12
-# A tile of logits has to leave room in the second-level cache for the keys and values it meets.
-_TILE_LOGITS = 262_144
+# Numbers that the second-level cache has room for: a tile of logits, and the keys and values that it meets. Where those
+# do not fit, they are read anew for each tile, so that tall tiles are worth a tighter fit.
+_TILE_LOGITS, _KEYS_AND_VALUES = 400_000, 400_000
 # Most heads in a piece.
 _HEADS = 12
 
@@ -129,7 +130,9 @@ def attend(
     b, h, q, dim = call.query.shape
     kv_heads, keys, value_dim = call.value.shape[1:]
     line = -(-keys // 32) * 32 + 16  # not a power of two, so that the rows of a tile do not share cache sets
-    tile, pieces = _tiling(b * kv_heads, h // kv_heads, threads, line, scores)
+    most = min(_TILE_LOGITS, scores) // line
+    tall = keys * (dim + value_dim) > _KEYS_AND_VALUES
+    tile, pieces = _tiling(b * kv_heads, h // kv_heads, threads, most, tall=tall)
     asked, results, _held = _ask(torch.Size((b, h, q, keys)), request)
     asked.keep = 0 if output is None else 2
     whole = native.Attention(
@@ -157,15 +160,15 @@ def attend(
     return results
 
 
-def _tiling(units: int, group: int, threads: int, line: int, scores: int) -> tuple[int, int]:
+def _tiling(units: int, group: int, threads: int, most: int, *, tall: bool) -> tuple[int, int]:
     """Rows of a tile, and in how many pieces the heads of a key head are shared out among threads."""
     pieces = next(
         n for n in range(1, group + 1) if n == group or (group / n <= _HEADS and units * n >= threads)
     )
     heads = -(-group // pieces)
-    fitting = [rows for rows in _TILES if rows * line <= min(_TILE_LOGITS, scores)] or [_LEAST_TILE]
-    # Of several sizes the one whose rows the tile's heads fill best; the smaller on ties.
-    return max(fitting, key=lambda rows: (rows // heads * heads / rows, -rows)), pieces
+    fitting = [rows for rows in _TILES if rows <= most] or [_LEAST_TILE]
+    # Of several sizes the one whose rows the tile's heads fill best, on ties the smaller, unless it is to be tall.
+    return max(fitting, key=lambda rows: (rows // heads * heads / rows, rows if tall else -rows)), pieces
 
 
 def _ask(shape: torch.Size, request: RowRequest) -> tuple[native.Asked, RowResults, object]:
