@@ -134,12 +134,14 @@ def compare(*runs: Run | str | Path) -> Comparison:
 def comparable(run: Run, shared: Collection[str]) -> dict[str, Any]:
     """What a run's numbers depend on: its model, the parameters of the analyzers that all runs have, its manifest."""
     document = run.document
-    findings = document["findings"]
+    findings, manifest = document["findings"], dict(document["manifest"])
+    experiments = manifest.pop("experiments", {}).get("run", [])
     return {
         "model": document["model"],
         "analyzers run": sorted(findings),
         "analyzers": {name: findings[name]["parameters"] for name in findings if name in shared},
-        **document["manifest"],
+        "experiments run": experiments,
+        **manifest,
     }
 
 
@@ -260,14 +262,15 @@ def _difference(base: Heatmap, other: Heatmap, first: str, name: str, key: str) 
     apart = at_depth(other.values, depth) - at_depth(base.values, depth)
     largest = float(np.nanmax(np.abs(apart))) if np.isfinite(apart).any() else 0.0
     deeper = len(base.values) != len(other.values)
+    caption = re.sub(r"\s*Rings: .*?\.(?=\s|$)", "", other.caption)  # a difference has none
     how = f" Layers by relative depth, {len(base.values)} against {len(other.values)}." if deeper else ""
     return [
         Heatmap(
             key,
             f"{base.title}: {name} minus {first}",
-            f"{other.caption}{how}",
+            f"{caption}{how}",
             apart,
-            f"difference, {base.unit}",
+            base.unit if base.unit.startswith("difference") else f"difference, {base.unit}",
             y_label="layer by relative depth" if deeper else base.y_label,
             x_label=base.x_label,
             limits=(-largest, largest) if largest else None,

@@ -42,7 +42,8 @@ def test_models_differ_by_their_fields() -> None:
     assert "model.layers" not in differences
     maps = {figure.key: figure for figure in found.maps}
     received = maps["primary-sinks-received-1"]
-    mine, other = (run.primary_sinks.figures[0].values for run in (dense, moe))
+    drawn = [run.primary_sinks.figures[0] for run in (dense, moe)]
+    mine, other = (figure.values for figure in drawn if isinstance(figure, Heatmap))
     np.testing.assert_allclose(received.values, other - mine)
     assert "minus" in received.title
 
@@ -74,13 +75,14 @@ def test_relative_depth() -> None:
     [((7, 3), "share", True), ((5, 3), "share", True), ((7, 4), "share", False), ((7, 3), "ratio", False)],
 )
 def test_maps_are_drawn_where_they_mean_the_same(shape: tuple[int, int], unit: str, drawn: bool) -> None:
-    base = Heatmap("k", "Title", "Caption.", np.ones((7, 3)), "share")
-    other = Heatmap("k", "Title", "Caption.", np.full(shape, 3.0), unit)
+    base = Heatmap("k", "Title", "Caption.", np.ones((7, 3)), "share", marks=((0, 1),))
+    other = Heatmap("k", "Title", "Mean. Rings: above 0.3 somewhere. Rest.", np.full(shape, 3.0), unit)
     found = _difference(base, other, "a", "b", "k-1")
     assert bool(found) == drawn
     if drawn:
         assert found[0].values.shape == (min(7, shape[0]), 3)
         assert (found[0].values == 2).all()
+        assert found[0].caption.startswith("Mean. Rest.")
         assert ("relative depth" in found[0].y_label) == (shape[0] != 7)
 
 
