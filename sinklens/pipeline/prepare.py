@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 from torch import nn
 
 from sinklens.analyzers import Analyzer, chosen_analyzers, registry
-from sinklens.core.errors import DataError
+from sinklens.core.errors import DataError, ModelError
 from sinklens.inputs.spec import PromptSet
 from sinklens.models.spec import OpenedModel
 from sinklens.tracers.attention import Mode
+from sinklens.tracers.batch import Batch, forward
 from sinklens.tracers.executor import TracePlan
 from sinklens.tracers.recorder import Limits
 from sinklens.tracers.selfcheck import Check, self_check
@@ -76,6 +78,7 @@ def prepare(model: Any, tokenizer: Any, options: ProfileOptions, listener: Liste
         return open_model(model, dtype=dtype, **source)
 
     listener.opened(opened)
+    _reads_text(opened)
     prompts = read_prompts(options, opened.tokenizer, opened.default_prompts, opened.module.config)
     for analyzer in _must_apply(options, analyzers):
         _long_enough(analyzer, prompts)
@@ -123,6 +126,28 @@ def read_prompts(options: ProfileOptions, tokenizer: Any, own: str | None, confi
     if options.prompts is None and own is not None:
         prompts.description["source"] = "prompts that came with the checkpoint"
     return prompts
+
+
+def _reads_text(opened: OpenedModel) -> None:
+    """Refuse a model that cannot be run on tokens alone, before anything is read for it.
+
+    Raises:
+        ModelError: Its forward pass needs other inputs, pictures most often.
+    """
+    device = next(opened.module.parameters()).device
+    ids = torch.arange(4, device=device)[None]
+    try:
+        forward(opened.module, Batch({"input_ids": ids}, torch.ones_like(ids, dtype=torch.bool)))
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:
+        # Whatever a model raises when its inputs are missing: types and words differ by family.
+        said = (str(error).splitlines() or [""])[0]
+        raise ModelError(
+            f"{type(opened.module).__name__} cannot be run on text alone: {type(error).__name__}: {said[:160]}",
+            detail=f"Its forward pass takes: {', '.join(list(inspect.signature(opened.module.forward).parameters)[:4])}.",
+            hint="Give the part of it that reads text, for instance model.text_model.",
+        ) from error
 
 
 def _must_apply(options: ProfileOptions, analyzers: tuple[Analyzer, ...]) -> tuple[Analyzer, ...]:
