@@ -143,9 +143,10 @@ def _reads_text(opened: OpenedModel) -> None:
     except Exception as error:
         # Whatever a model raises when its inputs are missing: types and words differ by family.
         said = (str(error).splitlines() or [""])[0]
+        inputs = list(inspect.signature(opened.module.forward).parameters)
         raise ModelError(
             f"{type(opened.module).__name__} cannot be run on text alone: {type(error).__name__}: {said[:160]}",
-            detail=f"Its forward pass takes: {', '.join(list(inspect.signature(opened.module.forward).parameters)[:4])}.",
+            detail=f"Its forward pass takes: {', '.join(inputs[:4])}.",
             hint="Give the part of it that reads text, for instance model.text_model.",
         ) from error
 
