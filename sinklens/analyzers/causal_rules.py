@@ -61,7 +61,12 @@ def judge_sink(found: Evidence) -> str:
     if found.lost >= SOME:
         if not _beyond(found.beyond, SOME):
             return SAME
-        return CARRIES if found.lost >= MOST else PART
+        if found.lost >= MOST:
+            return CARRIES
+        # Entries that came back did some of their work again: what they lost meanwhile is no measure of their part.
+        if found.kind == "massive" and found.left is not None and _stays(found):
+            return _not_removed(found.left)
+        return PART
     if found.lost <= -SOME and _beyond(tuple(map(_negated, found.beyond)), SOME):
         return HOLDS_BACK
     if found.kind == "massive-mean":
@@ -77,10 +82,19 @@ def _without_effect(found: Evidence) -> str:
     here = left if found.left_here is None else found.left_here
     if found.kind in ("expert", "write") and min(left, here) >= UNTOUCHED:
         return ELSEWHERE
+    return _not_removed(left) if _stays(found) else NO_EFFECT
+
+
+def _not_removed(left: float) -> str:
+    return f"not removed: {100 * left:.0f} % remains"
+
+
+def _stays(found: Evidence) -> bool:
+    """Whether the entries are still there behind the change, or enough of them that the state points where it did."""
+    if found.left is None:
+        return False
     turned = found.cosine is not None and found.cosine < SAME_DIRECTION
-    if left >= STAYS or (left >= LEFT and not turned):
-        return f"not removed: {100 * left:.0f} % remains"
-    return NO_EFFECT
+    return found.left >= STAYS or (found.left >= LEFT and not turned)
 
 
 def judge_predictions(found: Evidence) -> str:
