@@ -1,0 +1,393 @@
+"""Moving attention mass between sets of keys, beside the kernel that has made the output.
+
+Every rule that rescales softmax weights by set of keys and by row changes the output of that row to
+
+    o' = (o + sum_g (c_g - 1) o_g) / D
+
+with `o_g = sum_{k in g} A[q, k] v_k`, a factor `c_g` per set and a common divisor `D`. It needs the columns of the sets
+and the row's log-sum-exp, so it costs a few columns and not a map, at any context length.
+
+Where `D` is small the output was mostly the sets', and what is left of it after subtracting them is rounding. Those
+rows are computed again without the sets, a block of rows at a time (`_rest`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from ..core.errors import UsageError
+from .blocked import attention_sweep
+from .shapes import Sizes, four_axes, sizes_of, visible_of
+from .spec import AttentionCall, BlockPlan, Stat, Want
+
+_DEFAULT_PLAN = BlockPlan()
+_LARGEST_GAIN = {torch.float64: 1000.0, torch.float32: 4.0}
+"""Largest `1 / D` by which the rounding of the kernel's own output may be multiplied, by type of that output."""
+_HALF_GAIN = 2.0
+
+
+@dataclass(frozen=True)
+class KeySets:
+    """Sets of keys as columns of the call, padded to a common width.
+
+    Attributes:
+        columns: Key indices; any number where `valid` is False.
+        valid: Which columns are there. A key belongs to one set at most.
+        keep_own: A row's own key is never a member (a query that keeps seeing itself).
+        own: Column of each row's own key; None means `row + keys - queries`, as in `AttentionCall`.
+    """
+
+    columns: Int[Tensor, "batch set_head group width"]
+    valid: Bool[Tensor, "batch set_head group width"]
+    keep_own: bool = False
+    own: Int[Tensor, " query"] | None = None
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How the rows of a block share their attention; the parts of a row add up to 1. All in float32 or float64.
+
+    Attributes:
+        mass: On each set.
+        rest: On all other keys. Computed as a sum of its own where it would drown in rounding.
+        learned: On the learned sink logit, 0 without one.
+    """
+
+    mass: Float[Tensor, "batch head row group"]
+    rest: Float[Tensor, "batch head row"]
+    learned: Float[Tensor, "batch head row"]
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What becomes of a block of rows: `A'[k in g] = c_g A / D`, `A'[other k] = A / D`.
+
+    Attributes:
+        factors: `c_g`, broadcastable to `Shares.mass`.
+        divisor: `D`, broadcastable to `Shares.rest`; positive. Entries of rows that are not `edited` are ignored.
+        edited: Rows to change; the others keep the kernel's output bit for bit.
+    """
+
+    factors: Float[Tensor, "#batch #head #row group"]
+    divisor: Float[Tensor, "#batch #head #row"]
+    edited: Bool[Tensor, "#batch #head #row"]
+
+
+Rule = Callable[[Shares], Factors]
+
+
+@dataclass(frozen=True)
+class Transferred:
+    """Result of a transfer.
+
+    Attributes:
+        output: `[batch query head value_dim]` in the dtype of the kernel's output.
+        rows: Rows whose weights changed.
+        moved: Attention moved in these rows, half the sum of `|A' - A|` over keys and the learned sink (0 to 1),
+            summed over rows; float64.
+        again: Rows computed again without the sets.
+    """
+
+    output: Float[Tensor, "batch query head value_dim"]
+    rows: Int[Tensor, ""]
+    moved: Float[Tensor, ""]
+    again: Int[Tensor, ""]
+
+
+def key_sets(groups: Bool[Tensor, "group batch key"] | Bool[Tensor, "group batch head key"]) -> KeySets:
+    """Sets given as membership, as in `Want.groups`."""
+    member = (groups if groups.ndim == 4 else groups[:, :, None]).permute(1, 2, 0, 3)
+    width = int(member.sum(-1).max()) if member.numel() else 0
+    found = member.to(torch.uint8).sort(dim=-1, descending=True, stable=True)
+    return KeySets(found.indices[..., :width], found.values[..., :width] > 0)
+
+
+def row_lse(call: AttentionCall, plan: BlockPlan = _DEFAULT_PLAN) -> Float[Tensor, "batch head query"]:
+    """Log-sum-exp of every row over its visible keys and the learned sink (nats), in float32 or float64.
+
+    Rows without a visible key carry no meaning.
+    """
+    if call.query.dtype != torch.float64:
+        want = Want(frozenset({Stat.LSE}))
+        return attention_sweep(replace(call, counted=None), want, None, plan)[Stat.LSE]
+    sizes = sizes_of(call, Want(frozenset()))
+    parts = [torch.logsumexp(_logits(call, sizes, rows), -1) for rows in _row_blocks(sizes, sizes.keys, plan)]
+    lse = torch.cat(parts, -1)
+    if call.learned_sinks is None:
+        return lse
+    return torch.logaddexp(lse, call.learned_sinks.double()[:, None])
+
+
+def transfer(
+    call: AttentionCall,
+    output: Float[Tensor, "batch query head value_dim"],
+    sets: KeySets,
+    rule: Rule,
+    lse: Float[Tensor, "batch head query"] | None = None,
+    *,
+    rows: Bool[Tensor, "batch query"] | None = None,
+    plan: BlockPlan = _DEFAULT_PLAN,
+) -> Transferred:
+    """Move attention between sets of keys.
+
+    Args:
+        call: The attention call.
+        output: What a kernel made of it. Not changed.
+        sets: Which keys, per query head or for all heads alike.
+        rule: Factors from the masses of a block of rows.
+        lse: Log-sum-exp of every row, learned sink included; None computes it in a sweep.
+        rows: Rows that may be edited (real tokens); None means all. Rows that see nothing never are.
+        plan: Size of the blocks.
+
+    Raises:
+        UsageError: The tensors do not fit together, or a gradient is expected.
+    """
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (call.query, call.key, call.value, output)):
+        raise UsageError(
+            "Moving attention mass has no gradient, and a gradient is expected here.",
+            hint="Run under torch.no_grad().",
+        )
+    with torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
+        sizes = _checked(call, output, sets, rows)
+        return _Transfer(call, sizes, sets, rule, row_lse(call, plan) if lse is None else lse, plan).run(
+            output, rows
+        )
+
+
+def transferred_weights(
+    weights: Float[Tensor, "batch head query key"],
+    call: AttentionCall,
+    sets: KeySets,
+    rule: Rule,
+    rows: Bool[Tensor, "batch query"] | None = None,
+) -> Float[Tensor, "batch head query key"]:
+    """The edited map itself: the definition that `transfer` must equal, for kernels that hand out their weights."""
+    sizes = _checked(call, None, sets, rows)
+    kind = torch.promote_types(weights.dtype, torch.float32)
+    wide = weights.to(kind)
+    columns, valid = (x.expand(-1, sizes.heads, -1, -1) for x in (sets.columns, sets.valid))
+    index = torch.where(valid, columns, 0)
+    member = torch.zeros(*index.shape[:3], sizes.keys, dtype=kind, device=weights.device)
+    member = member.scatter_add(3, index, valid.to(kind)) > 0
+    member = member[:, :, None].expand(-1, -1, sizes.queries, -1, -1)  # batch head query group key
+    if sets.keep_own:
+        own = _own(sets, sizes, weights.device)
+        member = member & (torch.arange(sizes.keys, device=weights.device) != own[:, None, None])
+    inside = member.any(3)
+    mass = (wide[..., None, :] * member).sum(-1)
+    rest = wide.masked_fill(inside, 0.0).sum(-1)
+    found = rule(Shares(mass, rest, (1.0 - wide.sum(-1)).clamp(min=0.0) * (call.learned_sinks is not None)))
+    factor = torch.where(member, found.factors[..., None], 0.0).sum(3) + (~inside).to(kind)
+    edited = found.edited if rows is None else found.edited & rows[:, None]
+    edited = edited & (wide.sum(-1) > 0)
+    changed = wide * factor / found.divisor[..., None]
+    return torch.where(edited[..., None], changed, wide).to(weights.dtype)
+
+
+class _Transfer:
+    """One transfer: what all blocks of rows share."""
+
+    def __init__(
+        self, call: AttentionCall, sizes: Sizes, sets: KeySets, rule: Rule, lse: Tensor, plan: BlockPlan
+    ) -> None:
+        self.call, self.sizes, self.rule, self.plan, self.sets = call, sizes, rule, plan, sets
+        self.kind = torch.promote_types(call.query.dtype, torch.float32)
+        self.lse = lse.to(self.kind)
+        self.groups, self.width = sets.columns.shape[2:]
+        self.columns = torch.where(sets.valid, sets.columns, 0).flatten(2)
+        self.valid = sets.valid.flatten(2)
+        self.shared = self.columns.shape[1] == 1
+        self.key, self.value = (self._gathered(x) for x in (call.key, call.value))
+        self.own = _own(sets, sizes, call.query.device) if sets.keep_own else None
+        self.gain = _LARGEST_GAIN.get(call.query.dtype, _HALF_GAIN)
+
+    def run(self, output: Tensor, rows: Tensor | None) -> Transferred:
+        device = output.device
+        edited_rows, again = (torch.zeros((), dtype=torch.int64, device=device) for _ in range(2))
+        moved = torch.zeros((), dtype=torch.float64, device=device)
+        result = output
+        if self.columns.shape[-1]:
+            result = torch.empty_like(output)
+            for block in _row_blocks(self.sizes, self.columns.shape[-1] + self.sizes.value_dim, self.plan):
+                allowed = None if rows is None else rows[:, None, block]
+                done = self._block(output[:, block].transpose(1, 2), block, allowed)
+                result[:, block] = done.output.transpose(1, 2)
+                edited_rows += done.rows
+                again += done.again
+                moved += done.moved
+        return Transferred(result, edited_rows, moved, again)
+
+    def _block(self, output: Float[Tensor, "b h r d"], rows: slice, allowed: Tensor | None) -> Transferred:
+        weights = self._weights(rows)  # b h r group width
+        shares = self._shares(weights, rows)
+        found = self.rule(shares)
+        edited = self._edited(found, shares, rows, allowed)
+        weak = edited & (found.divisor * self.gain < 1.0)
+        wide = output.to(self.kind)
+        changed = wide + self._mixed(weights, found.factors - 1.0)
+        changed = changed / found.divisor[..., None]
+        if bool(weak.any()):
+            rest, mixed = self._rest(rows)
+            exact = replace(shares, rest=rest)
+            again = self.rule(exact)
+            mended = (mixed + self._mixed(weights, again.factors)) / again.divisor[..., None]
+            changed = torch.where(weak[..., None], mended, changed)
+            shares = replace(shares, rest=torch.where(weak, rest, shares.rest))
+            found = _chosen(weak, again, found)
+        # Rows that are not edited keep every bit, which a round trip through float32 keeps too.
+        changed = torch.where(edited[..., None], changed, wide).to(output.dtype)
+        moved = torch.where(edited, _moved(shares, found), 0.0).sum(dtype=torch.float64)
+        return Transferred(changed, edited.sum(), moved, weak.sum())
+
+    def _edited(self, found: Factors, shares: Shares, rows: slice, allowed: Tensor | None) -> Tensor:
+        """Rows that change: the rule says so, they may, and they have mass to move."""
+        changes = ((found.factors != 1.0) | (found.divisor != 1.0)[..., None]) & (shares.mass > 0)
+        edited = found.edited & changes.any(-1)
+        return edited if allowed is None else edited & allowed
+
+    def _shares(self, weights: Tensor, rows: slice) -> Shares:
+        mass = weights.sum(-1)
+        learned = torch.zeros_like(mass[..., 0])
+        if self.call.learned_sinks is not None:
+            sink = self.call.learned_sinks.to(self.kind)[:, None]
+            learned = torch.exp(sink - self.lse[:, :, rows]).clamp(max=1.0)
+        return Shares(mass, (1.0 - learned - mass.sum(-1)).clamp(min=0.0), learned)
+
+    def _weights(self, rows: slice) -> Float[Tensor, "b h r group width"]:
+        """`A` at the columns of the sets, 0 where there is no column or the row does not see it."""
+        query = self.call.query[:, :, rows].to(self.kind).unflatten(1, (self.sizes.kv_heads, -1))
+        logits = (query @ self.key.mT).flatten(1, 2) * self.call.scale
+        if self.call.softcap is not None:
+            logits = self.call.softcap * torch.tanh(logits / self.call.softcap)
+        visible, bias = self._seen(rows)
+        if bias is not None:
+            logits = logits + bias
+        if self.own is not None:
+            visible = visible & (self.columns[:, :, None] != self.own[rows, None])
+        weights = torch.exp(logits - self.lse[:, :, rows, None]).clamp(max=1.0)
+        return torch.where(visible, weights, 0.0).unflatten(-1, (self.groups, self.width))
+
+    def _seen(self, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """Which columns are there and visible, and what an additive mask adds to them."""
+        there, columns = self.valid[:, :, None], self.columns[:, :, None]
+        if self.call.mask is not None:
+            mask = four_axes(self.call.mask, self.sizes.queries, self.sizes.keys)[:, :, rows]
+            heads = max(mask.shape[1], columns.shape[1])
+            full = (self.sizes.batch, heads, mask.shape[2])
+            picked = mask.expand(*full, -1).gather(3, columns.expand(*full, -1))
+            bias = None if picked.dtype == torch.bool else picked.to(self.kind)
+            return visible_of(picked) & there, bias
+        if not self.call.causal:
+            return there, None
+        place = torch.arange(self.sizes.queries, device=columns.device)[rows] + self.sizes.offset
+        return there & (columns <= place[:, None]), None
+
+    def _mixed(self, weights: Tensor, factors: Tensor) -> Float[Tensor, "b h r d"]:
+        """`sum_g factors_g o_g`."""
+        scaled = (weights * factors[..., None]).flatten(3).unflatten(1, (self.sizes.kv_heads, -1))
+        return (scaled @ self.value).flatten(1, 2)
+
+    def _gathered(
+        self, tensor: Float[Tensor, "b kv_head key d"]
+    ) -> Float[Tensor, "b kv_head heads column d"]:
+        """Keys or values of the columns; `heads` is 1 if all heads have the same sets, else the group's heads."""
+        kv_heads, dim = tensor.shape[1], tensor.shape[3]
+        n = self.columns.shape[-1]
+        index = (
+            self.columns.expand(-1, kv_heads, -1)
+            if self.shared
+            else self.columns.unflatten(1, (kv_heads, -1))
+        )
+        index = index.flatten(2)[..., None].expand(-1, -1, -1, dim)
+        return tensor.gather(2, index).to(self.kind).unflatten(2, (1 if self.shared else self.sizes.group, n))
+
+    def _rest(self, rows: slice) -> tuple[Float[Tensor, "b h r"], Float[Tensor, "b h r d"]]:
+        """Mass of the keys outside of all sets, and what they write, summed over them and nothing else."""
+        sizes, masses, outputs = self.sizes, [], []
+        value = self.call.value.to(self.kind)[:, :, None]
+        for block in _row_blocks(sizes, sizes.keys, self.plan, rows):
+            logits = _logits(self.call, sizes, block) - self.lse[:, :, block, None]
+            weights = torch.exp(logits).clamp(max=1.0)
+            weights = self._without_sets(weights, block)
+            masses.append(weights.sum(-1))
+            outputs.append((weights.unflatten(1, (sizes.kv_heads, -1)) @ value).flatten(1, 2))
+        return torch.cat(masses, 2), torch.cat(outputs, 2)
+
+    def _without_sets(self, weights: Float[Tensor, "b h r k"], rows: slice) -> Tensor:
+        inside = torch.zeros(*self.columns.shape[:2], self.sizes.keys, device=weights.device)
+        inside = (inside.scatter_add(2, self.columns, self.valid.float()) > 0)[:, :, None]
+        if self.own is not None:
+            keys = torch.arange(self.sizes.keys, device=weights.device)
+            inside = inside & (keys != self.own[rows, None])
+        return weights.masked_fill(inside, 0.0)
+
+
+def _moved(shares: Shares, found: Factors) -> Float[Tensor, "b h r"]:
+    """Half the sum of `|A' - A|`: every set and the rest are scaled as a whole."""
+    gone = (shares.mass * (found.factors / found.divisor[..., None] - 1.0)).abs().sum(-1)
+    return 0.5 * (gone + (shares.rest + shares.learned) * (1.0 / found.divisor - 1.0).abs())
+
+
+def _chosen(where: Tensor, yes: Factors, no: Factors) -> Factors:
+    return Factors(
+        torch.where(where[..., None], yes.factors, no.factors),
+        torch.where(where, yes.divisor, no.divisor),
+        no.edited,
+    )
+
+
+def _row_blocks(sizes: Sizes, width: int, plan: BlockPlan, within: slice | None = None) -> Iterator[slice]:
+    """Ranges of rows with at most about `plan.scores` numbers of `width` per row and head in flight."""
+    within = within or slice(0, sizes.queries)
+    step = max(1, plan.scores // max(1, sizes.batch * sizes.heads * width))
+    for start in range(within.start, within.stop, step):
+        yield slice(start, min(start + step, within.stop))
+
+
+def _logits(call: AttentionCall, sizes: Sizes, rows: slice) -> Float[Tensor, "b h r k"]:
+    """Scaled, capped and masked logits of a few rows; hidden ones are -inf."""
+    kind = torch.promote_types(call.query.dtype, torch.float32)
+    query = call.query[:, :, rows].to(kind).unflatten(1, (sizes.kv_heads, -1))
+    logits = (query @ call.key.to(kind)[:, :, None].mT).flatten(1, 2) * call.scale
+    if call.softcap is not None:
+        logits = call.softcap * torch.tanh(logits / call.softcap)
+    if call.mask is not None:
+        mask = four_axes(call.mask, sizes.queries, sizes.keys)[:, :, rows]
+        if mask.dtype != torch.bool:
+            logits = logits + mask.to(kind)
+        return logits.masked_fill(~visible_of(mask), float("-inf"))
+    if not call.causal:
+        return logits
+    place = torch.arange(sizes.queries, device=logits.device)[rows] + sizes.offset
+    hidden = torch.arange(sizes.keys, device=logits.device) > place[:, None]
+    return logits.masked_fill(hidden, float("-inf"))
+
+
+def _own(sets: KeySets, sizes: Sizes, device: torch.device) -> Int[Tensor, " query"]:
+    if sets.own is not None:
+        return sets.own
+    return torch.arange(sizes.queries, device=device) + sizes.offset
+
+
+def _checked(call: AttentionCall, output: Tensor | None, sets: KeySets, rows: Tensor | None) -> Sizes:
+    sizes = sizes_of(call, Want(frozenset()))
+    expected = (sizes.batch, sizes.queries, sizes.heads, sizes.value_dim)
+    wrong = []
+    if output is not None and tuple(output.shape) != expected:
+        wrong.append(f"output is {tuple(output.shape)}, expected (batch query head value_dim) = {expected}")
+    if sets.columns.shape != sets.valid.shape:
+        wrong.append(f"columns are {tuple(sets.columns.shape)}, but valid is {tuple(sets.valid.shape)}")
+    if sets.columns.shape[0] != sizes.batch or sets.columns.shape[1] not in (1, sizes.heads):
+        wrong.append(
+            f"columns are {tuple(sets.columns.shape)}, expected ({sizes.batch}, 1 or {sizes.heads}, group, width)"
+        )
+    if rows is not None and tuple(rows.shape) != (sizes.batch, sizes.queries):
+        wrong.append(f"rows are {tuple(rows.shape)}, expected {(sizes.batch, sizes.queries)}")
+    if wrong:
+        raise UsageError("The key sets do not fit this attention call.", detail="; ".join(wrong) + ".")
+    return sizes
