@@ -115,9 +115,9 @@ def library() -> Library | None:
         except (OSError, subprocess.SubprocessError, AttributeError) as error:
             log.debug("row pass not built (%s): %s", openmp or "without OpenMP", error)
             continue
-        if _agrees(found):
+        if _weighs(found) and _attends(found):
             return found
-        log.warning("The compiled row pass of sinklens is wrong on this machine and is not used.")
+        log.warning("The compiled kernels of sinklens are wrong on this machine and are not used.")
     return None
 
 
@@ -156,7 +156,7 @@ def _processor() -> str:
     return f"{platform.system()} {platform.machine()} {platform.processor()} {flags}"
 
 
-def _agrees(library: ctypes.CDLL) -> bool:
+def _weighs(library: ctypes.CDLL) -> bool:
     """Whether the library computes a softmax of a block with an odd number of keys."""
     # No random numbers: the caller's generator must not move.
     logits = torch.linspace(-9.0, 4.0, 2 * 3 * 77).view(1, 2, 3, 77).sin().mul_(5.0)
@@ -166,3 +166,25 @@ def _agrees(library: ctypes.CDLL) -> bool:
         ctypes.c_void_p(weights.data_ptr()), *map(ctypes.c_long, (2, 3, 77)), 0, 1, ctypes.byref(asked)
     )
     return torch.allclose(weights, logits.softmax(-1), atol=1e-6, rtol=1e-5)
+
+
+def _attends(library: ctypes.CDLL) -> bool:
+    """Whether the library computes causal attention of widths and lengths that fill no vector."""
+    heads, keys, dim, width, line = 2, 45, 9, 21, 80
+    query, key = (torch.linspace(0.0, 70.0, n * keys * dim).sin().view(n, keys, dim) for n in (heads, 1))
+    value, output = (
+        torch.linspace(0.0, 50.0, keys * width).cos().view(1, keys, width),
+        torch.empty(2, keys, width),
+    )
+    call = Attention(causal=1, scale=1.0, tile=12, line=line, pieces=1, batch=1, heads=heads, kv_heads=1)
+    call.queries, call.keys, call.dim, call.value_dim = keys, keys, dim, width
+    for name, tensor in {"query": query, "key": key, "value": value, "output": output}.items():
+        setattr(call, name, tensor.data_ptr())
+        setattr(call, f"{name}_stride", (0, *tensor.stride()[:2]))
+    call.packed_stride, call.logits_stride = library.sinklens_packed(ctypes.byref(call)), 12 * line
+    packed, logits, scratch = torch.empty(call.packed_stride), torch.empty(12 * line), torch.empty(2, line)
+    call.packed, call.logits = packed.data_ptr(), logits.data_ptr()
+    asked = Asked(scratch=scratch.data_ptr(), scratch_stride=line, keep=2)
+    library.sinklens_attend(ctypes.byref(call), 1, ctypes.byref(asked))
+    truth = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, scale=1.0)
+    return torch.allclose(output, truth, atol=1e-5, rtol=0)
