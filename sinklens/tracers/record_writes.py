@@ -23,7 +23,7 @@ from .ledger import Ledger
 from .states import BlockPass
 
 ENTRY_SIGNALS = frozenset(signal for signal in sig.ALL_SIGNALS if "entry" in signal.axes)
-LOOKED_UP = 0.5
+LOOKED_UP = 0.1
 """The share of max(|before|, |after|) that the feed-forward part must add before anyone asks who in it did."""
 
 HALF = sig.ENTRIES // 2

@@ -108,7 +108,7 @@ def naive_writer(block: NaiveBlock, place: int, dim: int, mlp: float) -> tuple[i
 @pytest.mark.parametrize("length", [9, 23])
 @pytest.mark.parametrize(("family", "padding"), cases())
 def test_neurons_and_experts(family: str, padding: str | None, length: int) -> None:
-    """Looked up where the feed-forward part adds at least half, and nowhere else."""
+    """Looked up where the feed-forward part adds at least a tenth, and nowhere else."""
     model, batch = opened(family), batch_of(family, length, padding, batch=3)
     with torch.no_grad():  # so that the feed-forward part matters
         for name, parameter in model.module.named_parameters():
@@ -131,7 +131,7 @@ def test_neurons_and_experts(family: str, padding: str | None, length: int) -> N
                     int(record["write_neuron"][layer, entry]),
                     float(record["write_neuron_value"][layer, entry]),
                 )
-                if abs(mlp) < 0.5 * most:
+                if abs(mlp) < 0.1 * most:
                     assert found[0] == found[2] == -1
                     assert np.isnan([found[1], found[3]]).all()
                     continue
