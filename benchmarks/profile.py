@@ -120,7 +120,8 @@ def main() -> None:
                 f"   wall {row['wall_s']:8.3f} s   peak {row['peak_mb']:8.0f} MB",
                 flush=True,
             )
-    exponents = {name: memory_exponent(rows, name) for name in WAYS}
+    lengths = {row["length"] for row in rows}
+    exponents = {name: memory_exponent(rows, name) for name in WAYS} if len(lengths) > 1 else {}
     setting = machine(options.threads, options.dtype)
     print(setting, "memory ~ T^p:", {name: round(p, 2) for name, p in exponents.items()})
     if options.out:
