@@ -26,9 +26,9 @@ from .shapes import Sizes, four_axes, sizes_of, visible_of
 from .spec import AttentionCall, BlockPlan, Stat, Want
 
 _DEFAULT_PLAN = BlockPlan()
-_LARGEST_GAIN = {torch.float64: 1000.0, torch.float32: 4.0}
-"""Largest `1 / D` by which the rounding of the kernel's own output may be multiplied, by type of that output."""
-_HALF_GAIN = 2.0
+_LARGEST_GAIN = 2.0
+"""Largest `1 / D` by which the rounding of the kernel's own output may be multiplied."""
+_LARGEST_GAIN_DOUBLE = 1000.0
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,13 @@ class Factors:
         factors: `c_g`, broadcastable to `Shares.mass`.
         divisor: `D`, broadcastable to `Shares.rest`; positive. Entries of rows that are not `edited` are ignored.
         edited: Rows to change; the others keep the kernel's output bit for bit.
+        learned: Whether the learned sink's share is divided too. It writes nothing, so only `Transferred.moved` asks.
     """
 
     factors: Float[Tensor, "#batch #head #row group"]
     divisor: Float[Tensor, "#batch #head #row"]
     edited: Bool[Tensor, "#batch #head #row"]
+    learned: bool = True
 
 
 Rule = Callable[[Shares], Factors]
@@ -168,25 +170,23 @@ def transferred_weights(
 ) -> Float[Tensor, "batch head query key"]:
     """The edited map itself: the definition that `transfer` must equal, for kernels that hand out their weights."""
     sizes = _checked(call, None, sets, rows)
-    kind = torch.promote_types(weights.dtype, torch.float32)
-    wide = weights.to(kind)
-    columns, valid = (x.expand(-1, sizes.heads, -1, -1) for x in (sets.columns, sets.valid))
-    index = torch.where(valid, columns, 0)
-    member = torch.zeros(*index.shape[:3], sizes.keys, dtype=kind, device=weights.device)
-    member = member.scatter_add(3, index, valid.to(kind)) > 0
-    member = member[:, :, None].expand(-1, -1, sizes.queries, -1, -1)  # batch head query group key
+    wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
+    columns = torch.where(sets.valid, sets.columns, 0).flatten(2).expand(-1, sizes.heads, -1)[:, :, None]
+    there = sets.valid.flatten(2)[:, :, None]
     if sets.keep_own:
-        own = _own(sets, sizes, weights.device)
-        member = member & (torch.arange(sizes.keys, device=weights.device) != own[:, None, None])
-    inside = member.any(3)
-    mass = (wide[..., None, :] * member).sum(-1)
-    rest = wide.masked_fill(inside, 0.0).sum(-1)
-    found = rule(Shares(mass, rest, (1.0 - wide.sum(-1)).clamp(min=0.0) * (call.learned_sinks is not None)))
-    factor = torch.where(member, found.factors[..., None], 0.0).sum(3) + (~inside).to(kind)
-    edited = found.edited if rows is None else found.edited & rows[:, None]
-    edited = edited & (wide.sum(-1) > 0)
-    changed = wide * factor / found.divisor[..., None]
-    return torch.where(edited[..., None], changed, wide).to(weights.dtype)
+        there = there & (columns != _own(sets, sizes, weights.device)[:, None])
+    columns = columns.expand(-1, -1, sizes.queries, -1)
+    picked = torch.where(there, wide.gather(3, columns), 0.0)
+    total = wide.sum(-1)
+    rest = wide.scatter_add(3, columns, -picked).sum(-1)
+    learned = (1.0 - total).clamp(min=0.0) if call.learned_sinks is not None else torch.zeros_like(total)
+    picked = picked.unflatten(-1, tuple(sets.columns.shape[2:]))
+    found = rule(Shares(picked.sum(-1), rest, learned))
+    edited = (found.edited & (total > 0))[..., None]
+    edited = edited if rows is None else edited & rows[:, None, :, None]
+    divisor = found.divisor[..., None]
+    added = (picked * (found.factors - 1.0)[..., None]).flatten(3) / divisor
+    return torch.where(edited, (wide / divisor).scatter_add(3, columns, added), wide).to(weights.dtype)
 
 
 class _Transfer:
@@ -204,7 +204,7 @@ class _Transfer:
         self.shared = self.columns.shape[1] == 1
         self.key, self.value = (self._gathered(x) for x in (call.key, call.value))
         self.own = _own(sets, sizes, call.query.device) if sets.keep_own else None
-        self.gain = _LARGEST_GAIN.get(call.query.dtype, _HALF_GAIN)
+        self.gain = _LARGEST_GAIN_DOUBLE if call.query.dtype == torch.float64 else _LARGEST_GAIN
 
     def run(self, output: Tensor, rows: Tensor | None) -> Transferred:
         device = output.device
@@ -226,29 +226,28 @@ class _Transfer:
         weights = self._weights(rows)  # b h r group width
         shares = self._shares(weights, rows)
         found = self.rule(shares)
-        edited = self._edited(found, shares, rows, allowed)
+        edited = self._touched(found, shares, allowed)
         weak = edited & (found.divisor * self.gain < 1.0)
+        edited = edited & found.edited
         wide = output.to(self.kind)
-        changed = wide + self._mixed(weights, found.factors - 1.0)
-        changed = changed / found.divisor[..., None]
+        changed = (wide + self._mixed(weights, found.factors - 1.0)) / found.divisor[..., None]
         if bool(weak.any()):
             rest, mixed = self._rest(rows)
-            exact = replace(shares, rest=rest)
-            again = self.rule(exact)
+            again = self.rule(replace(shares, rest=rest))
             mended = (mixed + self._mixed(weights, again.factors)) / again.divisor[..., None]
             changed = torch.where(weak[..., None], mended, changed)
             shares = replace(shares, rest=torch.where(weak, rest, shares.rest))
+            edited = torch.where(weak, self._touched(again, shares, allowed) & again.edited, edited)
             found = _chosen(weak, again, found)
         # Rows that are not edited keep every bit, which a round trip through float32 keeps too.
         changed = torch.where(edited[..., None], changed, wide).to(output.dtype)
         moved = torch.where(edited, _moved(shares, found), 0.0).sum(dtype=torch.float64)
         return Transferred(changed, edited.sum(), moved, weak.sum())
 
-    def _edited(self, found: Factors, shares: Shares, rows: slice, allowed: Tensor | None) -> Tensor:
-        """Rows that change: the rule says so, they may, and they have mass to move."""
+    def _touched(self, found: Factors, shares: Shares, allowed: Tensor | None) -> Tensor:
+        """Rows with mass in a set whose weights the factors change, if they may be edited at all."""
         changes = ((found.factors != 1.0) | (found.divisor != 1.0)[..., None]) & (shares.mass > 0)
-        edited = found.edited & changes.any(-1)
-        return edited if allowed is None else edited & allowed
+        return changes.any(-1) if allowed is None else changes.any(-1) & allowed
 
     def _shares(self, weights: Tensor, rows: slice) -> Shares:
         mass = weights.sum(-1)
@@ -330,7 +329,8 @@ class _Transfer:
 def _moved(shares: Shares, found: Factors) -> Float[Tensor, "b h r"]:
     """Half the sum of `|A' - A|`: every set and the rest are scaled as a whole."""
     gone = (shares.mass * (found.factors / found.divisor[..., None] - 1.0)).abs().sum(-1)
-    return 0.5 * (gone + (shares.rest + shares.learned) * (1.0 / found.divisor - 1.0).abs())
+    others = shares.rest + shares.learned if found.learned else shares.rest
+    return 0.5 * (gone + others * (1.0 / found.divisor - 1.0).abs())
 
 
 def _chosen(where: Tensor, yes: Factors, no: Factors) -> Factors:
@@ -338,6 +338,7 @@ def _chosen(where: Tensor, yes: Factors, no: Factors) -> Factors:
         torch.where(where[..., None], yes.factors, no.factors),
         torch.where(where, yes.divisor, no.divisor),
         no.edited,
+        no.learned,
     )
 
 

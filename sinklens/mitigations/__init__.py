@@ -1,0 +1,26 @@
+"""Mitigations: one file = one method, put on a model for the length of a `with`.
+
+with ZeroTuning(gamma=2.0)(model) as effect:
+    model.generate(**inputs)
+print(effect.verdict)
+"""
+
+from __future__ import annotations
+
+from .act import ACT
+from .base import Mitigation, registry
+from .effect import Effect, NothingEdited
+from .knock_out import KnockOut
+from .scaling import AttentionScaling
+from .zero_tuning import ZeroTuning
+
+__all__ = [
+    "ACT",
+    "AttentionScaling",
+    "Effect",
+    "KnockOut",
+    "Mitigation",
+    "NothingEdited",
+    "ZeroTuning",
+    "registry",
+]
