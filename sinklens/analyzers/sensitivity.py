@@ -13,8 +13,9 @@ from sinklens.tracers.trace import Trace
 
 from .base import Analyzer, Finding, Reference, Status, registry
 
-DTYPE, REPEATED = "dtype", "with one token repeated"
-STRUCTURAL, DEPENDS, NUMERIC, ABSENT = "structural", "prompt-dependent", "precision-dependent", "no sink"
+DTYPE, LENGTH, REPEATED = "dtype", "length", "with one token repeated"
+STRUCTURAL, DEPENDS, ABSENT = "structural", "prompt-dependent", "no sink"
+NUMERIC, BY_LENGTH = "precision-dependent", "length-dependent"
 DRAWS = 2000
 
 
@@ -29,7 +30,8 @@ class Sensitivity(Analyzer):
     of primary sinks; its rate is that of its own strongest position. The difference to the run's own protocol is
     paired over prompts where the variant keeps them (text in, text out), else between two independent samples; its
     95 % interval is a seeded bootstrap over prompts. The sink is called structural if no variant that has a vote
-    loses it or moves it; prompt-dependent if a variant of the input does; precision-dependent if only a dtype does.
+    loses it or moves it; prompt-dependent if a variant of the input does; length-dependent if only other lengths do,
+    precision-dependent if only other dtypes do.
     If the run has no sink, and no variant has one, there is none to depend on anything.
 
     Compared with the paper: Gu et al. compare natural, random and repeated tokens at 64 tokens with epsilon 0.3. They
@@ -120,7 +122,7 @@ class Sensitivity(Analyzer):
         }
 
     def _changed(self, row: dict[str, Any]) -> bool:
-        if row["group"] == "length" or row["delta_low"] is None:
+        if row["group"] == LENGTH or row["delta_low"] is None:
             return False
         apart = row["delta_low"] > 0 or row["delta_high"] < 0
         return apart and abs(row["delta"]) >= self.min_change
@@ -163,7 +165,8 @@ def kind_of(found: bool, lost: list[dict[str, Any]], gained: list[dict[str, Any]
     changed = lost if found else gained
     if not changed:
         return STRUCTURAL if found else ABSENT
-    return NUMERIC if all(row["group"] == DTYPE for row in changed) else DEPENDS
+    groups = {row["group"] for row in changed}
+    return NUMERIC if groups == {DTYPE} else BY_LENGTH if groups == {LENGTH} else DEPENDS
 
 
 def same_sink(row: dict[str, Any], base: dict[str, Any]) -> bool:
@@ -236,6 +239,13 @@ def _by_source(entry: dict[str, Any]) -> list[tuple[str, float]]:
     return list(zip(entry["sources"], entry["rate"], strict=True))
 
 
+WORDS = {
+    DEPENDS: "depends on the prompts",
+    NUMERIC: "depends on the precision",
+    BY_LENGTH: "depends on the length of the prompts",
+}
+
+
 def _verdict(summary: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     ran = f"{summary['variants_run']} other ways of feeding the model"
     kind = summary["kind"]
@@ -247,9 +257,18 @@ def _verdict(summary: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     varies = f" Its strength changes: {_join(stronger)}." if stronger else ""
     if kind == STRUCTURAL:
         return f"The sink is structural: it stays on position {summary['position']} under {ran}.{varies}"
-    told = "; ".join(_loss(row, summary) for row in rows if row["variant"] in summary["depends_on"])
-    word = "depends on the prompts" if kind == DEPENDS else "depends on the precision"
-    return f"The sink {word}: {told}.{varies}"
+    lost = [row for row in rows if row["variant"] in summary["depends_on"]]
+    told = [_loss(row, summary) for row in lost if row["group"] != LENGTH]
+    other = [row for row in lost if row["group"] == LENGTH]
+    if len(other) > 1 and not any(row["found"] for row in other):
+        told.append(f"{_join([row['variant'] for row in other])} it is gone too" if told else _gone_at(other))
+    else:
+        told += [_loss(row, summary) for row in other]
+    return f"The sink {WORDS[kind]}: {'; '.join(told)}.{varies}"
+
+
+def _gone_at(rows: list[dict[str, Any]]) -> str:
+    return f"{_join([row['variant'] for row in rows])} it is gone"
 
 
 def _loss(row: dict[str, Any], summary: dict[str, Any]) -> str:

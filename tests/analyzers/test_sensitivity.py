@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from sinklens.analyzers import Sensitivity, Status
-from sinklens.analyzers.sensitivity import ABSENT, DEPENDS, NUMERIC, STRUCTURAL, difference, interval
+from sinklens.analyzers.sensitivity import (
+    ABSENT,
+    BY_LENGTH,
+    DEPENDS,
+    NUMERIC,
+    STRUCTURAL,
+    difference,
+    interval,
+)
 
 from . import made
 
@@ -58,6 +66,16 @@ def finding(base: dict[str, Any], *variants: dict[str, Any]) -> Any:
         (measured(60), [variant("BOS", "without BOS", 2, found=False)], DEPENDS, Status.FOUND),
         (measured(60), [variant("BOS", "without BOS", 58, 3)], DEPENDS, Status.FOUND),
         (measured(60), [variant("dtype", "in float16", 1, found=False)], NUMERIC, Status.FOUND),
+        (measured(60), [variant("length", "at 256 tokens", 1, found=False)], BY_LENGTH, Status.FOUND),
+        (
+            measured(60),
+            [
+                variant("length", "at 256 tokens", 1, found=False),
+                variant("BOS", "without BOS", 2, found=False),
+            ],
+            DEPENDS,
+            Status.FOUND,
+        ),
         (
             measured(1, found=False),
             [variant("text", "with random tokens", 1, found=False)],
@@ -178,3 +196,15 @@ def test_not_run_is_not_applicable(why: str | None) -> None:
     assert found.status is Status.NOT_APPLICABLE
     assert found.reason == (why or "It was not run; add --sensitivity.")
     assert not found.tiles
+
+
+def test_lengths_that_lose_the_sink_are_told_in_one_clause() -> None:
+    lengths = [variant("length", f"at {n} tokens", 1, found=False) for n in (256, 512)]
+    alone = finding(measured(60), *lengths).verdict
+    assert (
+        alone == "The sink depends on the length of the prompts: at 256 tokens and at 512 tokens it is gone."
+    )
+    both = finding(measured(60), variant("BOS", "without BOS", 2, found=False), *lengths).verdict
+    assert both.endswith(
+        "without BOS it is gone (rate 60.0 % to 2.0 %); at 256 tokens and at 512 tokens it is gone too."
+    )
