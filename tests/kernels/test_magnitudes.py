@@ -79,3 +79,12 @@ def test_what_is_not_a_number_ranks_above_everything(compiled: bool, monkeypatch
     x[13] = float("nan")
     ranked = x.abs().flatten().sort().values  # NaN last
     assert lower_median_magnitude(x) == float(ranked[(x.numel() - 1) // 2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_large_states_in_half_precision(dtype: torch.dtype) -> None:
+    x = torch.randn(521, 307, generator=torch.Generator().manual_seed(7)).to(dtype)
+    assert lower_median_magnitude(x) == float(x.float().abs().median())
+    found = largest_magnitudes(x, 40)
+    order = torch.sort(x.float().abs().flatten(), descending=True, stable=True).indices[:40]
+    assert torch.equal(found.pos * 307 + found.dim, order)
