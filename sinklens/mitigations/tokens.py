@@ -146,7 +146,8 @@ def _cached(cache: Any) -> int:
 def _own_keys(visible: Bool[Tensor, "batch head query key"]) -> Bool[Tensor, "batch query"]:
     """Tokens of a first pass that are real, told from who sees whom.
 
-    They see themselves, and the last is seen by itself alone. Rows of padding see nothing, or, where libraries avoid empty rows, everything.
+    They see themselves, and the last is seen by itself alone. Rows of padding see nothing, or, where libraries avoid
+    empty rows, everything.
     """
     seen = visible[:, 0]
     queries = seen.shape[1]

@@ -30,8 +30,8 @@ class ZeroTuning(Mitigation):
     How it is computed: in every row of the chosen heads the weight a_0 on the first token becomes gamma a_0 / D and
     every other weight a_i becomes a_i / D, with D = 1 + (gamma - 1) a_0. It equals adding ln(gamma) to the first
     token's logit. The first token is the first one that is not padding. Its own row is left alone where it sees
-    nothing else, that is in causal models. Every head has its own gamma if `gammas` says so, also where heads share a key head. Prompt and generated
-    tokens are edited alike.
+    nothing else, that is in causal models. Every head has its own gamma if `gammas` says so, also where heads share a
+    key head. Prompt and generated tokens are edited alike.
 
     Compared with the paper: Han et al. choose heads and gamma on validation data (heads that gain from more, or from
     less, attention to the first token; the best 40 % of the stronger kind). This class applies a choice and makes
@@ -61,8 +61,8 @@ class ZeroTuning(Mitigation):
         '<math display="block"><msubsup><mi>a</mi><mn>0</mn><mo>′</mo></msubsup><mo>=</mo><mfrac><mrow><mi>γ</mi>'
         "<msub><mi>a</mi><mn>0</mn></msub></mrow><mi>D</mi></mfrac><mo>,</mo><mspace width='1em'/><msubsup><mi>a</mi>"
         "<mi>i</mi><mo>′</mo></msubsup><mo>=</mo><mfrac><msub><mi>a</mi><mi>i</mi></msub><mi>D</mi></mfrac>"
-        "<mo>,</mo><mspace width='1em'/><mi>D</mi><mo>=</mo><mn>1</mn><mo>+</mo><mo>(</mo><mi>γ</mi><mo>−</mo><mn>1</mn>"
-        "<mo>)</mo><msub><mi>a</mi><mn>0</mn></msub></math>"
+        "<mo>,</mo><mspace width='1em'/><mi>D</mi><mo>=</mo><mn>1</mn><mo>+</mo><mo>(</mo><mi>γ</mi><mo>−</mo>"
+        "<mn>1</mn><mo>)</mo><msub><mi>a</mi><mn>0</mn></msub></math>"
     )
     reference = Reference(
         key="han2025zerotuning",
