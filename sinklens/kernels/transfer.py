@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from ..core.errors import UsageError
-from .blocked import attention_sweep
+from .blocked import attention_fused, attention_sweep
 from .shapes import Sizes, four_axes, sizes_of, visible_of
 from .spec import AttentionCall, BlockPlan, Stat, Want
 
@@ -226,23 +226,33 @@ class _Transfer:
         weights = self._weights(rows)  # b h r group width
         shares = self._shares(weights, rows)
         found = self.rule(shares)
-        edited = self._touched(found, shares, allowed)
-        weak = edited & (found.divisor * self.gain < 1.0)
-        edited = edited & found.edited
+        touched = self._touched(found, shares, allowed)
+        weak = touched & (found.divisor * self.gain < 1.0)
+        edited = touched & found.edited & ~weak
         wide = output.to(self.kind)
         changed = (wide + self._mixed(weights, found.factors - 1.0)) / found.divisor[..., None]
-        if bool(weak.any()):
-            rest, mixed = self._rest(rows)
-            again = self.rule(replace(shares, rest=rest))
-            mended = (mixed + self._mixed(weights, again.factors)) / again.divisor[..., None]
-            changed = torch.where(weak[..., None], mended, changed)
-            shares = replace(shares, rest=torch.where(weak, rest, shares.rest))
-            edited = torch.where(weak, self._touched(again, shares, allowed) & again.edited, edited)
-            found = _chosen(weak, again, found)
         # Rows that are not edited keep every bit, which a round trip through float32 keeps too.
-        changed = torch.where(edited[..., None], changed, wide).to(output.dtype)
+        changed = torch.where(edited[..., None], changed, wide)
         moved = torch.where(edited, _moved(shares, found), 0.0).sum(dtype=torch.float64)
-        return Transferred(changed, edited.sum(), moved, weak.sum())
+        count = edited.sum()
+        if bool(weak.any()):
+            more, moved_more = self._again(changed, weights, shares, weak, rows)
+            count, moved = count + more, moved + moved_more
+        return Transferred(changed.to(output.dtype), count, moved, weak.sum())
+
+    def _again(
+        self, changed: Float[Tensor, "b h r d"], weights: Tensor, shares: Shares, weak: Tensor, rows: slice
+    ) -> tuple[Tensor, Tensor]:
+        """Put rows computed without the sets in their place in `changed`; how many changed, and what they moved."""
+        few = weak.flatten(0, 1).any(0).nonzero()[:, 0]
+        weights, weak = weights[:, :, few], weak[:, :, few]
+        rest, mixed = self._rest(few + rows.start)
+        shares = Shares(shares.mass[:, :, few], rest, shares.learned[:, :, few])
+        found = self.rule(shares)
+        edited = weak & found.edited & self._touched(found, shares, None)
+        mended = (mixed + self._mixed(weights, found.factors)) / found.divisor[..., None]
+        changed[:, :, few] = torch.where(edited[..., None], mended, changed[:, :, few])
+        return edited.sum(), torch.where(edited, _moved(shares, found), 0.0).sum(dtype=torch.float64)
 
     def _touched(self, found: Factors, shares: Shares, allowed: Tensor | None) -> Tensor:
         """Rows with mass in a set whose weights the factors change, if they may be edited at all."""
@@ -305,25 +315,44 @@ class _Transfer:
         index = index.flatten(2)[..., None].expand(-1, -1, -1, dim)
         return tensor.gather(2, index).to(self.kind).unflatten(2, (1 if self.shared else self.sizes.group, n))
 
-    def _rest(self, rows: slice) -> tuple[Float[Tensor, "b h r"], Float[Tensor, "b h r d"]]:
+    def _rest(self, rows: Int[Tensor, " row"]) -> tuple[Float[Tensor, "b h row"], Float[Tensor, "b h row d"]]:
         """Mass of the keys outside of all sets, and what they write, summed over them and nothing else."""
-        sizes, masses, outputs = self.sizes, [], []
-        value = self.call.value.to(self.kind)[:, :, None]
-        for block in _row_blocks(sizes, sizes.keys, self.plan, rows):
-            logits = _logits(self.call, sizes, block) - self.lse[:, :, block, None]
-            weights = torch.exp(logits).clamp(max=1.0)
-            weights = self._without_sets(weights, block)
-            masses.append(weights.sum(-1))
-            outputs.append((weights.unflatten(1, (sizes.kv_heads, -1)) @ value).flatten(1, 2))
+        sizes, parts = self.sizes, []
+        step = max(1, self.plan.scores // max(1, sizes.batch * sizes.heads * sizes.keys))
+        for few in rows.split(step):
+            call = self._without_sets(few)
+            seen = visible_of(call.mask).any(-1)  # pyright: ignore[reportArgumentType]
+            if self.kind == torch.float64:
+                logits = _logits(call, sizes_of(call, Want(frozenset())), slice(0, len(few)))
+                weights = torch.exp(logits - self.lse[:, :, few, None]).clamp(max=1.0)
+                mixed = weights.unflatten(1, (sizes.kv_heads, -1)) @ call.value[:, :, None]
+                parts.append((weights.sum(-1), mixed.flatten(1, 2)))
+                continue
+            output, found = attention_fused(call, Want(frozenset({Stat.LSE})), self.plan)
+            mass = torch.exp(found[Stat.LSE] - self.lse[:, :, few]).clamp(max=1.0)
+            mass = torch.where(seen, mass, 0.0)
+            parts.append((mass, output.transpose(1, 2).to(self.kind) * mass[..., None]))
+        masses, outputs = zip(*parts, strict=True)
         return torch.cat(masses, 2), torch.cat(outputs, 2)
 
-    def _without_sets(self, weights: Float[Tensor, "b h r k"], rows: slice) -> Tensor:
-        inside = torch.zeros(*self.columns.shape[:2], self.sizes.keys, device=weights.device)
+    def _without_sets(self, rows: Int[Tensor, " row"]) -> AttentionCall:
+        """The attention of some rows to the keys outside of all sets."""
+        sizes, device = self.sizes, self.columns.device
+        inside = torch.zeros(*self.columns.shape[:2], sizes.keys, device=device)
         inside = (inside.scatter_add(2, self.columns, self.valid.float()) > 0)[:, :, None]
+        key = torch.arange(sizes.keys, device=device)
         if self.own is not None:
-            keys = torch.arange(self.sizes.keys, device=weights.device)
-            inside = inside & (keys != self.own[rows, None])
-        return weights.masked_fill(inside, 0.0)
+            inside = inside & (key != self.own[rows, None])
+        if self.call.mask is not None:
+            mask = four_axes(self.call.mask, sizes.queries, sizes.keys)[:, :, rows]
+        elif self.call.causal:
+            mask = (key <= rows[:, None] + sizes.offset)[None, None]
+        else:
+            mask = torch.ones(1, 1, len(rows), sizes.keys, dtype=torch.bool, device=device)
+        boolean = mask.dtype == torch.bool
+        mask = mask & ~inside if boolean else torch.where(inside, float("-inf"), mask)
+        query = self.call.query[:, :, rows]
+        return replace(self.call, query=query, mask=mask, learned_sinks=None, counted=None)
 
 
 def _moved(shares: Shares, found: Factors) -> Float[Tensor, "b h r"]:
@@ -331,15 +360,6 @@ def _moved(shares: Shares, found: Factors) -> Float[Tensor, "b h r"]:
     gone = (shares.mass * (found.factors / found.divisor[..., None] - 1.0)).abs().sum(-1)
     others = shares.rest + shares.learned if found.learned else shares.rest
     return 0.5 * (gone + others * (1.0 / found.divisor - 1.0).abs())
-
-
-def _chosen(where: Tensor, yes: Factors, no: Factors) -> Factors:
-    return Factors(
-        torch.where(where[..., None], yes.factors, no.factors),
-        torch.where(where, yes.divisor, no.divisor),
-        no.edited,
-        no.learned,
-    )
 
 
 def _row_blocks(sizes: Sizes, width: int, plan: BlockPlan, within: slice | None = None) -> Iterator[slice]:
