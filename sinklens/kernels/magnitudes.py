@@ -34,14 +34,17 @@ class Largest:
 def largest_magnitudes(x: Float[Tensor, "pos dim"], count: int) -> Largest:
     """The `count` entries of `x` with the largest magnitude, signed, in float32 (fewer if `x` has fewer).
 
+    NaN counts as infinitely large, so that it is seen and not passed over.
     They lie in at most `count` rows, and those rows have the largest row maxima: only they are looked at.
     """
-    row_max = _row_max(x)
+    if not x.numel():
+        return Largest(x.new_empty(0, dtype=torch.float32), *x.new_empty(2, 0, dtype=torch.int64))
+    row_max = _nan_first(_row_max(x))
     kept = min(count, len(row_max))
     # Rows that tie with the last one kept take part, so that ties are broken by position and not by chance.
     rows = (row_max >= torch.topk(row_max, kept).values[-1]).nonzero().squeeze(-1)
     part = x[rows].float()
-    size = part.abs().flatten()
+    size = _nan_first(part.abs().flatten())
     cut = torch.topk(size, min(count, len(size))).values[-1]
     found = (size >= cut).nonzero().squeeze(-1)
     order = found[torch.sort(size[found], descending=True, stable=True).indices][:count]
@@ -50,8 +53,13 @@ def largest_magnitudes(x: Float[Tensor, "pos dim"], count: int) -> Largest:
 
 
 def lower_median_magnitude(x: Float[Tensor, "..."]) -> float:
-    """The lower median of |x| (the element of rank (n - 1) // 2), exactly, as `torch.median` defines it."""
+    """The lower median of |x| (the element of rank (n - 1) // 2), exactly; NaN if `x` is empty.
+
+    As `torch.median` defines it for numbers. NaN ranks above them all, so that one does not hide the others.
+    """
     x = x.detach()
+    if not x.numel():
+        return math.nan
     if x.is_cuda:
         return float(x.abs().flatten().float().median())
     found = _bracketed_median(x.reshape(-1, x.shape[-1])) if x.ndim else None
@@ -66,12 +74,17 @@ def _select(values: np.ndarray, rank: int) -> float:
     return float(values[rank])
 
 
+def _nan_first(size: Float[Tensor, " entry"]) -> Float[Tensor, " entry"]:
+    """Magnitudes with NaN as infinity, which orders before all others."""
+    return torch.where(size.isnan(), math.inf, size)
+
+
 def _row_max(x: Float[Tensor, "pos dim"]) -> Float[Tensor, " pos"]:
     """Largest magnitude of each row."""
     x = _single(x)
     if not _compiled(x):
         return x.abs().amax(-1)
-    found = torch.empty(len(x))
+    found = torch.empty(len(x), dtype=torch.float32, device=x.device)
     native.built().sinklens_row_max(
         ctypes.c_void_p(x.data_ptr()),
         *map(ctypes.c_long, (*x.shape, x.stride(0))),
@@ -93,7 +106,7 @@ def _bracketed_median(x: Float[Tensor, "pos dim"]) -> float | None:
     middle, margin = (len(sample) - 1) // 2, 2 * math.isqrt(len(sample))  # four standard deviations
     low, high = float(sample[max(0, middle - margin)]), float(sample[middle + margin])
     room = n // 8
-    kept, counts = torch.empty(room + 32), (ctypes.c_long * 2)()
+    kept, counts = torch.empty(room + 32, dtype=torch.float32, device=x.device), (ctypes.c_long * 2)()
     native.built().sinklens_between(
         ctypes.c_void_p(x.data_ptr()),
         *map(ctypes.c_long, (*x.shape, x.stride(0))),

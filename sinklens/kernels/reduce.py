@@ -18,7 +18,7 @@ from . import rowpass
 from .bands import add_band, nearness
 from .block import Block, Peak, row_products
 from .groups import KeyGroups
-from .spec import AttentionCall, Stat, Want
+from .spec import AttentionCall, Stat, Want, part_left
 from .workspace import workspace
 
 PER_KEY = frozenset(stat for stat in Stat if stat.startswith("received")) | {Stat.TOP1}
@@ -76,6 +76,8 @@ class Accumulator:
     ) -> None:
         self.want, self.into, self.groups, self.unit = want, into, groups, unit
         self._sinks, self._lse, self._picked, self._seen = call.learned_sinks, lse, picked or {}, seen
+        # No key is farther back than there are keys, and a lower cap loses less to cancellation.
+        self._window = min(want.window, call.key.shape[2])
         self._queries, self._offset = call.query.shape[2], call.key.shape[2] - call.query.shape[2]
         self._batch, self._heads = call.query.shape[:2]
         self._dtype = next(iter(into.values())).dtype if into else torch.float32
@@ -137,7 +139,7 @@ class Accumulator:
         if Stat.DISTANCE in stats:
             self._raw["back"].append(self._mean_back(block))
         if Stat.DISTANCE_WINDOWED in stats:
-            where = (block.rows, block.keys, self._offset, self.want.window)
+            where = (block.rows, block.keys, self._offset, self._window)
             self._raw["near"].append(nearness(block.weights, *where))
         if Stat.DIAGONAL in stats:
             self._diagonal(block)
@@ -216,7 +218,7 @@ class Accumulator:
             peak=needs_peak(stats, known=known) or sinks is not None,
             product=bool(stats & _ENTROPIES),
             own=Stat.DIAGONAL in stats,
-            window=self.want.window if Stat.DISTANCE_WINDOWED in stats else None,
+            window=self._window if Stat.DISTANCE_WINDOWED in stats else None,
             back=self._back(rows, keys) if Stat.DISTANCE in stats else None,
             columns=None if self._columns is None else self._columns - keys.start,
             sums={name: self.into[stat][:, :, keys] for stat, name in _NATIVE_SUMS.items() if stat in stats},
@@ -239,7 +241,7 @@ class Accumulator:
         return self._other[..., keys].expand(*shape, -1).reshape(-1, keys.stop - keys.start)
 
     def _over_rest(self, block: Block, weight: Float[Tensor, "b h r"]) -> Float[Tensor, "b h r"]:
-        """`weight / (1 - mass of the first group)`, 0 where the group has everything.
+        """`weight * part / (1 - mass of the first group)`, 0 where the group has nearly everything (`part_left`).
 
         What is left is added up, the share of a learned sink included: a difference would cancel where the group
         has nearly everything.
@@ -251,7 +253,8 @@ class Accumulator:
             left = left * block.factor + share
         elif self._lse is not None and self._sinks is not None:
             left = left + self._sink_mass(self._lse[:, :, block.rows])
-        return torch.where(left > 0, weight / left.clamp_min(_TINY), 0.0)
+        part = part_left(left)
+        return torch.where(part <= 0, 0.0, weight * part / left)
 
     def _row_weights(self, block: Block) -> Float[Tensor, "b h r"]:
         """`A / P` of the rows that count, 0 of the others."""
@@ -335,7 +338,7 @@ class Accumulator:
                 ahead = [self._ruler.new_tensor(range(rows)) for rows in reversed(self._heights)]
                 found[Stat.DISTANCE] = raw["back"] + torch.cat(ahead) * mass
         if Stat.DISTANCE_WINDOWED in stats:
-            found[Stat.DISTANCE_WINDOWED] = self.want.window * mass - raw["near"]
+            found[Stat.DISTANCE_WINDOWED] = self._window * mass - raw["near"]
         return found
 
     def _logarithmic(self, raw: dict[str, Tensor]) -> dict[Stat, Tensor]:

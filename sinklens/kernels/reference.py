@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from .shapes import Sizes, four_axes, sizes_of, visible_of
-from .spec import AttentionCall, AttentionStatistics, Stat, Want
+from .spec import LEAST_LEFT, AttentionCall, AttentionStatistics, Stat, Want
 
 
 def attention_reference(
@@ -136,10 +136,11 @@ def _statistic(
 
 
 def _rest(want: Want, A: Tensor, live: Tensor) -> Tensor:
-    """`A` without the first group, over the mass off it (a learned sink's share included); 0 where that is 0."""
+    """`A` without the first group, over the mass off it (a learned sink's share included), times the row's part."""
     assert want.groups is not None  # sizes_of has refused the call otherwise
     group = want.groups[0][:, None] if want.groups.ndim == 3 else want.groups[0]
     others = A.masked_fill(group[:, :, None], 0.0)
     # 1 - mass, added up from what is left: a difference would cancel where the group has nearly everything.
     left = others.sum(-1) + torch.where(live, 1.0 - A.sum(-1), 0.0).clamp(min=0.0)
-    return torch.where(left[..., None] > 0, others / left[..., None].clamp(min=1e-300), 0.0)
+    part = (left / LEAST_LEFT - 1.0).clamp(0.0, 1.0)
+    return torch.where(part[..., None] <= 0, 0.0, others * (part / left)[..., None])

@@ -201,16 +201,19 @@ def _room(shape: torch.Size, request: RowRequest) -> dict[str, Tensor]:
         "own": request.own,
         **dict.fromkeys(("logit", "top", "index"), request.peak),
     }
+    # Type and device are named throughout: the caller's defaults may be others, and C would write past the end.
+    cpu = torch.device("cpu")
     found = {
-        name: torch.empty(shape, dtype=torch.int64 if name == "index" else torch.float32)
+        name: torch.empty(shape, dtype=torch.int64 if name == "index" else torch.float32, device=cpu)
         for name, wanted in asked.items()
         if wanted
     }
     if request.columns is not None:
-        found["mass"] = torch.empty(*shape, request.columns.shape[2])
+        found["mass"] = torch.empty(*shape, request.columns.shape[2], dtype=torch.float32, device=cpu)
     if "band_rest" in request.sums:
-        mass = request.sink_mass
-        found["rest"] = torch.zeros(shape) if mass is None else mass.contiguous().clone()
+        found["rest"] = torch.zeros(shape, dtype=torch.float32, device=cpu)
+        if request.sink_mass is not None:
+            found["rest"].copy_(request.sink_mass)
     return found
 
 

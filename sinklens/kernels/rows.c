@@ -22,7 +22,9 @@ typedef int32_t vi __attribute__((vector_size(LANES * 4)));
 typedef uint32_t vu __attribute__((vector_size(LANES * 4)));
 typedef uint16_t vh __attribute__((vector_size(LANES * 2)));
 
-#define HIDDEN (-1e30f)
+/* Below every logit that is finite in earnest. */
+#define HIDDEN (-3e38f)
+#define LEAST_LEFT 1e-4f /* as in spec.py */
 #define LOG2E 1.4426950408889634f
 #define LN2 0.6931471805599453f
 #define ALWAYS static inline __attribute__((always_inline))
@@ -62,11 +64,11 @@ ALWAYS vf power(vf f) {
 }
 
 /* The three that matter most have instructions of their own where the processor has them. `exp2v`: 2^x to about one
- * unit in the last place, exactly 0 below the smallest normal number, for x <= 127. `larger`: of each lane, `b` where
+ * unit in the last place, exactly 0 below the smallest normal number, for x <= 127, NaN for NaN. `larger`: of each lane, `b` where
  * they cannot be compared. `same`: whether any lane is `value`. */
 #ifdef __AVX512F__
 ALWAYS vf exp2v(vf x) {
-    __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_GE_OQ);
+    __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
     __m512 n = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     return (vf)_mm512_maskz_scalef_ps(normal, (__m512)power(x - (vf)n), n);
 }
@@ -76,7 +78,7 @@ ALWAYS int same(vf a, float value) {
 }
 #else
 ALWAYS vf exp2v(vf x) {
-    vi normal = x >= -126.0f;
+    vi normal = ~(x < -126.0f);
     x = pick(normal, x, all(0.0f));
     vf n = (x + 12582912.0f) - 12582912.0f; /* 1.5 * 2^23: rounds to the nearest integer */
     vi exponent = (__builtin_convertvector(n, vi) + 127) << 23;
@@ -116,7 +118,7 @@ typedef struct {
     float *received_tail;
     float *received_rows;
     float *band;           /* over the rows `band_first` to `band_last` after the key */
-    float *band_rest;      /* the same of A / (A's mass off the first group); needs `rest` */
+    float *band_rest;      /* the same of A * part / (A's mass off the first group); needs `rest` */
     uint16_t *half;        /* [heads * rows][keys]: the weights once more, as bfloat16; only if not `known` */
     long stride, other_stride, scratch_stride, columns;
     long place;            /* index of the first row's own key */
@@ -132,12 +134,12 @@ enum { DROPPED, NORMALISED, RAW };
 typedef struct { float value; long at; } peak;
 
 static float row_largest(const float *x, long keys) {
-    vf best[4] = {all(HIDDEN * 4), all(HIDDEN * 4), all(HIDDEN * 4), all(HIDDEN * 4)};
+    vf best[4] = {all(-__builtin_inff()), all(-__builtin_inff()), all(-__builtin_inff()), all(-__builtin_inff())};
     long k = 0;
     for (; k + 4 * LANES <= keys; k += 4 * LANES)
         for (int u = 0; u < 4; u++) best[u] = larger(load(x + k + u * LANES), best[u]);
     for (; k + LANES <= keys; k += LANES) best[0] = larger(load(x + k), best[0]);
-    if (k < keys) best[1] = larger(load_part(x + k, keys - k, HIDDEN * 4), best[1]);
+    if (k < keys) best[1] = larger(load_part(x + k, keys - k, -__builtin_inff()), best[1]);
     return largest(larger(larger(best[0], best[1]), larger(best[2], best[3])));
 }
 
@@ -279,7 +281,10 @@ static void add_sums(const float *e, const float *t, long head, long row, long p
     if (last >= keys) last = keys - 1;
     if (first > last) return;
     if (a->band) add_row(a->band + at + first, e + first, last - first + 1, scale * count);
-    if (a->band_rest && rest > 0) add_row(a->band_rest + at + first, e + first, last - first + 1, scale * count / rest);
+    float part = rest / LEAST_LEFT - 1.0f; /* `part_left` of spec.py; a row that is NaN stays so */
+    if (part > 1.0f) part = 1.0f;
+    if (a->band_rest && !(part <= 0.0f))
+        add_row(a->band_rest + at + first, e + first, last - first + 1, scale * count * part / rest);
 }
 
 /* A row of which the first `keys` are seen; `place` is its own key. Returns what its stored weights still lack. */
@@ -290,6 +295,8 @@ static float one_row(float *x, long head, long row, long place, long keys, const
     peak p = {0, 0};
     if (!known || a->index) p.value = row_largest(x, keys);
     if (a->index) p.at = first_of(x, keys, p.value);
+    /* A row that sees a key has something larger, or it has no softmax: then it is NaN, not a mean of hidden keys. */
+    if (p.value <= HIDDEN) p.value = __builtin_nanf("");
     const float *other = a->rest ? a->other + head * a->other_stride : 0;
     sums s = weigh_row(x, e, t, keys, known ? 0.0f : p.value, known ? 1.0f : LOG2E, back, other);
     if (!known) {

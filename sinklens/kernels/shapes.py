@@ -32,9 +32,17 @@ def sizes_of(call: AttentionCall, want: Want) -> Sizes:
     """Sizes of the call.
 
     Raises:
-        UsageError: Shapes that do not fit together; all misfits are named at once.
+        UsageError: Empty tensors, or shapes that do not fit together; all misfits are named at once.
     """
     batch, heads, queries, dim = call.query.shape
+    if not (call.query.numel() and call.key.numel() and call.value.numel()):
+        raise UsageError(
+            "This attention call is empty: it has no query, no key or no value.",
+            detail=", ".join(
+                f"{name} is {tuple(getattr(call, name).shape)}" for name in ("query", "key", "value")
+            ),
+            hint="Leave out empty prompts and empty batches.",
+        )
     kv_heads, keys = call.key.shape[1:3]
     value_dim = call.value.shape[3]
     expected = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -88,3 +90,36 @@ def test_large_states_in_half_precision(dtype: torch.dtype) -> None:
     found = largest_magnitudes(x, 40)
     order = torch.sort(x.float().abs().flatten(), descending=True, stable=True).indices[:40]
     assert torch.equal(found.pos * 307 + found.dim, order)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (501, 197)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_is_found_and_not_passed_over(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
+    x[1, 3] = torch.nan
+    found = largest_magnitudes(x, 4)
+    assert (int(found.pos[0]), int(found.dim[0])) == (1, 3)
+    assert found.value.isnan().tolist() == [True, False, False, False]
+    every = largest_magnitudes(torch.full_like(x, torch.nan), 4)
+    assert every.value.isnan().tolist() == [True] * 4
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+def test_nothing_has_no_largest_entry_and_no_median(shape: tuple[int, int]) -> None:
+    found = largest_magnitudes(torch.empty(shape), 3)
+    assert found.value.shape == found.pos.shape == found.dim.shape == (0,)
+    assert math.isnan(lower_median_magnitude(torch.empty(shape)))
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_callers_default_dtype_does_not_matter(default: torch.dtype) -> None:
+    """The compiled kernels write float32: memory of another type would be too small, or misread."""
+    x = torch.randn(701, 197, generator=torch.Generator().manual_seed(3))
+    expected, median = largest_magnitudes(x, 5), lower_median_magnitude(x)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(largest_magnitudes(x, 5).value, expected.value)
+        assert lower_median_magnitude(x) == median
+    finally:
+        torch.set_default_dtype(before)
