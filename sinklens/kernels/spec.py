@@ -31,9 +31,8 @@ class Stat(StrEnum):
     RECEIVED_BAND = (
         "received_band"  # batch head key: sum of A over counted rows `band` positions after the key
     )
-    RECEIVED_BAND_REST = (
-        "received_band_rest"  # the same of A / (1 - mass of the row on groups[0]), 0 in groups[0]
-    )
+    RECEIVED_BAND_REST = "received_band_rest"
+    # batch head key: the same of A p / L, 0 in groups[0]; L = 1 - mass of the row on groups[0], p = `part_left(L)`
     RECEIVED_MAX = "received_max"  # batch head key: max_q A
     TOP1 = "top1"  # batch head key: counted rows whose largest weight is at key (first key on ties)
     DIAGONAL = "diagonal"  # batch head query: A[q, q + key - query]
@@ -48,6 +47,20 @@ class Stat(StrEnum):
     LEARNED_SINK = "learned_sink"  # batch head query: 1 - sum_k A, the mass on a learned sink logit
     GROUP_MASS = "group_mass"  # batch head query group: sum_{k in group} A
     GROUP_OUTPUT = "group_output"  # batch head query group value_dim: sum_{k in group} A v_k
+
+
+LEAST_LEFT = 1e-4
+"""Least mass beside a group of keys with which a row can tell how it spreads what is left."""
+
+
+def part_left(left: Tensor) -> Tensor:
+    """The weight of rows that leave `left` beside the first group, in what is averaged over such rows.
+
+    A row that leaves less than `LEAST_LEFT` is left out: its rest is the smallest numbers of a softmax divided by
+    each other. One that leaves twice as much counts in full. Between the two it counts in part, so that rounding
+    does not decide whether a row takes part. A mean divides by the sum of these weights and not by the number of rows.
+    """
+    return (left / LEAST_LEFT - 1.0).clamp(0.0, 1.0)
 
 
 @dataclass(frozen=True)

@@ -40,7 +40,9 @@ STATS_OF: dict[Signal, frozenset[Stat]] = {
     sig.TAIL_PEAK: frozenset({Stat.RECEIVED_TAIL}),
     sig.ATTENTION_ENTROPY_NORMALISED: frozenset({Stat.ENTROPY_NORMALISED}),
     sig.LOCAL_DISTANCE: frozenset({Stat.DISTANCE, Stat.DISTANCE_WINDOWED, Stat.GROUP_MASS}),
-    sig.FUTURE_INFLUENCE: frozenset({Stat.DISTANCE, Stat.RECEIVED_BAND, Stat.RECEIVED_BAND_REST}),
+    sig.FUTURE_INFLUENCE: frozenset(
+        {Stat.DISTANCE, Stat.RECEIVED_BAND, Stat.RECEIVED_BAND_REST, Stat.GROUP_MASS}
+    ),
     sig.PROBE_RECEIVED: frozenset({Stat.RECEIVED_ROWS}),
     sig.PROBE_VISIBLE: frozenset({Stat.RECEIVED_ROWS}),
 }

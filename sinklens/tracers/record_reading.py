@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from sinklens.kernels.shapes import four_axes, visible_of
-from sinklens.kernels.spec import AttentionCall, Stat, Want
+from sinklens.kernels.spec import LEAST_LEFT, AttentionCall, Stat, Want, part_left
 
 from . import signals as sig
 from .ledger import Arrays, Ledger
@@ -21,8 +21,6 @@ from .prompt_view import PromptView
 HEAD_SHARE = 0.3
 PROBE_SHARE = 0.05
 _SEED = 0
-# A head that leaves a row less than this beside the first token reads nothing else there.
-_LEFT = 1e-4
 
 NEAR, BAND, LOOK_BACK = "_near", "_band", "_look_back"
 """Arrays of a record that the join replaces by signals."""
@@ -60,8 +58,7 @@ class ReadingRecorder:
         if sig.LOCAL_DISTANCE in wanted:
             put(view.row, NEAR, view.layer, torch.stack(near_distances(view)))
         if sig.FUTURE_INFLUENCE in wanted:
-            band = torch.stack([view.of(Stat.RECEIVED_BAND), view.of(Stat.RECEIVED_BAND_REST)])
-            put(view.row, BAND, view.layer, band)
+            put(view.row, BAND, view.layer, torch.stack(band_means(view)))
 
 
 def probe_positions(length: int) -> Int[Tensor, " probe"]:
@@ -96,9 +93,30 @@ def near_distances(view: PromptView) -> tuple[Float[Tensor, "head pos"], Float[T
     own = torch.arange(view.length, device=near.device).clamp(max=window)
     left = 1.0 - first
     rest = ((near - first * own) / left).clamp(0.0, window)
-    rest = torch.where(left > _LEFT, rest, float("nan"))
+    rest = torch.where(left > LEAST_LEFT, rest, float("nan"))
     rest[:, :1] = float("nan")  # the first token itself has nothing else to read
     return near, rest
+
+
+def band_means(view: PromptView) -> tuple[Float[Tensor, "head pos"], Float[Tensor, "head pos"]]:
+    """Mean attention from the queries in the band after each key; then without the first token, rows renormalised.
+
+    NaN where the band holds no query, and in the second where none of them leaves anything beside the first token:
+    such a query has no part in the sum, so it has none in the divisor.
+    """
+    first, last = Want.band
+    length = view.length
+    parts = part_left(1.0 - view.of(Stat.GROUP_MASS)[..., 0])
+    before = torch.cat([torch.zeros_like(parts[:, :1]), parts.cumsum(-1)], -1)
+    place = torch.arange(length, device=parts.device)
+    start, stop = (place + first).clamp(max=length), (place + last + 1).clamp(max=length)
+    queries, taking_part = (stop - start).to(parts.dtype), before[:, stop] - before[:, start]
+    means = []
+    for stat, count in ((Stat.RECEIVED_BAND, queries), (Stat.RECEIVED_BAND_REST, taking_part)):
+        # Less than a hundredth of one query is the rounding of sums.
+        known = count > 0.01
+        means.append(torch.where(known, view.of(stat) / torch.where(known, count, 1.0), float("nan")))
+    return means[0], means[1]
 
 
 def join_reading(arrays: Arrays) -> None:
@@ -143,14 +161,10 @@ def local_distance(
 def future_influence(
     band: Float[np.ndarray, "layer variant head pos"], chosen: Bool[np.ndarray, "layer head"]
 ) -> Float[np.ndarray, "variant pos"]:
-    """FAI: the sums of the chosen heads over the number of queries in the band; NaN where there is none."""
-    first, last = Want.band
-    length = band.shape[-1]
-    place = np.arange(length)
-    queries = np.minimum(place + last, length - 1) - (place + first) + 1
-    found = _mean(np.moveaxis(band, 1, 2)[chosen]) / np.where(queries > 0, queries, np.nan)
+    """FAI: a head takes no part at a key whose queries in the band leave nothing beside the first token."""
+    found = _mean(np.moveaxis(band, 1, 2)[chosen])
     found[1, :1] = np.nan  # its own column is the one left out
-    return found.astype(np.float32)
+    return found
 
 
 def _mean(values: Float[np.ndarray, "chosen variant pos"]) -> Float[np.ndarray, "variant pos"]:

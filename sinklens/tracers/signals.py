@@ -215,12 +215,15 @@ PREFIX_LOGITS = Signal(
 LOCAL_DISTANCE = Signal(
     "local_distance", _A, ("variant", "pos"), "tokens",
     "WAAD: distance to the attended key, cut at 10 tokens, mean over the 30 % of heads that look back least; "
-    "variant 0 as it is, 1 without the first token's column, rows renormalised",
+    "variant 0 as it is, 1 without the first token's column, rows renormalised; a head takes no part in a row in "
+    "which it leaves less than 0.0001 beside it",
 )  # fmt: skip
 FUTURE_INFLUENCE = Signal(
     "future_influence", _A, ("variant", "pos"), "share",
     "FAI: mean attention from the queries 10 to 100 tokens later, over the 30 % of heads that look back farthest; "
-    "NaN where no such query exists; variants as in local_distance",
+    "NaN where no such query exists; variants as in local_distance. In variant 1 a query that leaves less than "
+    "0.0001 beside the first token is left out, of the divisor as well (from 0.0002 on it counts in full, between "
+    "the two in part); NaN where none is left",
 )  # fmt: skip
 PROBE_RECEIVED = Signal(
     "probe_received", _A, ("layer", "pos"), "share",

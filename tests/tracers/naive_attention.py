@@ -206,11 +206,14 @@ def reading(layers: list[Layer]) -> dict[str, np.ndarray]:
             + [np.mean([(rest(A)[t] * np.minimum(back[t], 10)).sum() for A in local]) for t in range(1, n)]
         )
     )
-    influence = []
-    for maps in (remote, [rest(A) for A in remote]):
-        mean = np.mean(maps, 0)
-        influence.append([mean[s + 10 : s + 101, s].mean() if s + 10 < n else NAN for s in range(n)])
-    influence[1][0] = NAN
+    influence = [[], []]
+    for s in range(n):
+        after = slice(s + 10, s + 101)
+        influence[0].append(np.mean([A[after, s] for A in remote]) if s + 10 < n else NAN)
+        without = [
+            np.average(rest(A)[after, s], weights=w) for A in remote if (w := parts(A)[after]).sum() > 0.01
+        ]
+        influence[1].append(np.mean(without) if without and s else NAN)
     return {"local_distance": np.array(near), "future_influence": np.array(influence)}
 
 
@@ -218,3 +221,8 @@ def rest(A: np.ndarray) -> np.ndarray:
     """Without the first token's column, rows divided by what is not on it."""
     left = 1.0 - A[:, :1]
     return np.where(np.arange(len(A)) == 0, 0.0, A / np.where(left > 1e-12, left, np.inf))
+
+
+def parts(A: np.ndarray) -> np.ndarray:
+    """How much each row counts without the first token: not at all where it leaves 1e-4, in full at twice that."""
+    return np.clip((1.0 - A[:, 0]) / 1e-4 - 1, 0, 1)
