@@ -83,7 +83,12 @@ class Seen:
     def positions(self, positions: tuple[int, ...], *, keep_own: bool = False) -> KeySets:
         """One set: the given positions of each prompt's own tokens, for all heads."""
         places, valid = self.tokens.places(positions, self.call)
-        return self.sets_of(places[:, None, None], valid[:, None, None], keep_own=keep_own)
+        key = "sets", positions, keep_own, self.dropped, places.device
+        if key not in self.tokens.memo:
+            self.tokens.memo[key] = self.sets_of(
+                places[:, None, None], valid[:, None, None], keep_own=keep_own
+            )
+        return self.tokens.memo[key]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +212,13 @@ class Mitigation(ABC):
         chosen = {site.layer: self.chosen(site.layer, tower) for site in where.values()}
         where = {part: site for part, site in where.items() if bool(chosen[site.layer].any())}
         if not where:
-            raise UsageError(f"{self.name}: none of the heads asked for has softmax attention in this model.")
+            raise UsageError(
+                f"{self.name}: none of the heads asked for has softmax attention in this model.",
+                detail=f"The model has {len(tower.blocks)} layers of {tower.heads} heads.",
+                hint="Give layers=...; the method leaves some out by itself."
+                if self.layers is None
+                else None,
+            )
         with ExitStack() as stack:
             tokens = stack.enter_context(Tokens().watched(module, tower))
             tap = _EditTap(self, where, chosen, tokens, effect, causal=tower.causal)
@@ -251,6 +262,7 @@ class _EditTap(AttentionTap):
         super().__init__(where, no_statistics, ignore)
         self.mitigation, self.tokens, self.effect, self.chosen = mitigation, tokens, effect, chosen
         self.causal = causal
+        self.heads = {layer: int(heads.sum()) for layer, heads in chosen.items()}
         self._memory: dict[int, tuple[int, dict[str, Any]]] = {}
 
     def run(
@@ -258,6 +270,12 @@ class _EditTap(AttentionTap):
     ) -> tuple[Tensor, Tensor | None]:
         self.calls += 1
         self.effect.calls += 1
+        if kwargs.get("dropout"):
+            raise ModelError(
+                "A mitigation needs attention without dropout.",
+                detail=f"Layer {site.layer} drops {kwargs['dropout']:.0%} of its attention: it is in training mode.",
+                hint="Call model.eval() first.",
+            )
         call = attention_call(args, kwargs, eager=STANDS_FOR[name] == "eager", counted=None)
         with captured_lse() as captured:
             output, weights = own(*args, **kwargs)
@@ -271,7 +289,7 @@ class _EditTap(AttentionTap):
         if sets is None:
             return output, weights
         done = transfer(call, output, sets, rule, seen.lse, rows=rows)
-        self.effect.add(site.layer, done, seen.rows.sum() * int(self.chosen[site.layer].sum()))
+        self.effect.add(site.layer, done, seen.rows.sum() * self.heads[site.layer])
         if weights is not None:
             weights = transferred_weights(weights, call, sets, rule, rows)
         return done.output, weights

@@ -35,8 +35,11 @@ def sees_more_than(seen: Seen) -> Bool[Tensor, "batch query"]:
     if not seen.causal:
         return seen.rows
     first, valid = seen.tokens.places((0,), seen.call)
-    own = torch.arange(seen.call.query.shape[2], device=first.device) + seen.tokens.past
-    return seen.rows & ~((own == first) & valid)
+    key = "sees more", first.device
+    if key not in seen.tokens.memo:
+        own = torch.arange(seen.call.query.shape[2], device=first.device) + seen.tokens.past
+        seen.tokens.memo[key] = seen.rows & ~((own == first) & valid)
+    return seen.tokens.memo[key]
 
 
 @registry.register("attention-scaling")

@@ -39,7 +39,8 @@ class Tokens:
     _real: Tensor | None = None
     _known: Tensor | None = None
     _inner: int = -1
-    _places: dict[tuple[int, ...], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    memo: dict[Any, Any] = field(default_factory=dict)
+    """What was worked out for an earlier layer of the same pass and holds for later ones."""
 
     @contextmanager
     def watched(self, model: nn.Module, tower: Tower) -> Iterator[Tokens]:
@@ -61,7 +62,8 @@ class Tokens:
             self._inner = depth
             if outermost:
                 self.passes += 1
-                self.past, self._mask, self._places = 0, None, {}
+                self.past, self._mask = 0, None
+                self.memo.clear()
                 self._known, self._real = self._real, None
             cache = given.get("past_key_values")
             if cache is not None:
@@ -93,7 +95,7 @@ class Tokens:
             )
         if self._real is None or self._real.shape != (batch, total):
             self._real = self._found(batch, total, call.query.device)
-            self._places = {}
+            self.memo.clear()
         self._real = self._real.to(call.query.device)
         return self._real
 
@@ -120,12 +122,13 @@ class Tokens:
     ) -> tuple[Int[Tensor, "batch position"], Bool[Tensor, "batch position"]]:
         """Where the given positions of each prompt's own tokens stand among all tokens, and whether they do."""
         real = self.real(call)
-        if positions not in self._places:
+        key = "places", positions, real.device
+        if key not in self.memo:
             count = real.long().cumsum(1)
             asked = torch.tensor(positions, device=real.device)[None, :, None] + 1
             found = (count[:, None] == asked) & real[:, None]
-            self._places[positions] = found.int().argmax(-1), found.any(-1)
-        return self._places[positions]
+            self.memo[key] = found.int().argmax(-1), found.any(-1)
+        return self.memo[key]
 
 
 def _around(tower: Tower) -> list[str]:

@@ -255,6 +255,34 @@ def test_act_closed_form_is_its_matrix_form(beta: float) -> None:
     torch.testing.assert_close(found.double(), closed, rtol=0, atol=2e-6)
 
 
+def all_on(key: int, strength: float) -> AttentionCall:
+    """Rows that give nearly everything to one key (the first row sees itself only)."""
+    torch.manual_seed(6)
+    query, keys = torch.randn(1, 2, 19, 6), torch.randn(1, 1, 19, 6)
+    query[..., 0], keys[..., 0] = 1.0, 0.0
+    keys[:, :, key, 0] = strength
+    return AttentionCall(query, keys, torch.randn(1, 1, 19, 3), 1.0)
+
+
+def test_act_leaves_rows_alone_that_have_nothing_elsewhere() -> None:
+    """Mass 1 on a sink: nowhere to move it to, and no division by zero."""
+    call = all_on(2, 40.0)
+    weights = full_map(call)
+    assert float(1 - weights[0, :, 5:, 2].min()) < 1e-6
+    plain = tuned(call, ACT(beta=1.0))
+    found = tuned(call, ACT(beta=0.4))
+    assert torch.equal(found, plain)
+
+
+@pytest.mark.parametrize("gamma", [1e-6, 1e6])
+@pytest.mark.parametrize("strength", [2.0, 12.0])
+def test_extreme_gammas_stay_exact(gamma: float, strength: float) -> None:
+    call = all_on(0, strength)
+    expected = mixed(scaled_map(full_map(call), torch.zeros(1, 1, dtype=torch.long), gamma), call)
+    found = tuned(call, ZeroTuning(gamma=gamma))
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=5e-6)
+
+
 def test_act_is_not_a_constant_shift_of_logits() -> None:
     """ZeroTuning with gamma = beta on the same tokens is another method."""
     torch.manual_seed(3)

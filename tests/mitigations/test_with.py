@@ -376,6 +376,45 @@ def test_a_gradient_is_refused() -> None:
         model(**given)
 
 
+def test_dropout_is_refused() -> None:
+    model, given = build("llama"), inputs("llama")
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.25
+    model.train()
+    with torch.no_grad(), pytest.raises(ModelError, match="Layer 0 drops 25%"), KnockOut()(model):
+        model(**given)
+
+
+def test_act_leaves_out_the_first_two_layers_and_the_last() -> None:
+    model, given = build("llama"), inputs("llama")
+    with ACT(alpha=1.0)(model) as effect:
+        logits(model, given)
+    assert list(effect.by_layer) == [2]
+    with ACT(alpha=1.0, heads=[(0, 1), (3, 2)])(model) as effect:
+        logits(model, given)
+    assert list(effect.by_layer) == [0, 3]
+
+
+def test_a_model_too_shallow_for_act_is_told_what_to_do() -> None:
+    refused = pytest.raises(UsageError, match=r"The model has 2 layers of 4 heads\.\nGive layers")
+    with refused, ACT()(build("clip").text_model):
+        pass
+
+
+def test_double_precision_is_kept() -> None:
+    """What the heads of the first layer write, to 1e-12; later layers have norms in single precision."""
+    model, given = build("llama", dtype=torch.float64), inputs("llama", batch=2, length=13, padding="left")
+    real, found = given["attention_mask"] != 0, []
+    model.model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda _, args: found.append(args[0]))
+    with rewritten(
+        model, lambda _, weights: scaled_map(weights, places(real, 0)[:, None], 0.0, spare_own=True), real
+    ):
+        logits(model, given)
+    with KnockOut()(model):
+        logits(model, given)
+    torch.testing.assert_close(found[1][real], found[0][real], rtol=0, atol=1e-12)
+
+
 def test_mitigations_are_frozen_and_can_be_compared() -> None:
     one, same = (
         ZeroTuning(gammas={(1, 0): 2.0}, layers=range(2)),
