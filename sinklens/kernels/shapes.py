@@ -35,7 +35,8 @@ def sizes_of(call: AttentionCall, want: Want) -> Sizes:
         UsageError: Empty tensors, or shapes that do not fit together; all misfits are named at once.
     """
     batch, heads, queries, dim = call.query.shape
-    if not (call.query.numel() and call.key.numel() and call.value.numel()):
+    # Values may be 0 wide: who knows the weights already asks for statistics alone (`tracers/fallback.py`).
+    if not (call.query.numel() and call.key.numel()) or 0 in call.value.shape[:3]:
         raise UsageError(
             "This attention call is empty: it has no query, no key or no value.",
             detail=", ".join(

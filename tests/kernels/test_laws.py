@@ -224,19 +224,43 @@ def test_band_without_the_first_group_is_attention_without_those_keys(kernel: Ke
     """Taking a key out and renormalising is attention that never saw it: here as a mask."""
     length, gone = 31, 3
     query, key = torch.randn(1, 4, length, 8), torch.randn(1, 2, length, 8)
-    key[:, :, gone] *= 6  # nearly everything goes to it, in some heads
+    key[:, :, gone] *= 2.5  # most goes to it, in some rows, but every row keeps enough to count
     triangle = torch.ones(length, length, dtype=torch.bool).tril()
     group = torch.arange(length) == gone
     want = Want(
         frozenset({Stat.RECEIVED_BAND, Stat.RECEIVED_BAND_REST}), groups=group[None, None], band=(2, 9)
     )
-    found = kernel(AttentionCall(query, key, key, 0.7, mask=triangle[None, None]), want)
+    call = AttentionCall(query, key, key, 0.7, mask=triangle[None, None])
+    found = kernel(call, want)
+    mass = replace(want, stats=frozenset({Stat.GROUP_MASS}))
+    assert bool((attention_reference(call, mass)[1][Stat.GROUP_MASS] < 1 - 2e-4).all())
     without = kernel(AttentionCall(query, key, key, 0.7, mask=(triangle & ~group)[None, None]), want)
     rest = found[Stat.RECEIVED_BAND_REST]
     torch.testing.assert_close(rest, without[Stat.RECEIVED_BAND], atol=1e-5, rtol=1e-5)
     assert not rest[..., gone].any()
     assert not rest[..., length - 2 :].any()
     assert found[Stat.RECEIVED_BAND][..., gone].max() > rest.max()
+
+
+@kernels
+def test_rows_that_leave_nearly_nothing_have_no_part_in_the_rest(kernel: Kernel) -> None:
+    """Rows leave 10^-1 to 10^-12 beside the first key: from 2e-4 on they count in full, up to 1e-4 not at all."""
+    length = 37
+    left = torch.cat([torch.logspace(-1, -12, length - 1), torch.tensor([1.5e-4])]).double()
+    uniform = left / torch.arange(length).clamp(min=1)
+    # Query 0's two coordinates make the logits: ln((1 - left) / each of the others) on the first key, 0 elsewhere.
+    query = ((1 - left) / uniform).log()[None, None, :, None].float().expand(1, 3, -1, 2).contiguous()
+    key = torch.zeros(1, 1, length, 2)
+    key[0, 0, 0, 0] = 1.0
+    want = Want(
+        frozenset({Stat.RECEIVED_BAND_REST}), groups=(torch.arange(length) == 0)[None, None], band=(1, 40)
+    )
+    found = kernel(AttentionCall(query, key, key, 1.0), want)[Stat.RECEIVED_BAND_REST]
+    part = (left / 1e-4 - 1).clamp(0, 1)
+    expected = [sum(float(part[q]) / q for q in range(k + 1, length)) if k else 0.0 for k in range(length)]
+    torch.testing.assert_close(found[0, 1], torch.tensor(expected), atol=1e-5, rtol=1e-5)
+    assert found[0, 1, 1] > 1
+    assert found[0, 1, 20] == pytest.approx(0.5 / (length - 1), abs=1e-4)
 
 
 @kernels
