@@ -111,7 +111,7 @@ def pass_rows(logits: Float[Tensor, "b h r k"], request: RowRequest) -> RowResul
         ctypes.c_void_p(logits.data_ptr()),
         *map(ctypes.c_long, (b * h, r, k)),
         int(request.known),
-        torch.get_num_threads(),
+        native.threads(),
         ctypes.byref(asked),
     )
     return results
@@ -126,7 +126,7 @@ def attend(
         request: For all rows and keys as one block; `known`, `keep` and `half` have no meaning here.
         scores: Most logits in flight per thread, as far as a tile of the least size allows.
     """
-    library, threads = native.built(), torch.get_num_threads()
+    library, threads = native.built(), native.threads()
     b, h, q, dim = call.query.shape
     kv_heads, keys, value_dim = call.value.shape[1:]
     line = -(-keys // 32) * 32 + 16  # not a power of two, so that the rows of a tile do not share cache sets
@@ -173,7 +173,7 @@ def _tiling(units: int, group: int, threads: int, most: int, *, tall: bool) -> t
 
 def _ask(shape: torch.Size, request: RowRequest) -> tuple[native.Asked, RowResults, object]:
     """The C structure, where its results go, and what must live as long as it is used."""
-    keys, threads, device = shape[3], torch.get_num_threads(), torch.device("cpu")
+    keys, threads, device = shape[3], native.threads(), torch.device("cpu")
     found = _room(shape[:3], request)
     given = {**_given(shape, request), **request.sums, **found}
     # Room for one row of weights and one of their logarithms per thread; rows start at cache lines.

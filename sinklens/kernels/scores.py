@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,8 @@ from .workspace import workspace
 
 # Hidden logits are this instead of -inf: exp gives 0 all the same, and 0 * logit stays 0 instead of NaN.
 HIDDEN = -1e30
+# The precision of products is one setting of the whole process.
+_PRECISION = threading.Lock()
 
 
 class Scores:
@@ -147,9 +150,10 @@ def _bfloat16_products() -> Iterator[None]:
     products, made by hardware twice as fast. torch has no other way to ask for a float32 result on CPU.
     """
     matmul = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
+    with _PRECISION:  # or of two threads the later would restore what the earlier has set, for good
+        before = matmul.fp32_precision
+        matmul.fp32_precision = "bf16"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = before

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -108,14 +110,14 @@ def test_library_is_built_once_and_kept(fresh: Path, monkeypatch: pytest.MonkeyP
 def test_a_single_threaded_build_leaves_several_threads_to_torch(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    built = native._built
+    loaded = native._loaded
 
-    def without_openmp(flags: tuple[str, ...]) -> Path:
+    def without_openmp(flags: tuple[str, ...]) -> native.Library:
         if "-fopenmp" in flags:
             raise OSError("no OpenMP")
-        return built(flags)
+        return loaded(flags)
 
-    monkeypatch.setattr(native, "_built", without_openmp)
+    monkeypatch.setattr(native, "_loaded", without_openmp)
     assert native.available() == (compiler is not None)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     assert not native.available()
@@ -158,3 +160,128 @@ def test_where_the_compiled_pass_does_not_serve() -> None:
     assert not native_serves(call, BlockPlan(native=False))
     double = replace(call, query=call.query.double(), key=call.key.double(), value=call.value.double())
     assert not native_serves(double, plan)
+
+
+def kept_in(fresh: Path) -> list[Path]:
+    return sorted((fresh / "sinklens").glob("kernels-*.so"))
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "spoil", [lambda data: data[: len(data) // 2], lambda _: b"", lambda data: data[::-1]]
+)
+def test_a_damaged_library_is_not_loaded_but_made_again(fresh: Path, spoil: Any) -> None:
+    assert native.available()
+    (kept,) = kept_in(fresh)
+    whole = kept.read_bytes()
+    native.library.cache_clear()
+    kept.unlink()  # the mapped file itself must stay as it is
+    kept.write_bytes(spoil(whole))
+    kept.chmod(0o600)
+    assert native.available()
+    (library,) = kept_in(fresh)
+    assert native._intact(library)
+    assert native.built().threaded
+
+
+@needs_compiler
+@pytest.mark.parametrize("what", ["folder", "file"])
+@pytest.mark.parametrize("mode", [0o020, 0o002])
+def test_what_others_may_write_to_is_not_loaded(
+    fresh: Path, what: str, mode: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert native.available()
+    (kept,) = kept_in(fresh)
+    target = kept if what == "file" else kept.parent
+    target.chmod(target.stat().st_mode | mode)
+    native.library.cache_clear()
+    opened: list[str] = []
+    monkeypatch.setattr(native, "Library", spy_on(native.Library, opened))
+    assert native.available()
+    assert len(opened) == 1
+    if what == "folder":
+        assert Path(opened[0]).parent.parent != fresh
+    assert target.stat().st_mode & mode == (
+        mode if what == "folder" else 0
+    )  # a file is replaced by one's own
+
+
+def spy_on(kind: type[native.Library], opened: list[str]) -> Any:
+    def load(name: str) -> native.Library:
+        opened.append(name)
+        return kind(name)
+
+    return load
+
+
+@needs_compiler
+def test_a_library_of_somebody_else_is_not_loaded(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.available()
+    (kept,) = kept_in(fresh)
+    assert native._intact(kept)
+    monkeypatch.setattr(os, "geteuid", lambda: kept.stat().st_uid + 1)
+    assert not native._intact(kept)
+    assert native._cache() is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("spoil", ["no home", "a file in its place", "relative"])
+def test_without_a_cache_each_process_builds_its_own(
+    spoil: str, fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if spoil == "a file in its place":
+        (fresh / "sinklens").write_text("")
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", "" if spoil == "no home" else "here")
+        monkeypatch.chdir(fresh)
+
+        def homeless() -> Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(Path, "home", homeless)
+    left = sorted(fresh.iterdir())
+    assert native.available()
+    assert sorted(fresh.iterdir()) == left
+
+
+@needs_compiler
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_check_does_not_depend_on_the_callers_settings(fresh: Path, default: torch.dtype) -> None:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        with torch.autocast("cpu", torch.bfloat16):
+            assert native.available()
+    finally:
+        torch.set_default_dtype(before)
+
+
+@needs_compiler
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_process_does_not_hang(fresh: Path) -> None:
+    """Threads of OpenMP do not survive a fork, and the child would wait for them forever."""
+    script = """
+import os, signal, torch
+from sinklens.kernels.blocked import attention_fused
+from sinklens.kernels.spec import AttentionCall, Stat, Want
+torch.set_num_threads(2)
+query = torch.randn(1, 4, 64, 8)
+call, want = AttentionCall(query, query, query, 0.3), Want(frozenset({Stat.RECEIVED}))
+expected = attention_fused(call, want)[1][Stat.RECEIVED]
+child = os.fork()
+if not child:
+    signal.alarm(20)
+    os._exit(0 if torch.allclose(attention_fused(call, want)[1][Stat.RECEIVED], expected) else 3)
+assert os.waitpid(child, 0)[1] == 0
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
+
+
+@needs_compiler
+def test_processes_that_build_at_once_agree(fresh: Path) -> None:
+    script = "from sinklens.kernels import native; assert native.available() and native.built().threaded"
+    both = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(2)]
+    assert [each.wait(60) for each in both] == [0, 0]
+    assert kept_in(fresh)
+    assert all(map(native._intact, kept_in(fresh)))
+    assert [path for path in (fresh / "sinklens").iterdir() if path.is_dir()] == []
