@@ -26,12 +26,13 @@ class Sensitivity(Analyzer):
 
     How it is computed: the first prompts of the run are measured as the run measured them, then with the BOS token
     taken away or added, with or without the chat template, with random tokens in place of the text, with one token
-    repeated, cut or joined to other lengths, and with the model in other dtypes. Every variant is judged by the rule
-    of primary sinks; its rate is that of its own strongest position. The difference to the run's own protocol is
-    paired over prompts where the variant keeps them (text in, text out), else between two independent samples; its
-    95 % interval is a seeded bootstrap over prompts. The sink is called structural if no variant that has a vote
-    loses it or moves it; prompt-dependent if a variant of the input does; length-dependent if only other lengths do,
-    precision-dependent if only other dtypes do.
+    repeated, at other lengths (texts are cut or, where they are too short, joined with nothing between them; a BOS
+    stands at the start only, as several of them share what a sink receives), and with the model in other dtypes.
+    Every variant is judged by the rule of primary sinks with the run's epsilon; its rate is that of its own strongest
+    position. The difference to the run's own protocol is paired over prompts where the variant keeps them (text in,
+    text out), else between two independent samples; its 95 % interval is a seeded bootstrap over prompts. The sink is
+    called structural if no variant that has a vote loses it or moves it; prompt-dependent if a variant of the input
+    does; length-dependent if only other lengths do, precision-dependent if only other dtypes do.
     If the run has no sink, and no variant has one, there is none to depend on anything.
 
     Compared with the paper: Gu et al. compare natural, random and repeated tokens at 64 tokens with epsilon 0.3. They
@@ -40,9 +41,11 @@ class Sensitivity(Analyzer):
 
     When not to trust it: few prompts are used, so small differences are not seen; read the intervals. Rates at
     different lengths differ by their definition, because uniform attention over few keys is a larger share: a
-    difference of rates between lengths says little, the loss of the sink says much. One repeated token makes all
+    difference of rates between lengths says little, and a length at which the rule finds no sink may be one at which
+    a weak sink falls below epsilon; its `lift` over uniform attention tells. Where the run's own prompts hold several
+    BOS tokens (joined texts), other lengths differ in that as well and have no vote. One repeated token makes all
     positions equal, so that the share of each collapses in models without learned positions although all of them
-    carry the sink's hidden state; that variant has no vote, and `alike` says how many positions do.
+    carry the same hidden state; that variant has no vote, and `alike` says how many positions do.
 
     Args:
         min_change: Difference of rates, in percentage points, that is called a change of strength; its interval must
@@ -91,7 +94,7 @@ class Sensitivity(Analyzer):
             labels=LABELS,
             figures=[_strip(base, rows, summary)],
             tiles=[_tile(summary)],
-            notes=_notes(rows),
+            notes=_notes(rows, summary),
         )
 
     def _summary(self, result: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -133,7 +136,8 @@ UNITS = {
     "share": "share of attention (0-1) of that position",
     "delta": "percentage points, variant minus run",
     "position_rate": "% at the position that is strongest in the run",
-    "alike": "share of positions whose hidden state is at least half as long as the run's sink",
+    "lift": "ratio to uniform attention",
+    "alike": "share of positions whose hidden state is at least half as long as that of the run's strongest position",
     "seq_len": "tokens, median",
 }
 
@@ -154,7 +158,7 @@ LABELS = {
     "delta": "difference to the run",
     "paired": "paired over prompts",
     "position_rate": "sink rate at the run's position",
-    "alike": "positions like a sink",
+    "alike": "positions like the run's strongest",
     "skipped": "why not run",
     "min_change": "least change of strength",
 }
@@ -178,9 +182,11 @@ def _row(entry: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     said = {"variant": entry["label"], "group": entry["group"], "votes": entry["votes"]}
     if "skipped" in entry:
         empty = dict.fromkeys(
-            ("found", "position", "token", "rate", "rate_low", "rate_high", "share", "delta", "delta_low")
+            ("found", "position", "token", "rate", "rate_low", "rate_high", "share", "lift", "delta")
         )
-        rest = dict.fromkeys(("delta_high", "paired", "position_rate", "alike", "n_prompts", "seq_len"))
+        rest = dict.fromkeys(
+            ("delta_low", "delta_high", "paired", "position_rate", "alike", "n_prompts", "seq_len")
+        )
         return {**said, **empty, **rest, "skipped": entry["skipped"], "note": entry["note"]}
     low, high = interval(np.array(entry["rate"]))
     delta, delta_low, delta_high, paired = difference(entry, base)
@@ -193,6 +199,7 @@ def _row(entry: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
         "rate_low": low,
         "rate_high": high,
         "share": float(np.mean(entry["share"])),
+        "lift": entry.get("lift"),
         "delta": delta,
         "delta_low": delta_low,
         "delta_high": delta_high,
@@ -244,6 +251,7 @@ WORDS = {
     NUMERIC: "depends on the precision",
     BY_LENGTH: "depends on the length of the prompts",
 }
+RULE_FINDS_NONE = "the same rule finds no sink"
 
 
 def _verdict(summary: dict[str, Any], rows: list[dict[str, Any]]) -> str:
@@ -261,20 +269,19 @@ def _verdict(summary: dict[str, Any], rows: list[dict[str, Any]]) -> str:
     told = [_loss(row, summary) for row in lost if row["group"] != LENGTH]
     other = [row for row in lost if row["group"] == LENGTH]
     if len(other) > 1 and not any(row["found"] for row in other):
-        told.append(f"{_join([row['variant'] for row in other])} it is gone too" if told else _gone_at(other))
+        told.append(
+            f"{_join([row['variant'] for row in other])} {RULE_FINDS_NONE}{' either' if told else ''}"
+        )
     else:
         told += [_loss(row, summary) for row in other]
     return f"The sink {WORDS[kind]}: {'; '.join(told)}.{varies}"
 
 
-def _gone_at(rows: list[dict[str, Any]]) -> str:
-    return f"{_join([row['variant'] for row in rows])} it is gone"
-
-
 def _loss(row: dict[str, Any], summary: dict[str, Any]) -> str:
     if row["found"]:
         return f"{row['variant']} it moves from position {summary['position']} to {row['position']}"
-    return f"{row['variant']} it is gone (rate {summary['sink_rate']:.1f} % to {row['rate']:.1f} %)"
+    gone = RULE_FINDS_NONE if row["group"] == LENGTH else "it is gone"
+    return f"{row['variant']} {gone} (rate {summary['sink_rate']:.1f} % to {row['rate']:.1f} %)"
 
 
 def _join(names: list[str]) -> str:
@@ -286,15 +293,32 @@ def _tile(summary: dict[str, Any]) -> Tile:
     return Tile("Sensitivity", summary["kind"], note, link="sensitivity")
 
 
-def _notes(rows: list[dict[str, Any]]) -> list[str]:
+def _notes(rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[str]:
     notes = [f"Not run, {row['variant']}: {row['skipped']}" for row in rows if row["skipped"] is not None]
-    for row in rows:
-        if row["variant"] == REPEATED and row["skipped"] is None and row["alike"] is not None:
+    ran = [row for row in rows if row["skipped"] is None]
+    whose = "the sink's" if summary["found"] else "that of the run's strongest position"
+    for row in ran:
+        if row["variant"] == REPEATED and row["alike"] is not None:
             notes.append(
-                f"With one token repeated, {100 * row['alike']:.0f} % of the positions carry a hidden state as long as "
-                "the sink's; the rate of a single position then says nothing."
+                f"With one token repeated, {100 * row['alike']:.0f} % of the positions carry a hidden state at least "
+                f"half as long as {whose}; the rate of a single position then says nothing."
             )
-    return notes
+        if (
+            row["group"] == LENGTH
+            and row["variant"] in summary["depends_on"]
+            and row["lift"]
+            and not row["found"]
+        ):
+            notes.append(
+                f"{_sentence(row['variant'])} position {row['position']} receives {row['lift']:.1f} times the share of "
+                "uniform attention, without passing the rule of primary sinks; shares fall with length by definition."
+            )
+    told = dict.fromkeys(row["note"] for row in ran if row["note"] and row["variant"] != REPEATED)
+    return notes + list(told)
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def _strip(base: dict[str, Any], rows: list[dict[str, Any]], summary: dict[str, Any]) -> Intervals:

@@ -36,8 +36,9 @@ def sensitivity(
         `analyzer` (the parameters used), `base` (the measurement of the run's own protocol on these prompts) and
         `variants`: per variant its group, label and note, and either `skipped` (why, as a sentence) or the
         measurement. A measurement has `found`, `position`, `seq_len`, and lists over prompts: `sources`, `rate` (%),
-        `share`, `position_rate` (% at the position that is strongest in the base) and `alike` (share of positions
-        whose hidden state is at least half as long as the base's strongest).
+        `share`, `position_rate` (% at the position that is strongest in the base), `lift` (mean share of its own
+        strongest position over the uniform one) and `alike` (share of positions whose hidden state is at least half
+        as long as the base's strongest).
     """
     found = findings.get("primary-sinks")
     analyzer = PrimarySinks(**found.parameters) if found else PrimarySinks()
@@ -105,6 +106,7 @@ def measure(seen: Trace, analyzer: PrimarySinks, base: dict[str, Any] | None) ->
         "rate": [rate for rate, _ in here],
         "share": [share for _, share in here],
         "position_rate": [rate for rate, _ in there],
+        "lift": float(finding.summary["share"] / finding.summary["uniform_share"]),
         "norm": _norm(records, position) if norm is None else norm,
         "alike": None if norm is None else [alike(record, norm) for record in records],
     }

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from sinklens.core.errors import DataError, ResourceError, UsageError
+from sinklens.core.errors import DataError, ResourceError
+from sinklens.inputs.encode import bos_token_id
 from sinklens.inputs.spec import Prompt
 from sinklens.models.spec import OpenedModel
 
@@ -21,6 +22,8 @@ LENGTHS = (64, 128, 256, 512, 1024, 2048)
 DTYPES = ("float32", "bfloat16", "float16")
 PROMPTS, TOKENS, FEWEST = 16, 4096, 4
 """A variant runs this many prompts, fewer where that would be more than so many tokens, but not fewer than four."""
+
+CONFIG_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 Prompts = tuple[Prompt, ...]
 
@@ -47,10 +50,32 @@ class Material:
 
         A sample of fewer prompts than the run's is another sample, so the run's own number is read and then cut.
         """
+        return self._read(replace(self.options, **changes))[:n]
+
+    def texts(self, length: int, n: int | None = None) -> Prompts:
+        """The source's own texts, not joined and each cut after `length` tokens: the run's number of them, or `n`."""
+        fewest = max(n or 0, self.options.n or 0) or None
+        return self._read(replace(self.options, seq_len=length, pack=False, n=fewest))
+
+    def _read(self, options: ProfileOptions) -> Prompts:
         opened = self.prepared.opened
-        options = replace(self.options, **changes)
-        found = read_prompts(options, opened.tokenizer, opened.default_prompts, opened.module.config)
-        return found.prompts[:n]
+        return read_prompts(options, opened.tokenizer, opened.default_prompts, opened.module.config).prompts
+
+    @property
+    def special(self) -> set[int]:
+        """Ids that are no text: the tokenizer's special tokens; without a tokenizer those that the config names."""
+        opened = self.prepared.opened
+        if opened.tokenizer is not None:
+            return special_ids(opened.tokenizer)
+        return {token for name in CONFIG_TOKENS for token in config_tokens(opened.module.config, name)}
+
+    @property
+    def bos(self) -> int | None:
+        """The BOS token, of the tokenizer or, without one, of the config."""
+        opened = self.prepared.opened
+        if opened.tokenizer is not None:
+            return bos_token_id(opened.tokenizer)
+        return next(iter(config_tokens(opened.module.config, CONFIG_TOKENS[0])), None)
 
 
 @dataclass(frozen=True)
@@ -77,18 +102,20 @@ def variants(material: Material) -> Iterator[Variant]:
     """All variants; whether one can be run is told by calling it."""
     yield _bos(material)
     yield _template(material)
-    yield Variant("text", "with random tokens", partial(random_tokens, material))
+    yield Variant("text", "with random tokens", partial(random_tokens, material), note=_first_token(material))
     yield Variant(
         "text",
         "with one token repeated",
         partial(repeated_token, material),
         votes=False,
-        note="No position differs from the others, so the share of any one falls although each may carry the sink's "
+        note="No position differs from the others, so the share of any one falls although each may carry the same "
         "hidden state; this variant has no vote.",
     )
+    several = _several_bos(material)
     for length in LENGTHS:
         if length != material.length:
-            yield Variant("length", f"at {length} tokens", partial(of_length, material, length))
+            make = partial(of_length, material, length)
+            yield Variant("length", f"at {length} tokens", make, votes=not several, note=several)
     own = material.prepared.opened.info.dtype
     for dtype in DTYPES:
         if dtype != own:
@@ -146,6 +173,35 @@ def special_ids(tokenizer: Any) -> set[int]:
     return set(getattr(tokenizer, "all_special_ids", None) or ())
 
 
+def config_tokens(config: Any, name: str) -> tuple[int, ...]:
+    """The ids of one kind of special token in a model's config, which may name none, one or several."""
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    found = getattr(config, name, None)
+    found = found if isinstance(found, list | tuple) else (found,)
+    return tuple(int(token) for token in found if isinstance(token, int) and token >= 0)
+
+
+def _first_token(material: Material) -> str:
+    """A note if the prompts share a first token that nothing calls a BOS, so that it is drawn anew as well."""
+    first = {prompt.token_ids[0] for prompt in material.base}
+    if len(material.base) < 2 or len(first) > 1 or first <= material.special:
+        return ""
+    return (
+        f"All prompts begin with token {first.pop()}, which was replaced as well: neither tokenizer nor config calls "
+        "it special."
+    )
+
+
+def _several_bos(material: Material) -> str:
+    """A note if the run's own prompts hold BOS tokens after the first position."""
+    if not any(material.bos in prompt.token_ids[1:] for prompt in material.base):
+        return ""
+    return (
+        "The run's own prompts hold more than one BOS and prompts of other lengths are made with one, so a difference "
+        "need not come from the length; other lengths have no vote."
+    )
+
+
 def vocabulary(material: Material) -> np.ndarray:
     """Token ids that are no special tokens.
 
@@ -153,7 +209,7 @@ def vocabulary(material: Material) -> np.ndarray:
         DataError: The model reads no token ids.
     """
     count = material.prepared.opened.info.vocab_size
-    special = special_ids(material.prepared.opened.tokenizer)
+    special = material.special
     ids = np.array([i for i in range(count) if i not in special])
     if not len(ids):
         raise DataError("The model's vocabulary is not known.")
@@ -161,9 +217,9 @@ def vocabulary(material: Material) -> np.ndarray:
 
 
 def random_tokens(material: Material) -> Prompts:
-    """Every token of the text drawn anew; special tokens at either end stay."""
+    """Every token of the text drawn anew; special tokens stay, a BOS that only the config names too."""
     generator = np.random.default_rng(material.seed)
-    ids, special = vocabulary(material), special_ids(material.prepared.opened.tokenizer)
+    ids, special = vocabulary(material), material.special
     made = []
     for prompt in material.base:
         drawn = generator.choice(ids, len(prompt))
@@ -188,7 +244,10 @@ def _with_tokens(prompt: Prompt, ids: tuple[int, ...]) -> Prompt:
 
 
 def of_length(material: Material, length: int) -> Prompts:
-    """Prompts of exactly this length: the source cut, or joined where its texts are shorter.
+    """Prompts of exactly this length: texts cut, or joined without anything between them where they are shorter.
+
+    A BOS stands at the start where the run's prompts have one, and nowhere else: several of them share what a sink
+    receives. So does what the tokenizer puts after a text.
 
     Raises:
         DataError: The model has no such positions, or the source not enough text.
@@ -197,17 +256,67 @@ def of_length(material: Material, length: int) -> Prompts:
     if limit is not None and length > limit:
         raise DataError(f"The model is made for at most {limit} tokens.")
     n = min(PROMPTS, max(FEWEST, TOKENS // length))
-    cut = [prompt for prompt in material.read(n=PROMPTS, seq_len=length) if len(prompt) == length]
-    if len(cut) >= min(n, len(material.base)):
-        return tuple(cut[:n])
-    try:
-        joined = material.read(n=n, seq_len=length, pack=True)
-    except (DataError, UsageError):
-        joined = ()
-    best = max((tuple(cut), joined), key=len)
-    if not best:
-        raise DataError("The prompts have not enough text.")
-    return best
+    enough = min(n, FEWEST, len(material.base))
+    head, tail = edges(material)
+    width = length - len(head) - len(tail)
+    texts = [inside(prompt, material.bos, tail) for prompt in material.texts(length)]
+    cut = [text[:width] for text in texts if len(text) >= width]
+    if len(cut) < min(n, len(material.base)):
+        wanted = 1 + n * width // max(1, sum(map(len, texts)) // len(texts))
+        texts = [inside(prompt, material.bos, tail) for prompt in material.texts(length, wanted)]
+        flow = [token for text in texts for token in text]
+        joined = [flow[start : start + width] for start in range(0, len(flow) - width + 1, width)]
+        cut = max(cut, joined, key=len)
+    if len(cut) < enough:
+        total = sum(map(len, texts))
+        needed = f"{enough} prompts of {length}" if enough > 1 else f"one prompt of {length}"
+        raise DataError(f"The prompts have not enough text: {total} tokens in all, too few for {needed}.")
+    return tuple(_window([*head, *text, *tail]) for text in cut[:n])
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token and where it came from."""
+
+    id: int
+    piece: str
+    source: str
+    domain: str
+
+
+def edges(material: Material) -> tuple[list[Token], list[Token]]:
+    """What stands before and after the text in all of the run's prompts: BOS; EOS or `[SEP]`."""
+    tokenizer = material.prepared.opened.tokenizer
+    ends = {getattr(tokenizer, name, None) for name in ("eos_token_id", "sep_token_id")} - {None}
+    first, last = ({prompt.token_ids[at] for prompt in material.base} for at in (0, -1))
+    whole = _tokens(material.base[0])
+    return whole[:1] if first == {material.bos} else [], whole[-1:] if len(last) == 1 and last <= ends else []
+
+
+def inside(prompt: Prompt, bos: int | None, tail: list[Token]) -> list[Token]:
+    """The tokens of a prompt's text, without BOS and without what the run puts after every text."""
+    tokens = _tokens(prompt)
+    if tail and tokens[-1].id == tail[0].id:
+        tokens.pop()
+    return [token for token in tokens if token.id != bos]
+
+
+def _tokens(prompt: Prompt) -> list[Token]:
+    pairs = zip(prompt.token_ids, prompt.pieces, strict=True)
+    return [Token(token, piece, prompt.source, prompt.domain) for token, piece in pairs]
+
+
+def _window(tokens: list[Token]) -> Prompt:
+    text = tokens[1:-1] or tokens
+    first, last = text[0].source, text[-1].source
+    domains = {token.domain for token in text}
+    return Prompt(
+        0,
+        tuple(token.id for token in tokens),
+        tuple(token.piece for token in tokens),
+        first if first == last else f"{first} … {last}",
+        domains.pop() if len(domains) == 1 else "",
+    )
 
 
 def in_dtype(material: Material, dtype: str) -> OpenedModel:

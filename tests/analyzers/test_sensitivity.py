@@ -199,12 +199,39 @@ def test_not_run_is_not_applicable(why: str | None) -> None:
 
 
 def test_lengths_that_lose_the_sink_are_told_in_one_clause() -> None:
-    lengths = [variant("length", f"at {n} tokens", 1, found=False) for n in (256, 512)]
-    alone = finding(measured(60), *lengths).verdict
-    assert (
-        alone == "The sink depends on the length of the prompts: at 256 tokens and at 512 tokens it is gone."
+    """Shares fall with length by definition, so the sentence says what the rule finds and not what is there."""
+    lengths = [variant("length", f"at {n} tokens", 1, found=False, lift=6.4) for n in (256, 512)]
+    alone = finding(measured(60), *lengths)
+    assert alone.verdict == (
+        "The sink depends on the length of the prompts: at 256 tokens and at 512 tokens the same rule finds no sink."
     )
+    assert alone.notes[0].startswith(
+        "At 256 tokens position 0 receives 6.4 times the share of uniform attention"
+    )
+    assert len(alone.notes) == 2
     both = finding(measured(60), variant("BOS", "without BOS", 2, found=False), *lengths).verdict
     assert both.endswith(
-        "without BOS it is gone (rate 60.0 % to 2.0 %); at 256 tokens and at 512 tokens it is gone too."
+        "without BOS it is gone (rate 60.0 % to 2.0 %); at 256 tokens and at 512 tokens the same rule finds no sink "
+        "either."
     )
+    one = finding(measured(60), lengths[0]).verdict
+    assert one.endswith("at 256 tokens the same rule finds no sink (rate 60.0 % to 1.0 %).")
+
+
+def test_a_length_without_a_vote_changes_no_word_and_says_why() -> None:
+    why = "The run's own prompts hold more than one BOS; other lengths have no vote."
+    lengths = [variant("length", f"at {n} tokens", 1, found=False, votes=False, note=why) for n in (256, 512)]
+    found = finding(measured(60), *lengths)
+    assert found.summary["kind"] == STRUCTURAL
+    assert found.notes == [why]
+
+
+@pytest.mark.parametrize(
+    ("found", "whose"), [(True, "the sink's"), (False, "that of the run's strongest position")]
+)
+def test_a_model_without_a_sink_is_not_said_to_have_one(found: bool, whose: str) -> None:
+    repeated = variant("text", "with one token repeated", 0, found=False, votes=False)
+    notes = finding(measured(60, found=found), repeated).notes
+    assert len(notes) == 1
+    assert f"half as long as {whose};" in notes[0]
+    assert ("sink" in notes[0]) is found

@@ -47,6 +47,25 @@ def test_precisions_and_short_prompts_keep_it(trained: Any) -> None:
     assert abs(row(trained, "in float32")["delta"]) < 3
 
 
+def test_longer_prompts_keep_it() -> None:
+    """One BOS at the start: an independent pass over such prompts has 25, 25 and 16 % at 128, 256 and 510 tokens."""
+    run = sinklens.profile("bundled:moe-ind", sensitivity=True, verify=False, analyzers=("primary-sinks",))
+    expected = {"at 128 tokens": 25.0, "at 256 tokens": 25.0, "at 512 tokens": 16.0}
+    for label, rate in expected.items():
+        longer = row(run, label)
+        assert (longer["found"], longer["position"]) == (True, 0)
+        assert longer["rate"] == pytest.approx(rate, abs=4)
+    assert run.sensitivity.summary["depends_on"] == ["without BOS"]
+
+
+def test_a_length_at_which_the_rule_finds_none_is_told_with_its_lift(trained: Any) -> None:
+    longer = row(trained, "at 512 tokens")
+    assert not longer["found"]
+    assert longer["lift"] > 5
+    assert "at 512 tokens the same rule finds no sink" in trained.sensitivity.verdict
+    assert any(note.startswith("At 512 tokens position 0 receives") for note in trained.sensitivity.notes)
+
+
 def test_what_cannot_be_run_says_why(trained: Any) -> None:
     assert "no chat template" in row(trained, "with chat template")["skipped"]
     assert "at most 512 tokens" in row(trained, "at 1024 tokens")["skipped"]
