@@ -14,6 +14,7 @@ from sinklens.tracers.trace import Trace
 from .base import Analyzer, Finding, Reference, Status, registry
 from .causal_rules import (
     CARRIES,
+    CHANGE,
     DID_NOT_ACT,
     HOLDS_BACK,
     NEED,
@@ -22,6 +23,7 @@ from .causal_rules import (
     effect_rows,
     strongest_control,
 )
+from .causal_words import LABELS, UNITS
 from .expert_effects import stored_effects
 
 
@@ -31,16 +33,20 @@ class CausalEffects(Analyzer):
     """What taking a cause away does: to the sink, and to the predictions, beside controls of equal size.
 
     How it is computed: a few prompts run again, each time with one change that matches a finding: massive entries set
-    to zero where they first appear, once or in every later block, or to the signed mean of other prompts; experts
-    pruned (routing weights not renormalised); the sink's key hidden from later queries; the strongest sink heads
-    silenced; what the feed-forward part or the attention of one block writes on the sink token set to zero. Controls
-    of equal count, drawn with a seed: shifts of equal size on other dims of the same tokens, entries of median size,
-    other experts of the same block, the key of another position, other heads, the same write on another token.
-    Everything is compared within a prompt. "Sink lost" is the drop of the sink's share relative to what it has beyond
-    even attention. D_sink is one minus the mean over heads of the ratio of attention after to attention before, over
-    the queries behind the sink, without heads that gave less than 0.01, mean over the blocks with sink heads. KL is
-    taken from the unchanged to the changed prediction, over all tokens of the prompt. A row counts as an effect only
-    if it exceeds every control of its own; the words follow a fixed table.
+    to zero where they first appear, once or in every later block, or to the signed mean of other prompts (of all
+    prompts, where the run has no others); experts pruned (routing weights not renormalised); the sink's key hidden from
+    later queries; the strongest sink heads silenced; what the feed-forward part or the attention of one block writes on
+    the sink token set to zero. Controls of equal count, drawn with a seed: shifts of equal size on other dims of the
+    same tokens (held in the same blocks, where the change is held), entries of median size, other experts of the same
+    block, the key of another position, other heads, the same write on another token. Everything is compared within a
+    prompt. "Sink lost" is the drop of the sink's share relative to what it has beyond even attention: 1 takes it down
+    to even attention, a blocked key falls below that and loses more than 1. It is measured only where primary-sinks
+    found a sink. D_sink is one minus the mean over heads of the ratio of attention after to attention before, over the
+    queries behind the sink, without heads that gave less than 0.01, mean over the blocks with sink heads. KL is taken
+    from the unchanged to the changed prediction, over all tokens of the prompt. A row counts as an effect only if its
+    interval excludes 0 and it exceeds every control of its own; the words follow a fixed table. What remains of massive
+    entries is measured with its sign, in later blocks that have them without the change. Predictions "need" what they
+    change without, beyond every control and with a rise of the loss, where there is one.
 
     Compared with the paper: Sun et al. set entries to zero or to their mean at one block and measure perplexity; here
     the same is done with values found in the model at hand, and the sink is measured too. D_sink follows equations 7
@@ -100,7 +106,7 @@ class CausalEffects(Analyzer):
             units=UNITS,
             labels=LABELS,
             figures=self._figures(rows, effects),
-            tiles=[_tile(rows)],
+            tiles=[_tile(rows)] if _judged_by_sink(rows) else [],
             notes=_notes(rows, effects),
         )
 
@@ -127,8 +133,8 @@ _GROUPS = {
 }
 _SINK_TEXT = (
     "Sink lost when a cause is taken away",
-    "Drop of the sink's share of attention, relative to what it has beyond even attention: 100 % means that nothing "
-    "of the sink is left. Mean over the prompts and 95 % interval; hollow: the strongest control.",
+    "Drop of the sink's share of attention, relative to what it has beyond even attention: 100 % is down to even "
+    "attention, more is below it. Mean over the prompts and 95 % interval; hollow: the strongest control.",
     "sink lost (%)",
 )
 _KL_TEXT = (
@@ -138,57 +144,14 @@ _KL_TEXT = (
     "KL (nats per token)",
 )
 
-UNITS = {
-    "sink_lost": "part of the sink's share beyond even attention (1 is all of it)",
-    "sink_share_before": "share of attention, mean over prompts, layers and heads",
-    "sink_share_after": "share of attention, mean over prompts, layers and heads",
-    "sink_rate_before": "% of (prompt, layer, head) with share > epsilon",
-    "sink_rate_after": "% of (prompt, layer, head) with share > epsilon",
-    "d_sink": "mean over heads of 1 - attention after / attention before, blocks with sink heads",
-    "d_sink_of_means": "1 - ratio of the heads' means, blocks with sink heads",
-    "kl": "nats per token",
-    "loss_change": "nats per token",
-    "remains": "ratio of the largest targeted entry in later blocks to its former self",
-    "direction_kept": "cosine of the sink token's state with its former self, one block later",
-    "edited": "entries, routed rows, keys or numbers changed, all prompts",
-    "output_change": "largest absolute change of the model's output",
-}
-
-LABELS = {
-    "intervention": "what is changed",
-    "short": "in short",
-    "kind": "kind of change",
-    "name": "name in the JSON document",
-    "predictions": "the predictions",
-    "sink_lost": "sink lost",
-    "sink_lost_low": "sink lost, lower end",
-    "sink_lost_high": "sink lost, upper end",
-    "control_sink_lost": "sink lost in the strongest control",
-    "d_sink": "attention lost, mean of head ratios (D_sink)",
-    "d_sink_of_means": "attention lost, ratio of means",
-    "kl": "change of the predictions (KL)",
-    "kl_low": "change of the predictions, lower end",
-    "kl_high": "change of the predictions, upper end",
-    "control_kl": "change of the predictions in the strongest control",
-    "loss_change": "change of the loss",
-    "loss_change_low": "change of the loss, lower end",
-    "loss_change_high": "change of the loss, upper end",
-    "control_loss_change": "change of the loss in the strongest control",
-    "remains": "what remains of the massive entries",
-    "direction_kept": "direction kept",
-    "edited": "numbers changed",
-    "output_change": "largest change of the output",
-    "n_prompts": "prompts",
-    "base_loss": "loss of the unchanged model",
-    "carriers": "what carries the sink",
-    "faint_heads": "heads left out of D_sink",
-    "calibration_prompts": "prompts behind the means",
-    "held_out": "means from other prompts",
-}
-
 
 def _matters(row: dict[str, Any]) -> bool:
-    return row["verdict"] in (CARRIES, PART, HOLDS_BACK, NEED)
+    return row["verdict"] in (CARRIES, PART, HOLDS_BACK, NEED, CHANGE)
+
+
+def _judged_by_sink(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that say what makes the sink."""
+    return [row for row in rows if row["kind"] not in ON_PREDICTIONS and row["sink_lost"] is not None]
 
 
 def _summary(rows: list[dict[str, Any]], effects: dict[str, Any]) -> dict[str, Any]:
@@ -221,22 +184,29 @@ def _on_sink(row: dict[str, Any]) -> str:
         if row["sink_lost_low"] is not None
         else ""
     )
+    below = "; over 100 % is below even attention" if row["sink_lost"] >= 1.005 else ""
     return (
         f"with {row['intervention']}, {_percent(row['sink_lost'])} of the sink is lost{interval} "
-        f"(control: {_percent(row['control_sink_lost'])})"
+        f"(control: {_percent(row['control_sink_lost'])}{below})"
     )
 
 
 def _verdict(rows: list[dict[str, Any]], effects: dict[str, Any]) -> str:
     """The strongest carrier first, else why there is none; then what the predictions say."""
-    sink = [row for row in rows if row["kind"] not in ON_PREDICTIONS and row["sink_lost"] is not None]
-    sentences = [_sink_sentence(sink)] if sink else []
-    cost = _cost_sentence(rows)
-    text = " ".join([*sentences, cost] if cost else sentences)
-    return (
-        text
-        or "None of the changes could be judged: the model has neither a sink nor predictions to compare."
-    )
+    sink = _judged_by_sink(rows)
+    on_sink = _sink_sentence(sink) if sink else _no_sink_sentence(rows, effects)
+    return " ".join(filter(None, [on_sink, _cost_sentence(rows)]))
+
+
+def _no_sink_sentence(rows: list[dict[str, Any]], effects: dict[str, Any]) -> str:
+    """Why nothing is said of a sink; nothing where attention was not measured or only other things were tried."""
+    if effects["position"] is None or all(row["kind"] in ON_PREDICTIONS for row in rows):
+        return ""
+    if effects.get("sink_found"):
+        return (
+            "The sink is too weak to measure a loss: over all heads its share does not exceed even attention."
+        )
+    return "There is no sink to lose: no position is an attention sink here."
 
 
 def _sink_sentence(rows: list[dict[str, Any]]) -> str:
@@ -249,6 +219,7 @@ def _sink_sentence(rows: list[dict[str, Any]]) -> str:
         more = len([row for row in carriers if row["verdict"] == best["verdict"]]) - 1
         others = f"; {more} other change{'s' * (more > 1)} did the like" if more else ""
         return f"{word}: {_on_sink(best)}{others}."
+    rows = _settled(rows)
     stayed = next((row for row in rows if row["verdict"].startswith("not removed")), None)
     if stayed is not None:
         return (
@@ -259,24 +230,47 @@ def _sink_sentence(rows: list[dict[str, Any]]) -> str:
     return f"Nothing that was taken away ended the sink: {_on_sink(top)}, {top['verdict']}."
 
 
+def _settled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the changes that did not last, where the same entries held at zero in every later block were gone."""
+    held = next((row for row in rows if row["name"] == "massive-held"), None)
+    if held is None or held["verdict"] == DID_NOT_ACT or held["verdict"].startswith("not removed"):
+        return rows
+    return [row for row in rows if not row["verdict"].startswith("not removed")]
+
+
 _SINGLE = {"expert": 2, "massive": 1, "massive-mean": 0, "write": 1}
 """A named expert says more than its block or the entries it writes."""
 
 
 def _cost_sentence(rows: list[dict[str, Any]]) -> str:
     known = [row for row in rows if row["kl"] is not None]
-    needed = [row for row in known if row["predictions"] == NEED]
+    moved = [row for row in known if row["predictions"] in (NEED, CHANGE)]
     if not known:
         return "The model has no language head, so KL and loss do not apply."
-    if not needed:
+    if not moved:
         return "The predictions change no more than in the controls."
-    top = max(needed, key=lambda row: row["kl"] - (row["control_kl"] or 0.0))
-    said = f"The predictions change most with {top['intervention']}"
+    # Ranked by the excess, not by the change: a change as large as its control says nothing of its cause.
+    top = max(moved, key=lambda row: row["kl"] - (row["control_kl"] or 0.0))
+    among = "Of the changes that exceed their controls, the predictions move furthest beyond them"
+    said = among if len(moved) > 1 else "The predictions change beyond the controls only"
+    text = f"{said} with {top['intervention']}: KL {top['kl']:.2g} nats per token{_beside(top['control_kl'], '.2g')}"
     if top["loss_change"] is None:
-        return f"{said}: {top['kl']:.3g} nats per token."
-    control = top["control_loss_change"]
-    beside = "" if control is None else f" (control: {control:+.2f})"
-    return f"{said}: the loss by {top['loss_change']:+.2f} nats per token{beside}."
+        return f"{text}."
+    if abs(top["loss_change"]) < LEAST_SAID:
+        return f"{text}, while the loss stays as it is to within {LEAST_SAID} nats."
+    return f"{text}, the loss by {top['loss_change']:+.2f}{_beside(top['control_loss_change'], '+.2f')}."
+
+
+LEAST_SAID = 0.005
+"""Change of the loss, in nats per token, that two decimals can show."""
+
+
+def _beside(control: float | None, form: str) -> str:
+    """The control in brackets; a number that two decimals cannot tell from none has no sign."""
+    if control is None:
+        return ""
+    said = "0.00" if form == "+.2f" and abs(control) < LEAST_SAID else format(control, form)
+    return f" (control: {said})"
 
 
 def _tile(rows: list[dict[str, Any]]) -> Tile:
@@ -287,10 +281,11 @@ def _tile(rows: list[dict[str, Any]]) -> Tile:
         )
     best = max(carriers, key=lambda row: (_SINGLE[row["kind"]], row["sink_lost"]))
     value = {"expert": best["short"].removesuffix(" pruned"), "write": best["short"]}
+    lost = "all" if best["sink_lost"] >= 0.995 else _percent(best["sink_lost"])
     return Tile(
         "Sink carried by",
-        value.get(best["kind"], "massive entries"),
-        f"{_percent(min(best['sink_lost'], 1.0))} of it lost without",
+        value.get(best["kind"], "strong entries"),
+        f"{lost} of it lost without",
         link="causal-effects",
     )
 
@@ -306,7 +301,12 @@ def _notes(rows: list[dict[str, Any]], effects: dict[str, Any]) -> list[str]:
     means = [row for row in rows if row["kind"] == "massive-mean"]
     if any(row["verdict"] == DID_NOT_ACT for row in means):
         notes.append(
-            "The massive entries have the same value in every prompt, so their mean changes nothing."
+            "The mean of the entries over prompts is the value they have, so setting them to it changes nothing."
+        )
+    elif means and not (effects.get("calibration") or {}).get("held_out"):
+        notes.append(
+            "The means of the entries include the tried prompts: the run has no other prompts with these entries. "
+            "That a constant does as well is shown less strictly so."
         )
     if any(row["control"] == "none was possible" for row in rows):
         notes.append("Some changes have no control, because nothing else of their kind was left to change.")

@@ -11,12 +11,14 @@ MOST, SOME, NEEDED = 0.5, 0.1, 0.01
 STAYS, LEFT, SAME_DIRECTION, UNTOUCHED = 0.5, 0.1, 0.9, 0.95
 
 CARRIES, PART, HOLDS_BACK = "carries the sink", "one of several", "holds the sink back"
+UNCLEAR = "not clear: it differs between prompts"
 SAME, NO_EFFECT, DID_NOT_ACT = "same as its control", "no effect, although removed", "did not act"
 CONSTANT, ELSEWHERE, NOTHING_TO_LOSE = (
     "a constant does as well",
-    "no effect: the massive entries come from elsewhere",
+    "no effect: the strong entries come from elsewhere",
     "no sink to lose",
 )
+CHANGE = "predictions change, not clearly for the worse"
 NEED, DO_WITHOUT, UNKNOWN = "predictions need it", "predictions do without it", "no predictions to compare"
 ON_PREDICTIONS = frozenset({"key", "heads"})
 """Interventions on what the sink does rather than on what makes it: they are judged by the predictions."""
@@ -29,12 +31,14 @@ class Evidence:
     Attributes:
         kind: `massive`, `massive-mean`, `expert`, `write`, `key` or `heads`.
         acted: Whether anything was changed and the output moved.
-        lost: Part of the sink (its share beyond even attention) that is lost, 1 for all of it.
+        lost: Drop of the sink's share over what it has beyond even attention; 1 is down to even attention.
         beyond: `(mean, low, high)` of what is lost beyond each control, within prompts.
         kl, kl_beyond: The same for the predictions, in nats per token.
-        left: Largest targeted entry in later blocks, as a ratio to its former self.
+        left: What later blocks have along the targeted entries, as a ratio to their former size.
         left_here: The same right after the block in which the change was made.
         cosine: Of the sink token's state with its former self, one block later.
+        lost_interval: 95 % interval of `lost` over prompts.
+        loss: `(mean, low, high)` of the change of the loss, in nats per token.
     """
 
     kind: str
@@ -46,18 +50,24 @@ class Evidence:
     left: float | None = None
     cosine: float | None = None
     left_here: float | None = None
+    lost_interval: tuple[float | None, float | None] = (None, None)
+    loss: tuple[float | None, float | None, float | None] = (None, None, None)
 
 
 def judge_sink(found: Evidence) -> str:
     """What an intervention says about the sink; the first rule that holds.
 
-    An effect counts if it exceeds every control within the prompts: the interval of the difference lies beyond 0 (for
-    one prompt, which has no interval, the difference is at least a tenth of the sink).
+    An effect counts if its own interval over the prompts lies beyond 0 and it exceeds every control within the
+    prompts: the interval of the difference lies beyond 0 (for one prompt, which has no interval, the difference is at
+    least a tenth of the sink).
     """
     if not found.acted:
         return DID_NOT_ACT
     if found.lost is None:
         return NOTHING_TO_LOSE
+    low, high = found.lost_interval
+    if abs(found.lost) >= SOME and low is not None and high is not None and low <= 0 <= high:
+        return UNCLEAR
     if found.lost >= SOME:
         if not _beyond(found.beyond, SOME):
             return SAME
@@ -67,8 +77,8 @@ def judge_sink(found: Evidence) -> str:
         if found.kind == "massive" and found.left is not None and _stays(found):
             return _not_removed(found.left)
         return PART
-    if found.lost <= -SOME and _beyond(tuple(map(_negated, found.beyond)), SOME):
-        return HOLDS_BACK
+    if found.lost <= -SOME:
+        return HOLDS_BACK if _beyond(tuple(map(_negated, found.beyond)), SOME) else SAME
     if found.kind == "massive-mean":
         return CONSTANT
     return _without_effect(found)
@@ -105,7 +115,11 @@ def judge_predictions(found: Evidence) -> str:
         return UNKNOWN
     if found.kl < NEEDED:
         return DO_WITHOUT
-    return NEED if _beyond(found.kl_beyond, NEEDED) else SAME
+    if not _beyond(found.kl_beyond, NEEDED):
+        return SAME
+    mean, low, _ = found.loss
+    # Predictions that change without a rise of the loss are others, not worse; without a loss there is only KL.
+    return CHANGE if mean is not None and (mean if low is None else low) <= 0 else NEED
 
 
 def _beyond(differences: Sequence[tuple[float | None, float | None, float | None]], least: float) -> bool:
@@ -136,6 +150,8 @@ def read_evidence(experiment: dict[str, Any]) -> Evidence:
         left.get("ratio"),
         left.get("cosine"),
         left.get("ratio_here"),
+        (effect["sink_lost"]["low"], effect["sink_lost"]["high"]),
+        _interval(effect["loss_change"]),
     )
 
 

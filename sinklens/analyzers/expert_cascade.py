@@ -164,7 +164,7 @@ UNITS = {
     "chosen": "share of prompts that route the sink token to the expert",
     "chosen_others": "share of the other tokens routed to it",
     "routing_weight": "mean routing weight of the sink token there",
-    "sink_lost": "share of the sink beyond even attention that is lost without the expert",
+    "sink_lost": "drop of the sink's share without it / its share beyond even attention (1: down to even attention)",
     "d_sink": "the paper's D_sink without the expert: 1 - mean over heads of attention after over before",
 }
 

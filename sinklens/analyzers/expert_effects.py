@@ -29,7 +29,8 @@ def _tried(effects: dict[str, Any]) -> dict[frozenset[Pair], dict[str, Any]]:
 def removal(effects: dict[str, Any], named: frozenset[Pair]) -> dict[str, Any]:
     """The effect of pruning the experts that were found, together: the sink with all, without them, without others."""
     experiment = _tried(effects).get(named)
-    if experiment is None:
+    # Where no sink was found, the share of the strongest position is not "the sink's".
+    if experiment is None or experiment["effect"]["sink_lost"]["mean"] is None:
         return {}
     ways = {"with_all": effects["base"], "without_them": experiment["effect"]}
     if experiment["controls"]:
@@ -75,8 +76,9 @@ def add_causes(rows: list[dict[str, Any]], effects: dict[str, Any]) -> None:
         experiment = tried.get(frozenset([(row["layer"], row["expert"])]))
         if experiment is None:
             continue
-        row["sink_share_change"] = experiment["change"]["sink_share"]["mean"]
         row["sink_lost"] = experiment["effect"]["sink_lost"]["mean"]
+        known = row["sink_lost"] is not None
+        row["sink_share_change"] = experiment["change"]["sink_share"]["mean"] if known else None
         row["predictions_change"] = experiment["effect"]["kl"]["mean"]
         row["without_it"] = judge_sink(read_evidence(experiment))
 

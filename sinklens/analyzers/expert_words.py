@@ -6,7 +6,7 @@ UNITS = {
     "share_of_sink_token": "share of prompts that route the token at this position to this expert",
     "routing_weight": "mean routing weight there",
     "sink_share_change": "change of the sink's share of attention without this expert alone",
-    "sink_lost": "part of the sink's share beyond even attention that is lost without it (1 is all of it)",
+    "sink_lost": "drop of the sink's share without it / its share beyond even attention (1: down to even attention)",
     "predictions_change": "KL of the predictions without it, nats per token",
 }
 

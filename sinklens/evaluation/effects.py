@@ -25,6 +25,8 @@ from .predictions import divergence, next_token_loss
 SINK_SIGNALS = frozenset(
     {sig.ATTENTION_RECEIVED, sig.ATTENTION_SELF, sig.KEPT_POSITIONS, sig.VISIBLE_QUERIES}
 )
+HAS = 0.1
+"""A block still has a token's strong entries if they are at least this part of their largest size in any block."""
 FAINT = 0.01
 """Heads that give the sink less than this before the change have no meaningful ratio after it."""
 
@@ -203,23 +205,34 @@ def remains(
 ) -> dict[str, float]:
     """What is left of a position's strong entries after block `layer`, where the change was made.
 
+    Only blocks count in which the unchanged model has the entries: where it erases them, an eraser that no longer
+    meets them leaves their opposite, and that is not the entries coming back. For the same reason the changed state
+    is measured along the unchanged entries, with its sign.
+
     Returns:
-        `before`, `after`: largest |entry| of the dims in later blocks (the last block looks at itself); `ratio` of
-        the two; `ratio_here`, the same right after the block; `cosine` of the state with its former self one block
-        later.
+        `before`, `after`: largest size of the entries in the later blocks that have them (the last block looks at
+        itself; so does a block behind which none has them), and the largest part of the changed state along them;
+        `ratio` of the two, 1 for unchanged, 0 for gone, negative for reversed; `ratio_here`, the same right after the
+        block; `cosine` of the state with its former self one block later. NaN where no block has the entries.
     """
     start = min(layer + 1, len(base) - 1)
-    before, after = (_largest(state[start:], dims) for state in (base, edited))
-    here_before, here_after = (_largest(state[layer], dims) for state in (base, edited))
+    former, now = base[:, list(dims)].double(), edited[:, list(dims)].double()
+    size = former.norm(dim=1)
+    along = (now * former).sum(1) / size.clamp_min(torch.finfo(size.dtype).tiny)
+    has = (size > 0) & (size >= HAS * size.max())
+    later = has & (torch.arange(len(base)) >= start)
+    if not later.any():
+        later = has & (torch.arange(len(base)) == layer)
+    before, after = _largest(size[later]), _largest(along[later])
     cosine = torch.nn.functional.cosine_similarity(base[start], edited[start], dim=0, eps=1e-30)
     return {
         "before": before,
         "after": after,
-        "ratio": after / before if before > 0 else float("nan"),
-        "ratio_here": here_after / here_before if here_before > 0 else float("nan"),
+        "ratio": after / before,
+        "ratio_here": float(along[layer] / size[layer]) if has[layer] else float("nan"),
         "cosine": float(cosine),
     }
 
 
-def _largest(state: Float[Tensor, "... dim"], dims: Sequence[int]) -> float:
-    return float(state[..., list(dims)].abs().max()) if dims else float("nan")
+def _largest(values: Float[Tensor, " block"]) -> float:
+    return float(values.max()) if len(values) else float("nan")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -78,6 +79,30 @@ def spikes(
             value = record[sig.RESIDUAL_TOP][layer][at]
             if len(value) and np.isfinite(value[0]):
                 out.append(Spike(record.index, layer, position, dim, float(value[0])))
+    return out
+
+
+def followed(trace: Trace, first: Sequence[Spike], blocks: int) -> list[Spike]:
+    """Each entry in the block where it first appears and in every later one, with the value it has there.
+
+    An entry that is no longer among a block's strongest counts as the smallest of those, or as what it was before if
+    that is less: it is not larger.
+    """
+    records = {record.index: record for record in trace}
+    out = []
+    for spike in first:
+        record, value = records[spike.prompt], spike.value
+        for layer in range(spike.layer, blocks):
+            top = record[sig.RESIDUAL_TOP][layer]
+            at = (record["residual_top_pos"][layer] == spike.position) & (
+                record["residual_top_dim"][layer] == spike.dim
+            )
+            found, listed = top[at], np.abs(top[np.isfinite(top)])
+            if len(found) and np.isfinite(found[0]):
+                value = float(found[0])
+            elif len(listed):
+                value = float(np.sign(value)) * min(abs(value), float(listed.min()))
+            out.append(replace(spike, layer=layer, value=value))
     return out
 
 

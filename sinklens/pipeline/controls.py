@@ -18,6 +18,8 @@ DRAWS = 2
 """Random controls per experiment; their effects are averaged within a prompt."""
 
 Pair = tuple[int, int]
+Instead = dict[int, tuple[int, float]]
+"""By dim of an entry: the dim that is changed in its place, and in which direction."""
 
 
 @dataclass(frozen=True)
@@ -53,22 +55,52 @@ class Draw:
         """Up to n of the items."""
         return [items[int(i)] for i in self.rng.permutation(len(items))[:n]]
 
-    def other_dims(self, sized: Sequence[tuple[Spike, float]], taken: set[int]) -> tuple[Control, ...]:
-        """Shifts of the same size on other dims of the same tokens after the same blocks."""
+    def dims_instead(self, found: Sequence[Spike], taken: set[int]) -> list[Instead]:
+        """For each draw another dim, and a sign, for each dim of the entries; [] where too few are left."""
         free = [dim for dim in range(self.trace.info.hidden_size) if dim not in taken]
-        dims = sorted({spike.dim for spike, _ in sized})
+        dims = sorted({spike.dim for spike in found})
         if len(free) < len(dims):
-            return ()
+            return []
         draws = []
         for _ in range(DRAWS):
-            chosen = dict(zip(dims, self.some(free, len(dims)), strict=True))
-            sign = {dim: float(self.rng.choice([-1.0, 1.0])) for dim in dims}
-            entries = (
-                Entry(s.prompt, s.layer, s.position, chosen[s.dim], sign[s.dim] * size, add=True)
-                for s, size in sized
+            chosen = self.some(free, len(dims))
+            signs = [float(self.rng.choice([-1.0, 1.0])) for _ in dims]
+            draws.append(dict(zip(dims, zip(chosen, signs, strict=True), strict=True)))
+        return draws
+
+    @staticmethod
+    def shifted(sized: Sequence[tuple[Spike, float]], instead: Sequence[Instead]) -> tuple[Control, ...]:
+        """Shifts of the same size on other dims of the same tokens after the same blocks."""
+        draws = tuple(
+            EntriesSet(
+                tuple(
+                    Entry(s.prompt, s.layer, s.position, chosen[s.dim][0], chosen[s.dim][1] * size, add=True)
+                    for s, size in sized
+                )
             )
-            draws.append(EntriesSet(tuple(entries)))
-        return (Control("as many other entries of the same tokens changed by as much", tuple(draws)),)
+            for chosen in instead
+        )
+        return (
+            (Control("as many other entries of the same tokens changed by as much", draws),) if draws else ()
+        )
+
+    @staticmethod
+    def held(found: Sequence[Spike], instead: Sequence[Instead]) -> tuple[Control, ...]:
+        """Other dims of the same tokens held, in the same blocks, as far from 0 as the entries are without a change.
+
+        They are overwritten rather than shifted: a shift in every block would add up in the residual stream.
+        """
+        draws = tuple(
+            EntriesSet(
+                tuple(
+                    Entry(s.prompt, s.layer, s.position, chosen[s.dim][0], chosen[s.dim][1] * abs(s.value))
+                    for s in found
+                )
+            )
+            for chosen in instead
+        )
+        what = "as many other entries of the same tokens held as far from zero, in every later block too"
+        return (Control(what, draws),) if draws else ()
 
     def other_experts(self, pruned: frozenset[Pair], tried: Sequence[Pair]) -> tuple[Control, ...]:
         """As many other experts of the same blocks that tokens were routed to, untried ones where there are enough."""

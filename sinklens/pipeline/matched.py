@@ -28,6 +28,7 @@ from sinklens.tracers.interventions import (
 from sinklens.tracers.trace import Trace
 
 from .causes import (
+    followed,
     is_found,
     largest_experts,
     sink_layers,
@@ -70,6 +71,7 @@ class Matched:
 
     Attributes:
         position: The position whose sink is measured, None if attention was not measured.
+        sink_found: Whether that position is a sink by the run's rule; if not, there is none to lose.
         sink_layers: Blocks with a head that sinks on it, by the run's rule; empty if there is none.
         watched: The position and dims in which massive entries are looked for afterwards.
         skipped: What was found and could not be tried, with the reason.
@@ -79,6 +81,7 @@ class Matched:
     position: int | None
     watched: tuple[int, tuple[int, ...]] | None
     experiments: tuple[Experiment, ...]
+    sink_found: bool = False
     sink_layers: tuple[int, ...] = ()
     skipped: tuple[str, ...] = ()
     calibration: dict[str, Any] = field(default_factory=dict)
@@ -104,14 +107,16 @@ def match(
         )
         experiments += found
     experiments += _experts(trace, findings, places, position, draw)
-    if position is not None and is_found(findings, "primary-sinks"):
+    sink_found = position is not None and is_found(findings, "primary-sinks")
+    if position is not None and sink_found:
         experiments += _keys(findings, position, draw)
         experiments += _heads(trace, findings, position, draw)
     watched = watched_place(places, position)
     if watched is not None:
         experiments += _writes(opened, places, watched[0], draw)
     layers = sink_layers(findings)
-    return Matched(position, watched, tuple(experiments), layers, tuple(draw.skipped), calibration)
+    skipped = tuple(draw.skipped)
+    return Matched(position, watched, tuple(experiments), sink_found, layers, skipped, calibration)
 
 
 def _massive(
@@ -123,18 +128,17 @@ def _massive(
     *,
     massive: bool,
 ) -> tuple[list[Experiment], dict[str, Any]]:
-    """Zero once, zero after every block from there on, and the signed mean of each entry over other prompts."""
+    """Zero once, zero after every block from there on, and the signed mean of each entry over prompts."""
     lengths = {prompt.index: len(prompt) for prompt in prompts}
     everywhere = spikes(trace, places)
     mine = [spike for spike in everywhere if spike.position < lengths.get(spike.prompt, 0)]
     if not mine:
         draw.skipped.append("massive entries: none of the tried prompts has them")
         return [], {}
-    others = [spike for spike in everywhere if spike.prompt not in lengths]
-    means = signed_means(others or everywhere)
+    means, prompts_behind, held_out = _means(everywhere, mine, lengths)
     last = len(opened.anatomy.main.blocks)
     zero = tuple(Entry(s.prompt, s.layer, s.position, s.dim) for s in mine)
-    held = tuple(Entry(s.prompt, layer, s.position, s.dim) for s in mine for layer in range(s.layer, last))
+    held = followed(trace, mine, last)
     mean = tuple(Entry(s.prompt, s.layer, s.position, s.dim, means[_bucket(s)]) for s in mine)
     said, block = _entries_said(places, massive), min(places.values())
     target = {
@@ -144,20 +148,20 @@ def _massive(
     }
     kept = {_bucket(s) for s in mine}
     calibration = {
-        "prompts": len({s.prompt for s in others or everywhere}),
-        "held_out": bool(others),
+        "prompts": prompts_behind,
+        "held_out": held_out,
         "means": [[*key, value] for key, value in sorted(means.items()) if key in kept],
     }
     sized = [(s, abs(s.value)) for s in mine]
     ordinary = Control("as many entries of median magnitude zeroed", (_median_zeroed(mine),))
-    shifted = draw.other_dims(sized, set(target["dims"]))
+    chosen = draw.dims_instead(mine, set(target["dims"]))
     found = [
         Experiment(
             "massive-zero",
             "massive",
             f"{said} set to zero",
             EntriesSet(zero),
-            (*shifted, ordinary),
+            (*draw.shifted(sized, chosen), ordinary),
             target,
             block,
         ),
@@ -165,18 +169,37 @@ def _massive(
     if any(s.layer < last - 1 for s in mine):
         found.append(
             Experiment(
-                "massive-held", "massive", f"{said} held at zero in every later block too", EntriesSet(held),
-                (*shifted, ordinary), target, block,
+                "massive-held", "massive", f"{said} held at zero in every later block too",
+                EntriesSet(tuple(Entry(s.prompt, s.layer, s.position, s.dim) for s in held)),
+                (
+                    *draw.held(held, chosen),
+                    Control(f"{ordinary.what}, in every later block too", (_median_zeroed(held),)),
+                ),
+                target, block,
             )
         )  # fmt: skip
     sized = [(s, abs(means[_bucket(s)] - s.value)) for s in mine]
+    whose = "other prompts" if held_out else "all prompts, the tried ones among them"
     found.append(
         Experiment(
-            "massive-mean", "massive-mean", f"{said} set to the signed mean of other prompts", EntriesSet(mean),
-            draw.other_dims(sized, set(target["dims"])), target, block,
+            "massive-mean", "massive-mean", f"{said} set to the signed mean of {whose}", EntriesSet(mean),
+            draw.shifted(sized, draw.dims_instead(mine, set(target["dims"]))), target, block,
         )
     )  # fmt: skip
     return found, calibration
+
+
+def _means(
+    everywhere: Sequence[Spike], mine: Sequence[Spike], tried: Mapping[int, int]
+) -> tuple[dict[tuple[int, bool, int], float], int, bool]:
+    """Signed means, how many prompts are behind them, and whether the tried prompts were kept out.
+
+    They are kept out if every entry that is replaced has a mean without them.
+    """
+    others = [spike for spike in everywhere if spike.prompt not in tried]
+    held_out = {_bucket(s) for s in mine} <= {_bucket(s) for s in others}
+    source = others if held_out else everywhere
+    return signed_means(source), len({s.prompt for s in source}), held_out
 
 
 def _bucket(spike: Spike) -> tuple[int, bool, int]:

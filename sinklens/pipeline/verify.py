@@ -88,6 +88,7 @@ def verify(
     return {
         "position": matched.position,
         "token": _token(few, matched.position),
+        "sink_found": matched.sink_found,
         "sink_layers": list(matched.sink_layers),
         "epsilon": PrimarySinks().epsilon,
         "prompts": [prompt.index for prompt in few],
@@ -274,7 +275,10 @@ class _Runner:
             row = {
                 "sink_share": received,
                 "sink_rate": rate,
-                "sink_lost": (was - received) / excess if excess > 0 else float("nan"),
+                # Chance lifts some position a little above even attention; only a sink can be lost.
+                "sink_lost": (was - received) / excess
+                if self.matched.sink_found and excess > 0
+                else float("nan"),
                 **predictions_change(before, after, causal=self.opened.anatomy.main.causal),
                 **self._decay(found, before, after),
             }
@@ -284,7 +288,7 @@ class _Runner:
 
     def _decay(self, found: _Measured, before: Seen, after: Seen) -> dict[str, float]:
         at = self.matched.position
-        p = None if at is None else share_of_later(before, before, at)
+        p = None if at is None or not self.matched.sink_found else share_of_later(before, before, at)
         if at is None or p is None:
             return {"d_sink": float("nan"), "d_sink_of_means": float("nan")}
         later = share_of_later(after, before, at)

@@ -11,6 +11,7 @@ import pytest
 from sinklens.analyzers import CausalEffects, Status
 from sinklens.analyzers.causal_rules import (
     CARRIES,
+    CHANGE,
     CONSTANT,
     DID_NOT_ACT,
     DO_WITHOUT,
@@ -21,6 +22,7 @@ from sinklens.analyzers.causal_rules import (
     NOTHING_TO_LOSE,
     PART,
     SAME,
+    UNCLEAR,
     UNKNOWN,
     Evidence,
     judge_predictions,
@@ -64,7 +66,15 @@ CLEAR, NOT_CLEAR, UNSURE = ((0.4, 0.3, 0.5),), ((0.4, -0.1, 0.9),), ((0.4, None,
         (Evidence("massive-mean", True, 0.02, left=1.0, cosine=1.0), CONSTANT),
         (Evidence("massive-mean", True, 0.6, CLEAR, left=1.0), CARRIES),
         (Evidence("expert", True, -0.3, ((-0.3, -0.4, -0.2),), left=1.0), HOLDS_BACK),
-        (Evidence("expert", True, -0.3, ((-0.3, -0.8, 0.2),), left=1.0), ELSEWHERE),
+        (Evidence("expert", True, -0.3, ((-0.3, -0.8, 0.2),), left=1.0), SAME),
+        # What differs between prompts so much that its own interval holds 0 is neither an effect nor none.
+        (Evidence("expert", True, 0.12, CLEAR, left=1.0, lost_interval=(-0.15, 0.4)), UNCLEAR),
+        (Evidence("massive", True, 0.9, CLEAR, left=0.0, lost_interval=(-0.1, 1.9)), UNCLEAR),
+        (Evidence("expert", True, -0.59, CLEAR, lost_interval=(-1.2, 0.1)), UNCLEAR),
+        (Evidence("expert", True, 0.12, CLEAR, left=1.0, lost_interval=(0.02, 0.22)), PART),
+        (Evidence("expert", True, 0.05, CLEAR, left=1.0, lost_interval=(-0.1, 0.2)), ELSEWHERE),
+        # The opposite of the entries is not the entries.
+        (Evidence("massive", True, 0.0, left=-1.0, cosine=-0.9, left_here=0.0), NO_EFFECT),
     ],
 )
 def test_the_words_on_the_sink(found: Evidence, words: str) -> None:
@@ -81,6 +91,12 @@ def test_the_words_on_the_sink(found: Evidence, words: str) -> None:
         (Evidence("key", True, None, kl=0.5, kl_beyond=NOT_CLEAR), SAME),
         (Evidence("key", True, None, kl=0.5, kl_beyond=UNSURE), NEED),
         (Evidence("key", True, None, kl=0.5), NEED),
+        (Evidence("key", True, None, kl=0.5, kl_beyond=CLEAR, loss=(0.2, 0.1, 0.3)), NEED),
+        (Evidence("key", True, None, kl=0.5, kl_beyond=CLEAR, loss=(0.2, None, None)), NEED),
+        (Evidence("key", True, None, kl=0.5, kl_beyond=CLEAR, loss=(-0.01, -0.02, 0.0)), CHANGE),
+        (Evidence("key", True, None, kl=0.5, kl_beyond=CLEAR, loss=(0.01, -0.02, 0.04)), CHANGE),
+        (Evidence("key", True, None, kl=0.5, kl_beyond=CLEAR, loss=(-0.01, None, None)), CHANGE),
+        (Evidence("key", True, None, kl=0.5, kl_beyond=NOT_CLEAR, loss=(-0.01, None, None)), SAME),
     ],
 )
 def test_the_words_on_the_predictions(found: Evidence, words: str) -> None:
@@ -185,7 +201,7 @@ def test_the_carrier_is_named_and_stands_beside_its_control() -> None:
         "What carries the sink: with expert-L2E3 taken away, 90 % of the sink is lost, 95 % interval 89 to 91 "
         "(control: 0 %); 1 other change did the like."
     )
-    assert "the loss by +0.50 nats per token (control: +0.00)" in finding.verdict
+    assert "KL 0.6 nats per token (control: 0), the loss by +0.50 (control: 0.00)" in finding.verdict
     verdicts = {row["name"]: (row["verdict"], row["predictions"]) for row in finding.rows}
     assert verdicts == {
         "massive-zero": (CARRIES, NEED),
@@ -220,6 +236,65 @@ def test_what_came_back_leaves_the_question_open() -> None:
     assert "irrelevant" in finding.notes[0]
 
 
+def test_entries_held_at_zero_settle_what_zeroing_them_once_leaves_open() -> None:
+    once = experiment("massive-zero", "massive", 0.03, left=0.9, cosine=1.0, kl=0.0, loss=0.0)
+    held = experiment("massive-held", "massive", 0.01, left=0.0, kl=0.0, loss=0.0)
+    write = experiment("write-mlp-1", "write", 0.04, left=0.8, cosine=1.0, kl=0.0, loss=0.0)
+    finding = found_in(effects(once, held, write))
+    assert finding.rows[0]["verdict"] == "not removed: 90 % remains"
+    assert finding.verdict.startswith(
+        "Nothing that was taken away ended the sink: with massive-held taken away, 1 % of the sink is lost"
+    )
+    assert "open" not in finding.verdict
+    idle = experiment("massive-held", "massive", 0.0, left=0.0, kl=0.0, loss=0.0, edited=0)
+    assert "is open" in found_in(effects(once, idle)).verdict
+
+
+def test_the_change_furthest_beyond_its_control_is_not_called_the_largest() -> None:
+    """The sink heads change more, but so do other heads."""
+    heads = experiment("heads", "heads", 0.0, kl=0.23, loss=0.19, left=None)
+    heads["controls"][0]["effect"]["kl"] = interval(0.21)
+    zeroed = experiment("massive-zero", "massive", 0.7, kl=0.097, loss=0.09)
+    zeroed["controls"][0]["effect"]["loss_change"] = interval(-0.0001)
+    finding = found_in(effects(heads, zeroed))
+    assert finding.verdict.endswith(
+        "Of the changes that exceed their controls, the predictions move furthest beyond them with massive-zero taken "
+        "away: KL 0.097 nats per token (control: 0), the loss by +0.09 (control: 0.00)."
+    )
+
+
+def test_other_predictions_are_not_needed_ones() -> None:
+    better = found_in(effects(experiment("key-0", "key", 1.2, left=None, loss=-0.03)))
+    assert better.rows[0]["verdict"] == CHANGE
+    assert better.status is Status.FOUND
+    assert "the loss by -0.03" in better.verdict
+    equal = found_in(effects(experiment("key-0", "key", 1.2, left=None, loss=-0.0004)))
+    assert "-0.00" not in equal.verdict
+    assert "the loss stays as it is to within 0.005 nats" in equal.verdict
+
+
+def test_a_loss_beyond_even_attention_is_told_as_that() -> None:
+    finding = found_in(effects(experiment("massive-zero", "massive", 1.43), experiment("key-0", "key", 1.97)))
+    assert "143 % of the sink is lost" in finding.verdict
+    assert "over 100 % is below even attention" in finding.verdict
+    assert "all of it" in finding.tiles[0].note
+    assert "1: down to even attention" in finding.units["sink_lost"]
+    assert "above 1: below it" in finding.units["sink_lost"]
+    plain = found_in(effects(experiment("massive-zero", "massive", 0.9)))
+    assert "below even" not in plain.verdict
+
+
+def test_means_of_the_tried_prompts_themselves_are_told() -> None:
+    stored = effects(experiment("massive-mean", "massive-mean", 0.0))
+    assert found_in(stored).notes == []
+    stored["calibration"]["held_out"] = False
+    assert any("no other prompts with these entries" in note for note in found_in(stored).notes)
+    stored["experiments"][0]["acted"]["edited"] = 0
+    (note,) = found_in(stored).notes
+    assert "massive" not in note
+    assert "changes nothing" in note
+
+
 def test_nothing_that_matters_is_said_plainly() -> None:
     finding = found_in(effects(experiment("massive-zero", "massive", 0.02, kl=0.0, loss=0.0)))
     assert finding.status is Status.NOT_FOUND
@@ -243,7 +318,15 @@ def test_a_model_without_a_sink_is_judged_by_its_predictions() -> None:
     finding = found_in(effects(experiment("massive-zero", "massive", None)))
     assert finding.rows[0]["verdict"] == NOTHING_TO_LOSE
     assert finding.rows[0]["predictions"] == NEED
-    assert finding.verdict.startswith("The predictions change most with massive-zero taken away")
+    assert finding.verdict.startswith(
+        "There is no sink to lose: no position is an attention sink here. The pred"
+    )
+    assert "beyond the controls only with massive-zero taken away" in finding.verdict
+    assert finding.tiles == []
+    weak = found_in({**effects(experiment("massive-zero", "massive", None)), "sink_found": True})
+    assert weak.verdict.startswith("The sink is too weak to measure a loss")
+    keys = found_in(effects(experiment("key-0", "key", None, left=None)))
+    assert keys.verdict.startswith("The predictions change beyond the controls only with key-0")
 
 
 def test_a_row_without_a_control_says_so() -> None:

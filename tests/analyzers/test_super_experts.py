@@ -143,7 +143,7 @@ def test_the_expert_that_carries_the_sink_is_named_though_another_is_larger() ->
     finding = SuperExperts().analyze(made)
     assert [row["sink_lost"] for row in finding.rows] == [0.0, 0.95]
     assert [row["without_it"] for row in finding.rows] == [
-        "no effect: the massive entries come from elsewhere",
+        "no effect: the strong entries come from elsewhere",
         "carries the sink",
     ]
     ranking = [(row["layer"], row["expert"], row["size_rank"]) for row in finding.summary["causal_ranking"]]

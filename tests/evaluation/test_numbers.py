@@ -83,16 +83,41 @@ def test_decay_is_the_mean_of_ratios_and_faint_heads_are_left_out() -> None:
     assert found.faint == 1 + 3
 
 
+def states(values: list[float]) -> torch.Tensor:
+    """Four or more blocks of a token whose dim 3 has these values and whose dim 0 is 1."""
+    made = torch.zeros(len(values), 5)
+    made[:, 0] = 1.0
+    made[:, 3] = torch.tensor(values)
+    return made
+
+
 def test_what_remains_is_looked_for_behind_the_change() -> None:
-    base, edited = torch.zeros(4, 5), torch.zeros(4, 5)
-    base[:, 0] = 1.0
-    base[1:, 3] = torch.tensor([100.0, 200.0, 50.0])
-    edited[:, 0] = 1.0
-    edited[2:, 3] = torch.tensor([-20.0, 10.0])
+    base, edited = states([0.0, 100.0, 200.0, 50.0]), states([0.0, 0.0, 120.0, 10.0])
     found = remains(base, edited, [3], layer=1)
-    assert found["before"] == 200.0
-    assert found["ratio"] == pytest.approx(0.1)
-    assert found["cosine"] == pytest.approx(-1.0, abs=0.01)
+    assert (found["before"], found["after"]) == (200.0, 120.0)
+    assert found["ratio"] == pytest.approx(0.6)
     assert found["ratio_here"] == 0.0
+    assert found["cosine"] == pytest.approx(1.0, abs=1e-3)
     last = remains(base, edited, [3], layer=3)
     assert last["ratio"] == pytest.approx(10 / 50)
+
+
+def test_the_opposite_of_an_entry_is_not_the_entry() -> None:
+    base = states([0.0, -500.0, -400.0, -500.0])
+    assert remains(base, states([0.0, 0.0, 200.0, 500.0]), [3], layer=1)["ratio"] == pytest.approx(-0.4)
+    assert remains(base, states([0.0, 0.0, 200.0, 0.0]), [3], layer=1)["ratio"] == 0.0
+    assert remains(base, states([0.0, 0.0, -100.0, 500.0]), [3], layer=1)["ratio"] == pytest.approx(0.2)
+
+
+def test_blocks_that_do_not_have_the_entry_do_not_count() -> None:
+    """An eraser in block 3 that no longer meets the entry leaves its opposite: that is not the entry coming back."""
+    base, erased_anyway = states([0.0, 500.0, 500.0, 1e-4, 0.0]), states([0.0, 0.0, 0.0, -6.8e8, -500.0])
+    assert remains(base, erased_anyway, [3], layer=1)["ratio"] == 0.0
+    assert remains(base, base, [3], layer=1)["ratio"] == pytest.approx(1.0)
+    # Behind block 2 none has it: the block itself is looked at.
+    assert remains(base, states([0.0, 500.0, 50.0, -450.0, 9.0]), [3], layer=2)["ratio"] == pytest.approx(0.1)
+    # The eraser is taken away: there was nothing that could remain.
+    pruned = remains(base, states([0.0, 500.0, 500.0, 500.0, 500.0]), [3], layer=3)
+    assert math.isnan(pruned["ratio"])
+    assert math.isnan(pruned["ratio_here"])
+    assert math.isnan(remains(base, base, [], layer=1)["ratio"])
