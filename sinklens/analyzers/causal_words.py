@@ -1,0 +1,51 @@
+"""Units and plain names of what the analyzer of causal effects reports."""
+
+UNITS = {
+    "sink_lost": "drop of the sink's share / its share beyond even attention (1: down to even attention; "
+    "above 1: below it; below 0: the sink grew)",
+    "sink_share_before": "share of attention, mean over prompts, layers and heads",
+    "sink_share_after": "share of attention, mean over prompts, layers and heads",
+    "sink_rate_before": "% of (prompt, layer, head) with share > epsilon",
+    "sink_rate_after": "% of (prompt, layer, head) with share > epsilon",
+    "d_sink": "mean over heads of 1 - attention after / attention before, blocks with sink heads",
+    "d_sink_of_means": "1 - ratio of the heads' means, blocks with sink heads",
+    "kl": "nats per token",
+    "loss_change": "nats per token",
+    "remains": "what later blocks have along the strong entries / their size without the change (1: all is back; "
+    "0: gone; below 0: reversed), blocks that have them",
+    "direction_kept": "cosine of the sink token's state with its former self, one block later",
+    "edited": "entries, routed rows, keys or numbers changed, all prompts",
+    "output_change": "largest absolute change of the model's output",
+}
+
+LABELS = {
+    "intervention": "what is changed",
+    "short": "in short",
+    "kind": "kind of change",
+    "name": "name in the JSON document",
+    "predictions": "the predictions",
+    "sink_lost": "sink lost",
+    "sink_lost_low": "sink lost, lower end",
+    "sink_lost_high": "sink lost, upper end",
+    "control_sink_lost": "sink lost in the strongest control",
+    "d_sink": "attention lost, mean of head ratios (D_sink)",
+    "d_sink_of_means": "attention lost, ratio of means",
+    "kl": "change of the predictions (KL)",
+    "kl_low": "change of the predictions, lower end",
+    "kl_high": "change of the predictions, upper end",
+    "control_kl": "change of the predictions in the strongest control",
+    "loss_change": "change of the loss",
+    "loss_change_low": "change of the loss, lower end",
+    "loss_change_high": "change of the loss, upper end",
+    "control_loss_change": "change of the loss in the strongest control",
+    "remains": "what remains of the strong entries",
+    "direction_kept": "direction kept",
+    "edited": "numbers changed",
+    "output_change": "largest change of the output",
+    "n_prompts": "prompts",
+    "base_loss": "loss of the unchanged model",
+    "carriers": "what carries the sink",
+    "faint_heads": "heads left out of D_sink",
+    "calibration_prompts": "prompts behind the means",
+    "held_out": "means from other prompts",
+}
