@@ -155,38 +155,10 @@ def transfer(
             hint="Run under torch.no_grad().",
         )
     with torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
-        sizes = _checked(call, output, sets, rows)
+        sizes = checked_sizes(call, output, sets, rows)
         return _Transfer(call, sizes, sets, rule, row_lse(call, plan) if lse is None else lse, plan).run(
             output, rows
         )
-
-
-def transferred_weights(
-    weights: Float[Tensor, "batch head query key"],
-    call: AttentionCall,
-    sets: KeySets,
-    rule: Rule,
-    rows: Bool[Tensor, "batch query"] | None = None,
-) -> Float[Tensor, "batch head query key"]:
-    """The edited map itself: the definition that `transfer` must equal, for kernels that hand out their weights."""
-    sizes = _checked(call, None, sets, rows)
-    wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
-    columns = torch.where(sets.valid, sets.columns, 0).flatten(2).expand(-1, sizes.heads, -1)[:, :, None]
-    there = sets.valid.flatten(2)[:, :, None]
-    if sets.keep_own:
-        there = there & (columns != _own(sets, sizes, weights.device)[:, None])
-    columns = columns.expand(-1, -1, sizes.queries, -1)
-    picked = torch.where(there, wide.gather(3, columns), 0.0)
-    total = wide.sum(-1)
-    rest = wide.scatter_add(3, columns, -picked).sum(-1)
-    learned = (1.0 - total).clamp(min=0.0) if call.learned_sinks is not None else torch.zeros_like(total)
-    picked = picked.unflatten(-1, tuple(sets.columns.shape[2:]))
-    found = rule(Shares(picked.sum(-1), rest, learned))
-    edited = (found.edited & (total > 0))[..., None]
-    edited = edited if rows is None else edited & rows[:, None, :, None]
-    divisor = found.divisor[..., None]
-    added = (picked * (found.factors - 1.0)[..., None]).flatten(3) / divisor
-    return torch.where(edited, (wide / divisor).scatter_add(3, columns, added), wide).to(weights.dtype)
 
 
 class _Transfer:
@@ -203,7 +175,7 @@ class _Transfer:
         self.valid = sets.valid.flatten(2)
         self.shared = self.columns.shape[1] == 1
         self.key, self.value = (self._gathered(x) for x in (call.key, call.value))
-        self.own = _own(sets, sizes, call.query.device) if sets.keep_own else None
+        self.own = own_columns(sets, sizes, call.query.device) if sets.keep_own else None
         self.gain = _LARGEST_GAIN_DOUBLE if call.query.dtype == torch.float64 else _LARGEST_GAIN
 
     def run(self, output: Tensor, rows: Tensor | None) -> Transferred:
@@ -362,12 +334,11 @@ def _moved(shares: Shares, found: Factors) -> Float[Tensor, "b h r"]:
     return 0.5 * (gone + others * (1.0 / found.divisor - 1.0).abs())
 
 
-def _row_blocks(sizes: Sizes, width: int, plan: BlockPlan, within: slice | None = None) -> Iterator[slice]:
+def _row_blocks(sizes: Sizes, width: int, plan: BlockPlan) -> Iterator[slice]:
     """Ranges of rows with at most about `plan.scores` numbers of `width` per row and head in flight."""
-    within = within or slice(0, sizes.queries)
     step = max(1, plan.scores // max(1, sizes.batch * sizes.heads * width))
-    for start in range(within.start, within.stop, step):
-        yield slice(start, min(start + step, within.stop))
+    for start in range(0, sizes.queries, step):
+        yield slice(start, min(start + step, sizes.queries))
 
 
 def _logits(call: AttentionCall, sizes: Sizes, rows: slice) -> Float[Tensor, "b h r k"]:
@@ -389,13 +360,15 @@ def _logits(call: AttentionCall, sizes: Sizes, rows: slice) -> Float[Tensor, "b 
     return logits.masked_fill(hidden, float("-inf"))
 
 
-def _own(sets: KeySets, sizes: Sizes, device: torch.device) -> Int[Tensor, " query"]:
+def own_columns(sets: KeySets, sizes: Sizes, device: torch.device) -> Int[Tensor, " query"]:
+    """Column of each row's own key."""
     if sets.own is not None:
         return sets.own
     return torch.arange(sizes.queries, device=device) + sizes.offset
 
 
-def _checked(call: AttentionCall, output: Tensor | None, sets: KeySets, rows: Tensor | None) -> Sizes:
+def checked_sizes(call: AttentionCall, output: Tensor | None, sets: KeySets, rows: Tensor | None) -> Sizes:
+    """Sizes of the call, after a look at whether everything fits it."""
     sizes = sizes_of(call, Want(frozenset()))
     expected = (sizes.batch, sizes.queries, sizes.heads, sizes.value_dim)
     wrong = []

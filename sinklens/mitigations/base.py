@@ -23,7 +23,8 @@ from sinklens.core.reference import Reference
 from sinklens.core.registry import Registry
 from sinklens.kernels.capture import captured_lse
 from sinklens.kernels.spec import AttentionCall
-from sinklens.kernels.transfer import Factors, KeySets, Shares, transfer, transferred_weights
+from sinklens.kernels.transfer import Factors, KeySets, Shares, transfer
+from sinklens.kernels.transfer_map import transferred_weights
 from sinklens.models.anatomy import find_anatomy
 from sinklens.models.spec import OpenedModel, Tower
 from sinklens.tracers.attention import STANDS_FOR, AttentionTap, Site, attention_call, ignore, no_statistics
