@@ -66,19 +66,24 @@ def _of_causal(sizes: Sizes, counted: Tensor, blocks: Sequence[RowRange], *, unp
 
 
 def _of_mask(mask: Tensor, counted: Tensor, blocks: Sequence[RowRange]) -> Visibility:
-    """One reading of the mask, a block of rows at a time."""
-    seen = torch.cat([visible_of(mask[:, :, s:e]).any(-1) for s, e in blocks], -1)
-    rows = counted & seen.any(1)
-    counts, touched = 0, []
+    """One reading of the mask, a block of rows at a time, as bytes: torch reduces those far faster than booleans."""
+    seen, touched, counts = [], [], []
     for s, e in blocks:
-        # Sums of ones by matrix product: exact below 2^24 rows, and far faster than an integer reduction.
-        visible = visible_of(mask[:, :, s:e]).to(torch.float32)
-        counts = counts + (rows[:, None, None, s:e].to(torch.float32) @ visible)[:, :, 0]
+        visible = visible_of(mask[:, :, s:e]).view(torch.uint8)
+        seen.append(visible.amax(-1).bool())
         touched.append(visible.amax((0, 1, 2)))
-    assert isinstance(counts, Tensor)  # there is at least one block
-    spans = _spans(torch.stack(touched) > 0)
-    all_seen = bool(seen.all())
-    return Visibility(rows, counts.to(torch.int64), None if all_seen else seen, spans)
+    seen = torch.cat(seen, -1)
+    seeing = seen.any(1)
+    rows = counted & seeing
+    left_out = bool((seeing & ~counted).any())
+    for s, e in blocks:
+        visible = visible_of(mask[:, :, s:e]).view(torch.uint8)
+        if left_out:
+            visible = visible * rows[:, None, s:e, None].to(torch.uint8)
+        narrow = torch.uint8 if e - s < 256 else torch.int32  # as many ones as rows
+        counts.append(visible.sum(2, dtype=narrow))
+    total = torch.stack(counts).sum(0, dtype=torch.int64).expand(len(rows), -1, -1)
+    return Visibility(rows, total, None if bool(seen.all()) else seen, _spans(torch.stack(touched) > 0))
 
 
 def _spans(touched: Tensor) -> tuple[RowRange, ...]:

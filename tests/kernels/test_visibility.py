@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given, settings
 
 from sinklens.kernels.reference import dense_visibility
 from sinklens.kernels.shapes import sizes_of
+from sinklens.kernels.spec import AttentionCall, Want
 from sinklens.kernels.visibility import visibility
 from sinklens.kernels.walk import chunks, row_blocks
 
@@ -51,3 +53,19 @@ def test_blocks_and_chunks_cover_everything_once(case: Case) -> None:
             chunk.heads.stop - chunk.heads.start == (chunk.kv_heads.stop - chunk.kv_heads.start) * case.group
         )
     assert torch.equal(seen, torch.ones_like(seen))
+
+
+@pytest.mark.parametrize("rows", [255, 256, 257, 600])
+def test_keys_that_many_rows_see_are_counted_in_full(rows: int) -> None:
+    """Rows are counted as bytes, a block at a time, whatever the size of a block."""
+    mask = torch.ones(rows, 5, dtype=torch.bool)
+    mask[0, 1], mask[:, 3] = False, False
+    counted = torch.ones(2, rows, dtype=torch.bool)
+    counted[1, :7] = False
+    tensors = (torch.randn(2, 2, size, 3) for size in (rows, 5, 5))
+    call = AttentionCall(*tensors, scale=1.0, mask=mask[None, None], counted=counted)
+    found = visibility(call, sizes_of(call, Want(frozenset())), [(0, rows)])
+    assert found.counts[:, 0].tolist() == [
+        [rows, rows - 1, rows, 0, rows],
+        [rows - 7, rows - 7, rows - 7, 0, rows - 7],
+    ]
