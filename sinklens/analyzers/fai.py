@@ -40,13 +40,16 @@ class Fai(Analyzer):
     How it is computed: the 30 % of all heads that look back farthest, over all layers together, are the global
     heads. FAI of a token is its mean attention, in those heads, from the queries 10 to 100 tokens later; it is
     unknown for the last 10 tokens. The same is given without the first token's column, rows renormalised. A peak is
-    a token above its two neighbours and at or above the `quantile` of its prompt. Coupling is the share of the WAAD
+    a token above its two neighbours and at or above the `quantile` of its prompt. Every curve has peaks, and uniform
+    attention gives early tokens more; so FAI is set against that of uniform causal attention at the same place, and
+    found are the peaks whose ratio is at least `anchor` times the median of their prompt. Without the first token, a
+    query that leaves less than 0.0001 beside it is left out, of sum and divisor. Coupling is the share of the WAAD
     peaks with a FAI peak at the same token or one of the next `window`, beside the same share over all tokens, and
     the share of `shuffles` circular shifts of the WAAD peaks that do at least as well.
 
     Compared with the paper: it reads the tokens of a model's response; here every token of a prompt is treated as
-    response. 30 % and 10 to 100 are the paper's; a version in circulation ends at 50. The definition of a peak, the
-    window of the coupling and its test are ours. Unknown values are left out and not set to 0.
+    response. 30 % and 10 to 100 are the paper's; a version in circulation ends at 50. The definition of a peak,
+    `anchor`, the window of the coupling and its test are ours. Unknown values are left out and not set to 0.
     The formulas are those of the text; no official code was read, so there is no other recipe.
 
     When not to trust it: heads that rest on a sink look back far, so global heads are often sink heads, and the first
@@ -57,11 +60,13 @@ class Fai(Analyzer):
         exclude_first: Rank by the variant without the first token.
         quantile: Of a prompt's values, from which a local maximum is a peak.
         window: Tokens after a WAAD peak in which a FAI peak counts as following.
+        anchor: Multiple of the usual ratio to uniform attention from which a peak stands out.
     """
 
     exclude_first: bool = False
     quantile: float = 0.8
     window: int = 3
+    anchor: float = 3.0
     shuffles: int = 499
     seed: int = 0
 
@@ -83,6 +88,8 @@ class Fai(Analyzer):
             raise UsageError(f"quantile of fai must lie between 0 and 1, got {self.quantile}.")
         if self.window < 0:
             raise UsageError(f"window of fai must not be negative, got {self.window}.")
+        if self.anchor <= 1:
+            raise UsageError(f"anchor of fai must be larger than 1, got {self.anchor}.")
 
     def analyze(self, trace: Trace) -> Finding:
         records, reason = usable(trace, self.needs, MIN_TOKENS, looks_back=True)
@@ -99,9 +106,11 @@ class Fai(Analyzer):
         )
         coupling = self._coupling(records, values, marks, variant)
         n_peaks = sum(int(mark.sum()) for mark in marks)
+        standing_out = [row for row in rows if row["peak"] and (row["times_usual"] or 0.0) >= self.anchor]
         summary: dict[str, Any] = {
             "n_prompts": len(records),
             "n_peaks": n_peaks,
+            "n_anchors": len(standing_out),
             "first_token": _first(values),
             "n_waad_peaks": coupling.n_peaks if coupling else 0,
             "follows_waad_peak": coupling.after_peak if coupling else None,
@@ -112,8 +121,8 @@ class Fai(Analyzer):
         if len(rows) > MOST_ROWS:
             notes.append(f"The {MOST_ROWS} highest of {len(rows)} tokens are listed.")
         return self.finding(
-            Status.FOUND if n_peaks else Status.NOT_FOUND,
-            self._verdict(n_peaks, coupling),
+            Status.FOUND if standing_out else Status.NOT_FOUND,
+            self._verdict(rows, standing_out, coupling),
             rows=rows[:MOST_ROWS],
             summary=summary,
             units=UNITS,
@@ -146,24 +155,47 @@ class Fai(Analyzer):
         base = float(np.concatenate(followed).mean())
         return Coupling(n, hits / n, base, as_good / (self.shuffles + 1))
 
-    def _verdict(self, n_peaks: int, coupling: Coupling | None) -> str:
-        text = f"{n_peaks} tokens stand out by the attention of later tokens"
+    def _verdict(
+        self, rows: list[dict[str, Any]], standing_out: list[dict[str, Any]], coupling: Coupling | None
+    ) -> str:
+        text = self._anchors(rows, standing_out)
         if coupling is None:
-            return f"{text}; the prompts are too short to say whether they follow a look back."
+            return f"{text}; the prompts are too short to say whether peaks follow a look back."
         return (
-            f"{text}; one follows within {self.window} tokens after {100 * coupling.after_peak:.0f} % of the peaks of "
-            f"looking back, against {100 * coupling.base:.0f} % after any token (p = {coupling.p:.3f})."
+            f"{text}; a peak follows within {self.window} tokens after {100 * coupling.after_peak:.0f} % of the peaks "
+            f"of looking back, against {100 * coupling.base:.0f} % after any token (p = {coupling.p:.3f})."
+        )
+
+    def _anchors(self, rows: list[dict[str, Any]], standing_out: list[dict[str, Any]]) -> str:
+        peaks_known = [row for row in rows if row["peak"] and row["times_usual"] is not None]
+        top = max(standing_out or peaks_known, key=lambda row: row["times_usual"], default=None)
+        if top is None:
+            return "No token has a peak of attention from later tokens"
+        place = f"{top['token']!r} on position {top['position']} of prompt {top['prompt']}"
+        where = f"{top['times_usual']:.1f} times, {place}"
+        if not standing_out:
+            return (
+                f"No token draws {self.anchor:g} times the usual attention of later tokens (at most {where})"
+            )
+        n = len(standing_out)
+        draw = "token draws" if n == 1 else "tokens draw"
+        return (
+            f"{n} {draw} at least {self.anchor:g} times the usual attention of later tokens (at most {where})"
         )
 
 
 UNITS = {
     "fai": "share of attention of the queries 10 to 100 tokens later",
     "fai_without_first": "the same without the first token's column",
+    "times_usual": "ratio to uniform attention at its place, over the prompt's median of that ratio",
     "peak": "whether it is a local maximum",
 }
 LABELS = {
     "fai": "attention from later tokens",
     "fai_without_first": "the same without the first token",
+    "times_usual": "times the usual",
+    "n_anchors": "tokens that stand out",
+    "anchor": "times the usual from which a peak stands out",
     "first_token": "attention to the first token from later tokens",
     "n_waad_peaks": "peaks of looking back",
     "follows_waad_peak": "share of them that a peak here follows",
@@ -182,12 +214,30 @@ def follows(marks: Bool[np.ndarray, " pos"], window: int) -> Bool[np.ndarray, " 
     return found
 
 
+def times_usual(value: Float[np.ndarray, " pos"]) -> Float[np.ndarray, " pos"]:
+    """FAI over that of uniform causal attention at each place, over the median of that; NaN where not known.
+
+    Where the median is 0 only tokens that draw anything stand out, without bound.
+    """
+    length = len(value)
+    share = np.concatenate([[0.0], np.cumsum(1.0 / np.arange(1, length + 1))])
+    place = np.arange(length)
+    start, stop = np.minimum(place + 10, length), np.minimum(place + 101, length)
+    uniform = (share[stop] - share[start]) / np.where(stop > start, stop - start, np.nan)
+    ratio = value / uniform
+    if np.isnan(ratio).all():
+        return ratio
+    usual = max(float(np.nanmedian(ratio)), 1e-9)
+    return ratio / usual
+
+
 def _rows(
     record: PromptRecord, value: Float[np.ndarray, "variant pos"], marks: np.ndarray, variant: int
 ) -> list[dict[str, Any]]:
     """Peaks, and the position with the largest value even if it is at the edge (the first token mostly is)."""
     if np.isnan(value[variant]).all():
         return []
+    usual = times_usual(value[variant])
     shown = {*np.flatnonzero(marks).tolist(), int(np.nanargmax(value[variant]))}
     return [
         {
@@ -196,6 +246,7 @@ def _rows(
             "token": record.pieces[place],
             "fai": number(value[AS_IT_IS, place]),
             "fai_without_first": number(value[WITHOUT_FIRST, place]),
+            "times_usual": number(usual[place]),
             "peak": bool(marks[place]),
         }
         for place in sorted(shown)

@@ -41,11 +41,12 @@ class Waad(Analyzer):
     least, over all layers together, are the local heads. At each token WAAD is the distance to the attended key, cut
     at 10 tokens, in the mean attention of those heads. The same is given without the first token's column, rows
     renormalised. A peak is a token above its two neighbours and at or above the `quantile` of its prompt; a turn is a
-    token among the `turns` share with the largest change to the next one.
+    token among the `turns` share with the largest change to the next one. Every curve has peaks; found are those at
+    least `margin` tokens above the median of their prompt.
 
     Compared with the paper: it reads the tokens of a model's response; here every token of a prompt is treated as
     response, so heads are ordered over all queries. 30 %, 10 tokens and the share of turns (40 %) are the paper's;
-    the definition of a peak is ours. The paper does not leave out the first token. The
+    the definition of a peak and `margin` are ours. The paper does not leave out the first token. The
     formulas are those of the text; no official code was read, so there is no other recipe.
 
     When not to trust it: a head that rests on the first token looks back far, so sinks decide which heads are local;
@@ -55,10 +56,12 @@ class Waad(Analyzer):
     Args:
         quantile: Of a prompt's values, from which a local maximum is a peak.
         turns: Share of the tokens called turns.
+        margin: Tokens above the prompt's median from which a peak stands out.
     """
 
     quantile: float = 0.8
     turns: float = 0.4
+    margin: float = 2.0
 
     name = "waad"
     title = "How far local heads look back"
@@ -77,6 +80,8 @@ class Waad(Analyzer):
         for name in ("quantile", "turns"):
             if not 0 < getattr(self, name) < 1:
                 raise UsageError(f"{name} of waad must lie between 0 and 1, got {getattr(self, name)}.")
+        if self.margin <= 0:
+            raise UsageError(f"margin of waad must be positive, got {self.margin}.")
 
     def analyze(self, trace: Trace) -> Finding:
         records, reason = usable(trace, self.needs, MIN_TOKENS, looks_back=True)
@@ -88,24 +93,25 @@ class Waad(Analyzer):
         rows.sort(key=lambda row: (-row["waad"], row["prompt"], row["position"]))
         tokens = sum(len(record) for record in records)
         whole = np.concatenate(values, axis=1)
+        n_far = sum(row["above_usual"] >= self.margin for row in rows)
         summary = {
             "n_prompts": len(records),
             "n_tokens": tokens,
             "n_peaks": len(rows),
+            "n_far": n_far,
             "peaks_per_100_tokens": 100 * len(rows) / tokens,
             "mean": average(whole[AS_IT_IS]),
             "mean_without_first": average(whole[WITHOUT_FIRST]),
         }
         verdict = (
             f"Local heads look back {_words(summary['mean'])} tokens on average "
-            f"({_words(summary['mean_without_first'])} without the first token), with "
-            f"{summary['peaks_per_100_tokens']:.0f} peaks per 100 tokens."
+            f"({_words(summary['mean_without_first'])} without the first token); {self._standing_out(rows, n_far)}."
         )
         notes = ["All positions are treated as response."]
         if len(rows) > MOST_ROWS:
             notes.append(f"The {MOST_ROWS} highest of {len(rows)} peaks are listed.")
         return self.finding(
-            Status.FOUND if rows else Status.NOT_FOUND,
+            Status.FOUND if n_far else Status.NOT_FOUND,
             verdict,
             rows=rows[:MOST_ROWS],
             summary=summary,
@@ -115,9 +121,20 @@ class Waad(Analyzer):
             notes=notes,
         )
 
+    def _standing_out(self, rows: Sequence[dict[str, Any]], n_far: int) -> str:
+        if n_far:
+            tokens = "token" if n_far == 1 else "tokens"
+            return f"at {n_far} {tokens} they look at least {self.margin:g} tokens farther than usual in the prompt"
+        most = max((row["above_usual"] for row in rows), default=None)
+        close = "" if most is None else f" (the farthest peak: {most:.2f} above)"
+        return f"no token stands out by {self.margin:g} tokens above the median of its prompt{close}"
+
     def _rows(self, record: PromptRecord, value: np.ndarray, marks: np.ndarray) -> list[dict[str, Any]]:
+        if not marks.any():
+            return []
         change = np.abs(np.diff(value[AS_IT_IS], append=np.nan))
         turning = change >= np.nanquantile(change, 1 - self.turns)
+        usual = float(np.nanmedian(value[AS_IT_IS]))
         return [
             {
                 "prompt": record.index,
@@ -125,6 +142,7 @@ class Waad(Analyzer):
                 "token": record.pieces[place],
                 "waad": float(value[AS_IT_IS, place]),
                 "waad_without_first": number(value[WITHOUT_FIRST, place]),
+                "above_usual": float(value[AS_IT_IS, place]) - usual,
                 "change": number(change[place]),
                 "turn": bool(turning[place]),
             }
@@ -135,12 +153,16 @@ class Waad(Analyzer):
 UNITS = {
     "waad": "tokens, at most 10",
     "waad_without_first": "tokens, without the first token's column",
+    "above_usual": "tokens above the median of the prompt",
     "change": "tokens, difference to the next position",
     "turn": "whether that is among the largest changes of the prompt",
 }
 LABELS = {
     "waad": "distance",
     "waad_without_first": "distance without the first token",
+    "above_usual": "above the usual",
+    "n_far": "tokens that stand out",
+    "margin": "tokens above the median from which a peak stands out",
     "change": "change to the next token",
     "mean": "mean distance",
     "mean_without_first": "mean distance without the first token",

@@ -36,18 +36,24 @@ class WindowShares(Analyzer):
     How it is computed: per prompt, layer and head, the weights of the last 64 queries (all, if there are fewer) are
     averaged per key; the share of the first K tokens is the sum over them. The boost is that share over what
     uniform causal attention of the same queries would give: the mean of min(K, q + 1) / (q + 1). Means over prompts.
+    Found: the boost of the first 4 tokens, mean over all heads, is at least `least_boost`.
 
     Compared with the paper: there is no paper, the definitions are those of a published program. It reads one text
     repeated to the wanted length; here any prompts are read and averaged. As there, keys that a query cannot see
     count as weight 0, so in layers with a sliding window the shares are small by construction and the uniform share
     is that of full attention. Its share of queries whose largest weight lies on the first tokens is left out;
-    primary-sinks has it over all queries.
+    primary-sinks has it over all queries. The published program judges nothing; `least_boost` is ours.
 
     When not to trust it: the boost grows with the length of the prompt because the uniform share shrinks like K / T,
-    so boosts at different lengths are not comparable. A sink elsewhere than on the first tokens is not seen.
+    so boosts at different lengths are not comparable. A sink elsewhere than on the first tokens is not seen. The mean
+    over all heads can stay below `least_boost` where a few heads have a sink: read the rows.
+
+    Args:
+        least_boost: Mean boost of the first 4 tokens that counts as found; uniform attention has 1.
     """
 
     min_tokens: int = 64
+    least_boost: float = 1.5
 
     name = "window-shares"
     title = "Attention of the last queries to the first tokens"
@@ -81,12 +87,14 @@ class WindowShares(Analyzer):
             "boost_4_by_layer": [average(layer) for layer in boosts[4]],
         }
         boost = summary["boost_4"]
+        found = boost >= self.least_boost
         verdict = (
             f"The last {TAIL} queries spend {100 * summary['share_4']:.1f} % of their attention on the first 4 tokens, "
-            f"{boost:.1f} times what uniform attention would, mean over all heads."
+            f"{boost:.2f} times what uniform attention would, mean over all heads"
         )
+        verdict += "." if found else f": less than the {self.least_boost:g} times that count as a preference."
         return self.finding(
-            Status.FOUND if boost > 1 else Status.NOT_FOUND,
+            Status.FOUND if found else Status.NOT_FOUND,
             verdict,
             rows=rows,
             summary=summary,
@@ -108,6 +116,7 @@ LABELS = {
     "boost_4_by_layer": "first 4 against uniform, by layer",
     "peak_share": "largest weight of one key",
     "seq_len": "median prompt length",
+    "least_boost": "boost that counts as found",
 }
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sinklens.analyzers import Status
-from sinklens.analyzers.fai import Fai, follows
+from sinklens.analyzers.fai import Fai, follows, times_usual
 from sinklens.analyzers.waad import peaks
 from sinklens.core.errors import UsageError
 
@@ -58,6 +58,36 @@ def test_the_first_token_tops_the_list_unless_it_is_left_out() -> None:
     assert without.rows[0]["fai_without_first"] == max(row["fai_without_first"] for row in without.rows)
 
 
+def test_peaks_that_any_curve_has_are_not_a_finding() -> None:
+    """Nearly uniform attention: local maxima there are, and early tokens get more, but none stands out."""
+    weights = np.tril(np.exp(np.random.default_rng(3).normal(size=(2, 5, T, T)) * 0.3))
+    weights /= weights.sum(-1, keepdims=True)
+    finding = Fai().analyze(trace([head_record(weights)]))
+    assert finding.status is Status.NOT_FOUND
+    assert finding.summary["n_peaks"] > 0
+    assert finding.summary["n_anchors"] == 0
+    assert finding.verdict.startswith("No token draws 3 times the usual attention")
+    assert all(row["times_usual"] < 3 for row in finding.rows)
+    assert Fai(anchor=1.01).analyze(trace([head_record(weights)])).status is Status.FOUND
+
+
+def test_the_usual_is_that_of_uniform_attention_at_the_same_place() -> None:
+    weights = causal_uniform(1, 3, T)
+    weights[:, :, 60:, 40] += 0.5
+    weights /= weights.sum(-1, keepdims=True)
+    value = head_record(weights).arrays["future_influence"][0]
+    found = times_usual(value)
+    uniform = [np.mean([1 / (t + 1) for t in range(s + 10, min(T - 1, s + 100) + 1)]) for s in range(T - 10)]
+    ratio = value[: T - 10] / np.array(uniform)
+    np.testing.assert_allclose(found[: T - 10], ratio / np.median(ratio))
+    assert np.isnan(found[T - 10 :]).all()
+    assert np.isnan(times_usual(np.full(7, np.nan))).all()
+    finding = Fai().analyze(trace([head_record(weights)]))
+    assert finding.summary["n_anchors"] == 1
+    assert "1 token draws at least 3 times the usual attention" in finding.verdict
+    assert "on position 40 of prompt 0" in finding.verdict
+
+
 def planted(gap: int, prompts: int = 3) -> list:
     """Peaks of looking back at random places; a FAI peak `gap` tokens after each."""
     rng = np.random.default_rng(gap)
@@ -107,3 +137,5 @@ def test_not_applicable_and_settings() -> None:
         Fai(window=-1)
     with pytest.raises(UsageError):
         Fai(quantile=0)
+    with pytest.raises(UsageError):
+        Fai(anchor=1)

@@ -69,6 +69,27 @@ def test_the_column_of_the_first_token_can_be_left_out() -> None:
     assert value[1].y[30] == pytest.approx(1)
 
 
+def test_peaks_that_any_curve_has_are_not_a_finding() -> None:
+    weights = np.tril(np.exp(np.random.default_rng(3).normal(size=(2, 5, T, T)) * 0.3))
+    weights /= weights.sum(-1, keepdims=True)
+    finding = Waad().analyze(trace([head_record(weights)]))
+    assert finding.status is Status.NOT_FOUND
+    assert finding.summary["n_peaks"] == len(finding.rows) > 0
+    assert "no token stands out by 2 tokens above the median of its prompt" in finding.verdict
+
+
+def test_a_token_at_which_local_heads_look_back_far_is_found() -> None:
+    weights = causal_uniform(2, 5, T)
+    weights[0, :3] = previous_token(T)
+    weights[0, :3, 30] = np.eye(T)[22]
+    finding = Waad().analyze(trace([head_record(weights)]))
+    assert finding.status is Status.FOUND
+    assert [row["position"] for row in finding.rows] == [30]
+    assert finding.rows[0]["above_usual"] == pytest.approx(7)
+    assert "at 1 token they look at least 2 tokens farther than usual" in finding.verdict
+    assert Waad(margin=7.5).analyze(trace([head_record(weights)])).status is Status.NOT_FOUND
+
+
 def test_peaks() -> None:
     values = np.array([9, 1, 6, 5, 5, np.nan, 8, 3, 4, 3, 1, 7.0])
     assert np.flatnonzero(peaks(values, 0.01)).tolist() == [2, 8]
@@ -89,3 +110,5 @@ def test_not_applicable_and_settings() -> None:
     assert "local_distance" in str(Waad().analyze(trace([record(causal_uniform(1, 2, T))])).reason)
     with pytest.raises(UsageError):
         Waad(quantile=1)
+    with pytest.raises(UsageError):
+        Waad(margin=0)

@@ -41,6 +41,17 @@ def test_uniform_attention_has_a_boost_of_one() -> None:
     assert uniform_share(5, 8) == 1
 
 
+def test_a_boost_a_little_above_one_is_not_a_finding() -> None:
+    weights = causal_uniform(2, 3, T)
+    weights[..., 0] *= 1.2
+    weights /= weights.sum(-1, keepdims=True)
+    finding = WindowShares().analyze(trace([head_record(weights)]))
+    assert 1 < finding.summary["boost_4"] < 1.1
+    assert finding.status is Status.NOT_FOUND
+    assert "less than the 1.5 times that count as a preference" in finding.verdict
+    assert WindowShares(least_boost=1.01).analyze(trace([head_record(weights)])).status is Status.FOUND
+
+
 def test_a_sink_raises_the_boost_of_its_head_alone() -> None:
     weights = causal_uniform(2, 3, T)
     with_sink(weights, 1, 2, 0, 0.8)
