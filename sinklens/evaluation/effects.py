@@ -25,8 +25,8 @@ from .predictions import divergence, next_token_loss
 SINK_SIGNALS = frozenset(
     {sig.ATTENTION_RECEIVED, sig.ATTENTION_SELF, sig.KEPT_POSITIONS, sig.VISIBLE_QUERIES}
 )
-HAS = 0.1
-"""A block still has a token's strong entries if they are at least this part of their largest size in any block."""
+HAS = 10.0
+"""A block has a token's strong entries if they reach this multiple of the median magnitude of the token's state."""
 FAINT = 0.01
 """Heads that give the sink less than this before the change have no meaningful ratio after it."""
 
@@ -219,7 +219,8 @@ def remains(
     former, now = base[:, list(dims)].double(), edited[:, list(dims)].double()
     size = former.norm(dim=1)
     along = (now * former).sum(1) / size.clamp_min(torch.finfo(size.dtype).tiny)
-    has = (size > 0) & (size >= HAS * size.max())
+    # Within a block: norms between blocks may change the size of everything.
+    has = (size > 0) & (size >= HAS * base.double().abs().median(dim=1).values)
     later = has & (torch.arange(len(base)) >= start)
     if not later.any():
         later = has & (torch.arange(len(base)) == layer)

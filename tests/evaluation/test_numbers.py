@@ -84,9 +84,8 @@ def test_decay_is_the_mean_of_ratios_and_faint_heads_are_left_out() -> None:
 
 
 def states(values: list[float]) -> torch.Tensor:
-    """Four or more blocks of a token whose dim 3 has these values and whose dim 0 is 1."""
-    made = torch.zeros(len(values), 5)
-    made[:, 0] = 1.0
+    """A token after each block: these values in dim 3, 1 or -1 in the other dims."""
+    made = torch.tensor([[1.0, -1.0, 1.0, 0.0, -1.0]]).repeat(len(values), 1)
     made[:, 3] = torch.tensor(values)
     return made
 
@@ -114,6 +113,11 @@ def test_blocks_that_do_not_have_the_entry_do_not_count() -> None:
     base, erased_anyway = states([0.0, 500.0, 500.0, 1e-4, 0.0]), states([0.0, 0.0, 0.0, -6.8e8, -500.0])
     assert remains(base, erased_anyway, [3], layer=1)["ratio"] == 0.0
     assert remains(base, base, [3], layer=1)["ratio"] == pytest.approx(1.0)
+    # A norm behind block 1 makes everything smaller, the entry too: it is still there, and it stays.
+    scale = torch.tensor([1.0, 1.0, 0.03, 0.03])[:, None]
+    normed = states([0.0, 500.0, 500.0, 500.0]) * scale
+    cleared = states([0.0, 20.0, 500.0, 500.0]) * scale
+    assert remains(normed, cleared, [3], layer=1)["ratio"] == pytest.approx(1.0)
     # Behind block 2 none has it: the block itself is looked at.
     assert remains(base, states([0.0, 500.0, 50.0, -450.0, 9.0]), [3], layer=2)["ratio"] == pytest.approx(0.1)
     # The eraser is taken away: there was nothing that could remain.
