@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sinklens.analyzers import PrimarySinks
-from sinklens.core.errors import ResourceError
+from sinklens.core.errors import DataError, ResourceError
 from sinklens.tracers.executor import TracePlan, trace
 
 from .cost import duration
@@ -57,6 +57,8 @@ def run_experiments(setting: Setting, run: Run) -> Run:
         except ResourceError as error:
             # The main pass is done; what it found is not given up for a look that did not fit.
             skipped[name] = f"It was stopped: {error.what}"
+        except DataError as error:
+            skipped[name] = error.what
     run.trace.manifest["experiments"] = results
     run.trace.manifest["experiments_skipped"] = skipped
     return Run(run.trace, run.analyzers, run.checks) if results or skipped else run

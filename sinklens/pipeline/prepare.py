@@ -80,8 +80,7 @@ def prepare(model: Any, tokenizer: Any, options: ProfileOptions, listener: Liste
     listener.opened(opened)
     _reads_text(opened)
     prompts = read_prompts(options, opened.tokenizer, opened.default_prompts, opened.module.config)
-    for analyzer in _must_apply(options, analyzers):
-        _long_enough(analyzer, prompts)
+    refuse_short(options, analyzers, prompts)
     _within_reach(opened, prompts)
     listener.planned(prompts, analyzers)
     return Prepared(opened, prompts, analyzers, plan_for(options, analyzers), reopen)
@@ -151,24 +150,25 @@ def _reads_text(opened: OpenedModel) -> None:
         ) from error
 
 
-def _must_apply(options: ProfileOptions, analyzers: tuple[Analyzer, ...]) -> tuple[Analyzer, ...]:
-    """The analyzers without which a run makes no sense: those that were named, else the first of the chain.
+def refuse_short(options: ProfileOptions, analyzers: tuple[Analyzer, ...], prompts: PromptSet) -> None:
+    """Refuse prompts that are all shorter than an analyzer needs that was named, or than every one needs.
 
-    The others say themselves that they do not apply to prompts that are too short for them.
+    Those that were not named say themselves that they do not apply.
+
+    Raises:
+        DataError: Before anything is run.
     """
     asked = options.analyzers
     items = asked.split(",") if isinstance(asked, str) else asked
     named = [item for item in items if item not in ("all", "")]
-    return chosen_analyzers(named) if named else analyzers[:1]
-
-
-def _long_enough(analyzer: Analyzer, prompts: PromptSet) -> None:
-    """Refuse prompts that are all shorter than the metric needs, before anything is run."""
-    needed = getattr(analyzer, "min_tokens", 0)
     longest = max(len(prompt) for prompt in prompts.prompts)
-    if longest < needed:
+    short = [analyzer for analyzer in analyzers if getattr(analyzer, "min_tokens", 0) > longest]
+    names = {analyzer.name for analyzer in (chosen_analyzers(named) if named else ())}
+    refused = [analyzer for analyzer in short if analyzer.name in names or len(short) == len(analyzers)]
+    if refused:
+        needed = getattr(refused[0], "min_tokens", 0)
         raise DataError(
-            f"{analyzer.name} needs prompts of at least {needed} tokens; the longest has {longest}.",
+            f"{refused[0].name} needs prompts of at least {needed} tokens; the longest has {longest}.",
             hint="Give longer prompts, join short ones with --pack, or leave this analyzer out with --analyzers.",
         )
 

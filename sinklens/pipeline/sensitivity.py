@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from sinklens.analyzers import Finding, PrimarySinks
-from sinklens.core.errors import SinklensError
+from sinklens.core.errors import DataError, SinklensError
 from sinklens.models.spec import OpenedModel
 from sinklens.tracers import signals as sig
 from sinklens.tracers.executor import TracePlan, trace
@@ -31,6 +31,9 @@ def sensitivity(
     progress: Callable[[int, int], None],
 ) -> dict[str, Any]:
     """Measure the sink of a few prompts again under every variant.
+
+    Raises:
+        DataError: The rule of primary sinks does not apply to the run's own prompts.
 
     Returns:
         `analyzer` (the parameters used), `base` (the measurement of the run's own protocol on these prompts) and
@@ -86,11 +89,11 @@ def measure(seen: Trace, analyzer: PrimarySinks, base: dict[str, Any] | None) ->
     """One measurement of `sensitivity`.
 
     Raises:
-        SinklensError: The prompts are too short for the analyzer.
+        DataError: The analyzer does not apply, most often because the prompts are too short for it.
     """
     finding = analyzer.analyze(seen)
     if finding.reason is not None:
-        raise SinklensError(finding.reason[:1].upper() + finding.reason[1:])
+        raise DataError(finding.reason[:1].upper() + finding.reason[1:])
     position = int(finding.summary["strongest_position"])
     reference = position if base is None else int(base["position"])
     records = [r for r in seen if len(r) >= analyzer.min_tokens]

@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 
 import sinklens
-from sinklens.analyzers import registry
+from sinklens.analyzers import HeadClasses, MassiveActivations, PrimarySinks, registry
 from sinklens.cli.main import main
 from sinklens.core.errors import DataError, ResourceError
+from sinklens.inputs.spec import Prompt, PromptSet
 from sinklens.pipeline import experiments
 from sinklens.pipeline.options import ProfileOptions
 from sinklens.pipeline.plan import predict
+from sinklens.pipeline.prepare import refuse_short
 
 NAMED = ("primary-sinks", "causal-effects")
 
@@ -109,7 +111,7 @@ def test_conditions_reach_every_finding(tmp_path: Path, capsys: Any) -> None:
     assert main([*named, "--fail-if", "writers.rows > 0", "--out", str(tmp_path / "c")]) == 6
 
 
-def test_default_prompts_may_be_too_short_for_some_analyzers_but_not_for_the_first() -> None:
+def test_prompts_may_be_too_short_for_some_analyzers_but_not_for_one_that_is_named() -> None:
     short = [[1, *range(5, 55)], [1, *range(9, 59)]]
     run = sinklens.profile("bundled:dense-ind", prompts=short, verify=False)
     assert run.head_classes.reason is not None
@@ -117,8 +119,39 @@ def test_default_prompts_may_be_too_short_for_some_analyzers_but_not_for_the_fir
     assert run.primary_sinks.reason is None
     with pytest.raises(DataError, match="at least 64 tokens"):
         sinklens.profile("bundled:dense-ind", prompts=short, analyzers=("head-classes",))
-    with pytest.raises(DataError, match="at least 32 tokens"):
-        sinklens.profile("bundled:dense-ind", prompts=[[1, *range(5, 20)]])
+    for named in (("primary-sinks",), ("all", "primary-sinks"), "mean-maps,primary-sinks"):
+        with pytest.raises(
+            DataError, match="primary-sinks needs prompts of at least 32 tokens; the longest has 16"
+        ):
+            sinklens.profile("bundled:dense-ind", prompts=[[1, *range(5, 20)]], analyzers=named)
+
+
+@pytest.mark.parametrize("length", [1, 2, 12, 31])
+@pytest.mark.parametrize("asked", [(), ("all",)])
+def test_short_prompts_end_no_run_whose_analyzers_were_not_named(
+    length: int, asked: tuple[str, ...], tmp_path: Path
+) -> None:
+    prompts = [[1, *range(5, 4 + length)], [1, *range(9, 8 + max(1, length - 5))]]
+    run = sinklens.profile("bundled:moe-ind", prompts=prompts, analyzers=asked, sensitivity=True, verify=True)
+    why = f"sink rates need prompts of at least 32 tokens; the longest has {length}."
+    assert run.primary_sinks.reason == why
+    assert run.document["verdict"]["status"] == "unknown"
+    assert why in run.document["verdict"]["text"]
+    assert run.massive_activations.reason is None
+    assert run.sensitivity.reason == why[0].upper() + why[1:]
+    if asked:
+        assert (run.bos_alignment.reason is None) == (length > 1)
+    assert "at least 32 tokens" in run.report(tmp_path / "report.html").read_text(encoding="utf-8")
+
+
+def test_prompts_too_short_for_every_analyzer_are_refused() -> None:
+    prompts = PromptSet((Prompt(0, (1,) * 20, ("a",) * 20, "made"),))
+    both = (PrimarySinks(), HeadClasses())
+    with pytest.raises(
+        DataError, match="primary-sinks needs prompts of at least 32 tokens; the longest has 20"
+    ):
+        refuse_short(ProfileOptions(), both, prompts)
+    refuse_short(ProfileOptions(), (*both, MassiveActivations()), prompts)
 
 
 def test_a_dry_run_knows_how_much_will_be_stored() -> None:
