@@ -26,7 +26,8 @@ typedef struct {
     const float *query, *key, *value;
     const uint8_t *mask; /* 1 where a row sees a key; NULL without */
     float *output;   /* NULL without */
-    float *packed;   /* [threads, `packed_stride` apart]: keys in panels, values, queries and outputs of a tile */
+    float *packed;   /* [threads, `packed_stride` apart]: keys in panels, values, queries and outputs of a
+                      * tile, sums over its rows */
     float *logits;   /* [threads, `logits_stride` apart][tile][line] */
     long query_stride[3], key_stride[3], value_stride[3], mask_stride[3], output_stride[3];
     long batch, heads, kv_heads, queries, keys, dim, value_dim;
@@ -197,14 +198,19 @@ static float pass_row(const work *w, const asked *a, float *x, long i, long firs
     return factor;
 }
 
+/* The sums over rows of `a`. */
+#define SUMS 6
+#define SUMS_OF(a) \
+    { &(a).received, &(a).received_log, &(a).received_tail, &(a).received_rows, &(a).band, &(a).band_rest }
+
 /* The questions about the keys from `first` on. */
 static asked from_key(const asked *a, long first) {
     asked b = *a;
     b.first = first;
     const float **given[] = {&b.back, &b.other};
     for (int n = 0; n < 2; n++) if (*given[n]) *given[n] += first;
-    float **sums[] = {&b.received, &b.received_log, &b.received_tail, &b.received_rows, &b.band, &b.band_rest};
-    for (int n = 0; n < 6; n++) if (*sums[n]) *sums[n] += first;
+    float **sums[] = SUMS_OF(b);
+    for (int n = 0; n < SUMS; n++) if (*sums[n]) *sums[n] += first;
     return b;
 }
 
@@ -216,8 +222,8 @@ static void write_row(const work *w, long i, long first, long each, float factor
     for (long d = 0; d < c->value_dim; d++) into[d] = w->output[i * width + d] * factor;
 }
 
-/* Query rows `first` to `first + each` of all heads of the piece. */
-static void one_tile(const work *w, long first, long each) {
+/* Query rows `first` to `first + each` of all heads of the piece. Returns the keys that they see. */
+static range one_tile(const work *w, long first, long each) {
     const attention *c = w->c;
     long n = w->heads * each, width = up(c->value_dim, LANES);
     float factor[n];
@@ -237,13 +243,60 @@ static void one_tile(const work *w, long first, long each) {
         for (long i = 0; i < n; i += ROWS)
             multiply(w->query + i * c->dim, w->keys + k * c->dim, w->logits + i * c->line + k, c->line, c->dim);
     for (long i = 0; i < n; i++) factor[i] = pass_row(w, &a, logits + i * c->line, i, first, each, tile, seen[i]);
-    if (!c->output) return;
+    if (!c->output) return tile;
     memset(w->output, 0, (size_t)(up(n, MIX_ROWS) * width) * sizeof(float));
     for (long k = tile.first; k < tile.stop; k += MIX_KEYS)
         for (long i = 0; i < n; i += MIX_ROWS)
             mix_columns(w->logits + i * c->line + k, c->line, w->values + k * width, width,
                         tile.stop - k < MIX_KEYS ? tile.stop - k : MIX_KEYS, w->output + i * width);
     for (long i = 0; i < n; i++) write_row(w, i, first, each, factor[i]);
+    return tile;
+}
+
+/* Rows whose sums are added up by themselves before they join those of the rows before: a weight that is added to a sum
+ * of ten thousand loses the digits that weights differ in, and always to the same side where they hardly differ. */
+#define APART 128
+
+/* Adds the sums `apart` [SUMS asked][heads of the piece][line] to the results, for some keys, and makes them 0. */
+static void join(const work *w, float *apart, float **into, long stride, range keys) {
+    const attention *c = w->c;
+    if (keys.first >= keys.stop) return;
+    for (int n = 0; n < SUMS; n++) {
+        if (!into[n]) continue;
+        float *first = into[n] + (w->batch * c->heads + w->head) * stride + keys.first;
+        for (long head = 0; head < w->heads; head++, apart += c->line) {
+            add_row(first + head * stride, apart + keys.first, keys.stop - keys.first, 1.0f);
+            memset(apart + keys.first, 0, (size_t)(keys.stop - keys.first) * sizeof(float));
+        }
+    }
+}
+
+/* All rows of the piece; `apart` has room for their sums. */
+static void all_tiles(work *w, long each, float *apart) {
+    const attention *c = w->c;
+    long stride = w->a->stride, since = 0, free = 0;
+    asked own = *w->a;
+    float **sums[] = SUMS_OF(own), *into[SUMS];
+    for (int n = 0; n < SUMS; n++) {
+        into[n] = *sums[n];
+        if (into[n]) *sums[n] = apart + (free++ * w->heads - w->batch * c->heads - w->head) * c->line;
+    }
+    memset(apart, 0, (size_t)(free * w->heads * c->line) * sizeof(float));
+    own.stride = c->line;
+    w->a = &own;
+    const range none = {c->keys, 0};
+    range touched = none;
+    for (long q = 0; q < c->queries; q += each) {
+        range seen = one_tile(w, q, c->queries - q < each ? c->queries - q : each);
+        long stop = up(seen.stop, LANES);
+        if (seen.stop && seen.first < touched.first) touched.first = seen.first;
+        if (stop > touched.stop) touched.stop = stop < c->keys ? stop : c->keys;
+        if ((since += each) < APART) continue;
+        join(w, apart, into, stride, touched);
+        touched = none;
+        since = 0;
+    }
+    join(w, apart, into, stride, touched);
 }
 
 static void one_piece(const attention *c, const asked *a, long unit) {
@@ -259,13 +312,17 @@ static void one_piece(const attention *c, const asked *a, long unit) {
     if (c->output)
         pack_values(c->value + batch * c->value_stride[0] + kv * c->value_stride[1], c->value_stride[2], c->keys,
                     c->value_dim, width, w.values);
-    for (long q = 0; q < c->queries; q += each) one_tile(&w, q, c->queries - q < each ? c->queries - q : each);
+    all_tiles(&w, each, w.output + (c->output ? c->tile * width : 0));
 }
 
 /* Numbers per thread that `attention.packed` needs. */
-long sinklens_packed(const attention *c) {
+long sinklens_packed(const attention *c, const asked *a) {
+    asked own = *a;
+    float **each[] = SUMS_OF(own);
+    long sums = 0, heads = (c->heads / c->kv_heads + c->pieces - 1) / c->pieces;
+    for (int n = 0; n < SUMS; n++) sums += *each[n] != 0;
     long width = up(c->value_dim, LANES), values = c->output ? (c->keys + c->tile) * width : 0;
-    return up(up(c->keys, PANEL) * c->dim + c->tile * c->dim + values, LANES);
+    return up(up(c->keys, PANEL) * c->dim + c->tile * c->dim + values + sums * heads * c->line, LANES);
 }
 
 /* Output and statistics; `asked.keep` is RAW with an output and DROPPED without. */

@@ -239,11 +239,15 @@ def _attends(library: ctypes.CDLL) -> bool:
     for name, tensor in {"query": query, "key": key, "value": value, "output": output}.items():
         setattr(call, name, tensor.data_ptr())
         setattr(call, f"{name}_stride", (0, *tensor.stride()[:2]))
-    call.packed_stride, call.logits_stride = library.sinklens_packed(ctypes.byref(call)), 12 * line
+    asked = Asked(scratch_stride=line, keep=2)
+    call.packed_stride, call.logits_stride = (
+        library.sinklens_packed(ctypes.byref(call), ctypes.byref(asked)),
+        12 * line,
+    )
     sizes = (call.packed_stride, 12 * line, 2 * line)
     packed, logits, scratch = (torch.empty(size, **_PLAIN) for size in sizes)
     call.packed, call.logits = packed.data_ptr(), logits.data_ptr()
-    asked = Asked(scratch=scratch.data_ptr(), scratch_stride=line, keep=2)
+    asked.scratch = scratch.data_ptr()
     library.sinklens_attend(ctypes.byref(call), 1, ctypes.byref(asked))
     # In double precision, which no autocast and no setting for products of the caller rounds.
     hidden = torch.full((keys, keys), -torch.inf, dtype=torch.float64, device="cpu").triu_(1)

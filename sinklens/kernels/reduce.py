@@ -9,6 +9,7 @@ the weights.
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -186,7 +187,13 @@ class Accumulator:
     ) -> rowpass.RowResults:
         """The compiled row pass: what it can find is added here and now; logits become weights if to `keep`."""
         request = self._request(rows, keys, keep=keep or self.reads_weights, half=half)
-        return rowpass.pass_rows(logits, request)
+        # The block's own sums first: weights that are added to a sum of thousands lose their digits one by one.
+        shape, device = (len(request.sums), *logits.shape[:2], logits.shape[3]), logits.device
+        own = workspace().take("block sums", shape, self._dtype, device).zero_()
+        found = rowpass.pass_rows(logits, replace(request, sums=dict(zip(request.sums, own, strict=True))))
+        for into, part in zip(request.sums.values(), own, strict=True):
+            into.add_(part)
+        return found
 
     def attend(
         self, call: AttentionCall, output: Float[Tensor, "b q h value_dim"] | None, scores: int

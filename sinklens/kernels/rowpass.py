@@ -152,7 +152,7 @@ def attend(
     for name, tensor in given.items():
         setattr(whole, name, tensor.data_ptr())
         setattr(whole, f"{name}_stride", tensor.stride()[:3])
-    whole.packed_stride = library.sinklens_packed(ctypes.byref(whole))
+    whole.packed_stride = library.sinklens_packed(ctypes.byref(whole), ctypes.byref(asked))
     space, device = workspace(), call.query.device
     whole.packed = space.take("packed", (threads, whole.packed_stride), torch.float32, device).data_ptr()
     whole.logits = space.take("logits", (threads, tile, line), torch.float32, device).data_ptr()
