@@ -175,7 +175,7 @@ def _summary(rows: list[dict[str, Any]], effects: dict[str, Any]) -> dict[str, A
 
 
 def _percent(value: float | None) -> str:
-    return "not known" if value is None else f"{100 * value:.0f} %"
+    return "not known" if value is None else f"{round(100 * value)} %"
 
 
 def _on_sink(row: dict[str, Any]) -> str:
@@ -212,9 +212,7 @@ def _no_sink_sentence(rows: list[dict[str, Any]], effects: dict[str, Any]) -> st
 def _sink_sentence(rows: list[dict[str, Any]]) -> str:
     carriers = [row for row in rows if row["verdict"] in (CARRIES, PART)]
     if carriers:
-        best = max(
-            carriers, key=lambda row: (row["verdict"] == CARRIES, _SINGLE[row["kind"]], row["sink_lost"])
-        )
+        best = max(carriers, key=lambda row: (row["verdict"] == CARRIES, _says(row), row["sink_lost"]))
         word = "What carries the sink" if best["verdict"] == CARRIES else "What carries part of the sink"
         more = len([row for row in carriers if row["verdict"] == best["verdict"]]) - 1
         others = f"; {more} other change{'s' * (more > 1)} did the like" if more else ""
@@ -240,6 +238,11 @@ def _settled(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 _SINGLE = {"expert": 2, "massive": 1, "massive-mean": 0, "write": 1}
 """A named expert says more than its block or the entries it writes."""
+
+
+def _says(row: dict[str, Any]) -> int:
+    """How much a carrier says: one expert more than several, of which some may have no part in it."""
+    return 1 if row["name"] == "super-experts" else _SINGLE[row["kind"]]
 
 
 def _cost_sentence(rows: list[dict[str, Any]]) -> str:
@@ -279,7 +282,7 @@ def _tile(rows: list[dict[str, Any]]) -> Tile:
         return Tile(
             "Sink carried by", "not shown", "nothing that was taken away ended it", link="causal-effects"
         )
-    best = max(carriers, key=lambda row: (_SINGLE[row["kind"]], row["sink_lost"]))
+    best = max(carriers, key=lambda row: (_says(row), row["sink_lost"]))
     value = {"expert": best["short"].removesuffix(" pruned"), "write": best["short"]}
     lost = "all" if best["sink_lost"] >= 0.995 else _percent(best["sink_lost"])
     return Tile(

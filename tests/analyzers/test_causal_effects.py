@@ -224,6 +224,16 @@ def test_the_carrier_is_named_and_stands_beside_its_control() -> None:
     json.dumps(finding.to_json(), allow_nan=False)
 
 
+def test_one_expert_is_named_before_the_group_that_holds_it() -> None:
+    group = experiment("super-experts", "expert", 0.9961, target={"experts": [[1, 3], [2, 5]]})
+    one = experiment("expert-L1E3", "expert", 0.9955, target={"experts": [[1, 3]]})
+    one["controls"][0]["effect"]["sink_lost"] = interval(-0.003)
+    finding = found_in(effects(group, one))
+    assert finding.verdict.startswith("What carries the sink: with expert-L1E3 taken away, 100 %")
+    assert "(control: 0 %)" in finding.verdict
+    assert finding.tiles[0].value == "L1E3"
+
+
 def test_what_came_back_leaves_the_question_open() -> None:
     finding = found_in(
         effects(experiment("massive-zero", "massive", 0.02, left=0.9, cosine=1.0, kl=0.0, loss=0.0))
