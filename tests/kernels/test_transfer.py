@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sinklens.core.errors import UsageError
 from sinklens.kernels.reference import attention_reference, dense_logits, dense_visibility
-from sinklens.kernels.shapes import sizes_of
+from sinklens.kernels.shapes import sizes_of, visible_of
 from sinklens.kernels.spec import AttentionCall, BlockPlan, Want
 from sinklens.kernels.transfer import (
     Factors,
@@ -70,7 +70,8 @@ def disjoint(groups: Tensor) -> Tensor:
 def as_double(call: AttentionCall) -> AttentionCall:
     mask = call.mask
     if mask is not None and mask.dtype != torch.bool:
-        mask = mask.double()
+        # What hides a key in single precision is an ordinary number in double.
+        mask = mask.double().masked_fill(~visible_of(mask), float("-inf"))
     sinks = None if call.learned_sinks is None else call.learned_sinks.double()
     return replace(
         call,
