@@ -17,8 +17,6 @@ from .workspace import workspace
 
 # Hidden logits are this instead of -inf: exp gives 0 all the same, and 0 * logit stays 0 instead of NaN.
 HIDDEN = -1e30
-# The precision of products is one setting of the whole process.
-_PRECISION = threading.Lock()
 
 
 class Scores:
@@ -139,7 +137,18 @@ def _exact_half(call: AttentionCall, plan: BlockPlan) -> bool:
         and plan.score_dtype == torch.float32
         and call.query.device.type == "cpu"
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        and _alone()
     )
+
+
+def _alone() -> bool:
+    """Whether no other thread can be multiplying float32 numbers, as far as Python knows.
+
+    The precision of products is one setting of the whole process: another thread's would be rounded. Threads that
+    watch (progress bars, notebooks) are daemons and multiply nothing.
+    """
+    others = (each for each in threading.enumerate() if each is not threading.main_thread())
+    return threading.current_thread() is threading.main_thread() and all(each.daemon for each in others)
 
 
 @contextmanager
@@ -150,10 +159,9 @@ def _bfloat16_products() -> Iterator[None]:
     products, made by hardware twice as fast. torch has no other way to ask for a float32 result on CPU.
     """
     matmul = torch.backends.mkldnn.matmul  # pyright: ignore[reportAttributeAccessIssue]
-    with _PRECISION:  # or of two threads the later would restore what the earlier has set, for good
-        before = matmul.fp32_precision
-        matmul.fp32_precision = "bf16"
-        try:
-            yield
-        finally:
-            matmul.fp32_precision = before
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
