@@ -72,6 +72,8 @@ def references(model: str | None = None, *, unverified: bool = False) -> Rows:
             "model": value.model,
             "quantity": value.quantity,
             "value": value.words,
+            "unit": value.unit,
+            "meaning": value.title,
             "status": STATUS[value.status].partition(":")[0],
             "source": f"{value.source}, {value.where}",
             "protocol": value.protocol_words,

@@ -91,7 +91,9 @@ def published(*, unverified: bool = False) -> tuple[Published, ...]:
 
 
 def _value(data: dict[str, Any], group: dict[str, Any], entry: list[Any]) -> Published:
-    key, value, *remark = entry
+    key, value, *rest = entry
+    remark = rest[0] if rest else ""
+    own = rest[1] if len(rest) > 1 else {}
     model, quantity = data["models"][key], data["quantities"][group["quantity"]]
     source = data["sources"][group["source"]]
     url = f"https://arxiv.org/abs/{source['arxiv']}" if "arxiv" in source else source.get("code", "")
@@ -103,12 +105,12 @@ def _value(data: dict[str, Any], group: dict[str, Any], entry: list[Any]) -> Pub
         quantity["title"],
         quantity["unit"],
         value,
-        remark[0] if remark else "",
+        remark,
         source["title"],
         url,
         group["where"],
         group["status"],
-        group["protocol"],
+        {**group["protocol"], **own},
     )
 
 

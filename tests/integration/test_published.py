@@ -38,6 +38,34 @@ def test_every_value_has_a_source_a_place_and_a_status() -> None:
         assert set(value.protocol) <= set(PROTOCOL)
 
 
+@pytest.mark.parametrize(
+    ("model", "quantity", "protocol"),
+    [
+        ("GPT-2", "massive_blocks", {"bos": False, "seq_len": 1024, "n_prompts": 10}),
+        ("GPT-2", "massive_dims", {"bos": False, "seq_len": 1024, "n_prompts": 50}),
+        ("GPT-2", "loss_zeroed", {"bos": False, "seq_len": 1024, "data": "WikiText"}),
+        ("OPT-6.7B", "massive_blocks", {"bos": False, "seq_len": 2048, "n_prompts": 10}),
+        ("OPT-6.7B", "massive_max", {"bos": False, "seq_len": 2048, "n_prompts": 10}),
+        ("Falcon-7B", "massive_dims", {"seq_len": 4096, "n_prompts": 50}),
+        ("Phi-2", "massive_max", {"seq_len": 4096, "n_prompts": 10}),
+        ("Phi-4", "massive_blocks", {"seq_len": 4096, "n_prompts": 10}),
+        ("Gemma-7B", "massive_blocks", {"bos": True, "seq_len": 4096, "n_prompts": 10}),
+        ("Llama-2-7B", "loss_zeroed", {"bos": False, "seq_len": 4096, "data": "WikiText"}),
+    ],
+)
+def test_a_protocol_is_that_of_the_model_and_says_no_more_than_is_known(
+    model: str, quantity: str, protocol: dict[str, Any]
+) -> None:
+    """GPT-2 and OPT take shorter texts; whether Falcon-7B and Phi had a BOS was not written down."""
+    (value,) = [
+        value
+        for value in EVERY
+        if (value.model, value.quantity) == (model, quantity) and value.source.startswith("A Refined")
+    ]
+    assert value.protocol == {"dtype": "bfloat16", **protocol}
+    assert "tokens" not in value.remark
+
+
 def test_no_two_models_share_a_name() -> None:
     names: dict[str, str] = {}
     for value in EVERY:
@@ -127,6 +155,9 @@ def test_the_list_says_how_sure_each_value_is(capsys: Any) -> None:
     assert {row["model"] for row in rows} == {"Llama-2-7B"}
     assert {row["status"] for row in rows} >= {"third party", "read in the paper"}
     assert not any("2622" in row["value"] for row in rows)
+    zeroed = next(row for row in rows if row["value"] == "5.12, 8115, 5.13")
+    assert zeroed["unit"] == "perplexity"
+    assert zeroed["meaning"].startswith("Perplexity on WikiText: as it is, massive activations zeroed")
     assert main(["ls", "references", "-m", "llama-2-7b", "--unverified"]) == 0
     line = next(line for line in capsys.readouterr().out.splitlines() if "2622" in line)
     assert "unverified" in line
