@@ -190,7 +190,7 @@ def _expert_row(
 ) -> dict[str, Any]:
     known = np.flatnonzero(~np.isnan(shares))
     score, others = routing.score[layer, expert], routing.others[layer, expert]
-    values = [shares[i] * spike.paths[i].peak for i in known]
+    values = [shares[i] * abs(spike.paths[i].peak) * spike.sign for i in known]
     return {
         **_place(spike, layer),
         "expert": expert,
@@ -230,7 +230,9 @@ def _other_row(spike: Spike, group: Group, trace: Trace) -> dict[str, Any]:
         "expert": None,
         "kind": kinds.get(group.part, dense),
         "share": group.share,
-        "value": float(np.mean([step.value for step in group.steps])),
+        "value": float(
+            np.mean([spike.aligned(p) * s.value for s, p in zip(group.steps, group.paths, strict=True)])
+        ),
         "neuron": group.neuron,
         **nothing,
         "n_prompts": len(group.steps),

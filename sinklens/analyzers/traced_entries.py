@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
@@ -33,10 +33,12 @@ SIGNALS = frozenset(
 class Path:
     """The values of one (position, dim) of one prompt after every block, and what the blocks added.
 
-    Where a layer did not list the entry among its strongest, what it added is NaN; the value after it may still be
-    known from the block that follows.
+    Where a block did not list the entry among its strongest, what its sublayers added is NaN; the value after it may
+    still be known, from the block that follows or from the longer list of largest entries. It counts as 0 where it
+    is in no list and even the smallest listed entry is below `NEGLIGIBLE` times the path's peak.
 
     Attributes:
+        listed: Whether the block traced the entry to its sublayers.
         after: Value after the block.
         attention, mlp: What the sublayers add; both NaN where the sum was not verified.
         expert, neuron: What wrote most of `mlp`, -1 if not looked up.
@@ -46,6 +48,7 @@ class Path:
     record: PromptRecord
     position: int
     dim: int
+    listed: Bool[np.ndarray, " layer"]
     after: Float[np.ndarray, " layer"]
     before: Float[np.ndarray, " layer"]
     attention: Float[np.ndarray, " layer"]
@@ -93,10 +96,11 @@ class Step:
 
 
 def follow(record: PromptRecord, position: int, dim: int) -> Path | None:
-    """The path of an entry through the blocks; None if no block lists it."""
+    """The path of an entry through the blocks; None if its value is known after none of them."""
     listed = (record["residual_after_pos"] == position) & (record["residual_after_dim"] == dim)
     listed &= ~np.isnan(record[sig.RESIDUAL_AFTER])
-    if not listed.any():
+    ranked = among_largest(record, position, dim)
+    if not listed.any() and np.isnan(ranked).all():
         return None
     at, known = listed.argmax(1), listed.any(1)
 
@@ -108,13 +112,17 @@ def follow(record: PromptRecord, position: int, dim: int) -> Path | None:
 
     after, before = read(sig.RESIDUAL_AFTER, np.nan), read(sig.RESIDUAL_BEFORE, np.nan)
     # What leaves one block enters the next. (Not so where the stream is read inside the block: see `is_continuous`.)
-    if is_continuous(after, before):
+    continuous = is_continuous(after, before)
+    after = np.where(np.isnan(after), ranked, after)
+    if continuous:
         after[:-1] = np.where(np.isnan(after[:-1]), before[1:], after[:-1])
         before[1:] = np.where(np.isnan(before[1:]), after[:-1], before[1:])
+    _fill_negligible(record, after, before)
     return Path(
         record,
         position,
         dim,
+        known,
         after.astype(np.float64),
         before.astype(np.float64),
         read(sig.ATTENTION_WRITE, np.nan).astype(np.float64),
@@ -124,6 +132,43 @@ def follow(record: PromptRecord, position: int, dim: int) -> Path | None:
         read(sig.WRITE_NEURON, -1).astype(int),
         read(sig.WRITE_NEURON_VALUE, np.nan).astype(np.float64),
     )
+
+
+def among_largest(record: PromptRecord, position: int, dim: int) -> Float[np.ndarray, " layer"]:
+    """The entry's value after each block by the list of largest entries, which is longer; NaN where it is not there."""
+    here = (record["residual_top_pos"] == position) & (record["residual_top_dim"] == dim)
+    values = np.take_along_axis(record[sig.RESIDUAL_TOP], here.argmax(1)[:, None], axis=1)[:, 0]
+    return np.where(here.any(1), values, np.nan)
+
+
+NEGLIGIBLE = 0.02
+
+
+def _fill_negligible(
+    record: PromptRecord, after: Float[np.ndarray, " layer"], before: Float[np.ndarray, " layer"]
+) -> None:
+    """Write 0 for values that are not listed and so cannot exceed `NEGLIGIBLE` times the largest known one."""
+    least = NEGLIGIBLE * np.nanmax(np.abs(np.concatenate([after, before])))
+    inputs = record[sig.RESIDUAL_BEFORE][:, sig.ENTRIES // 2 :]
+    after[np.isnan(after) & (smallest_listed(record[sig.RESIDUAL_TOP]) <= least)] = 0.0
+    before[np.isnan(before) & (smallest_listed(inputs) <= least)] = 0.0
+
+
+def smallest_listed(values: Float[np.ndarray, "layer rank"]) -> Float[np.ndarray, " layer"]:
+    """How large an entry can be that is not in the list: 0 where the list is not full, inf where it is empty."""
+    known = ~np.isnan(values)
+    smallest = np.where(known, np.abs(values), np.inf).min(1)
+    return np.where(known.any(1) & ~known.all(1), 0.0, smallest)
+
+
+def may_stand_out(record: PromptRecord, path: Path | None, ratio: float) -> bool:
+    """Whether an entry that is not known to reach `ratio` times a layer's median may do so after another block.
+
+    Where it is not among the listed entries of a block, it is at most as large as the smallest of them.
+    """
+    bound = smallest_listed(record[sig.RESIDUAL_TOP])
+    unknown = np.ones(len(bound), dtype=bool) if path is None else np.isnan(path.after)
+    return bool((unknown & (bound > 0) & (bound >= ratio * record[sig.RESIDUAL_MEDIAN])).any())
 
 
 def is_continuous(after: Float[np.ndarray, " layer"], before: Float[np.ndarray, " layer"]) -> bool:
@@ -151,9 +196,14 @@ def steps(path: Path, share: float, tolerance: float) -> list[Step]:
 
 def _contributions(path: Path, layer: int, tolerance: float) -> list[tuple[str, float]]:
     """What a block adds: by sublayer where that is known, else as a whole."""
-    if not residue(path)[layer] <= tolerance:
+    if not told_apart(path, tolerance)[layer]:
         return [(BLOCK, float(path.change[layer]))]
     return [(ATTENTION, float(path.attention[layer])), (MLP, float(path.mlp[layer]))]
+
+
+def told_apart(path: Path, tolerance: float) -> Bool[np.ndarray, " layer"]:
+    """Whether what attention and the feed-forward part add is known of each block."""
+    return np.nan_to_num(residue(path), nan=np.inf) <= tolerance
 
 
 def residue(path: Path) -> Float[np.ndarray, " layer"]:
@@ -210,13 +260,25 @@ COMMON = 0.5
 
 @dataclass(frozen=True)
 class Group:
-    """The same kind of step of one entry over the prompts: one sublayer of one block that writes it, or erases it."""
+    """The same kind of step of one entry over the prompts: one sublayer of one block that writes it, or erases it.
+
+    Attributes:
+        steps, paths: Of the prompts in which it occurs.
+        n_read: Prompts in which it would have been seen: the sublayers are told apart there, or the block as a whole
+            adds too little. For a whole block: the sublayers are not told apart, but what the block adds is known.
+    """
 
     layer: int
     part: str
     writes: bool
     steps: tuple[Step, ...]
     paths: tuple[Path, ...]
+    n_read: int
+
+    @property
+    def agreement(self) -> float:
+        """Share of the prompts that could show the step in which it occurs."""
+        return len(self.steps) / self.n_read
 
     @property
     def share(self) -> float:
@@ -243,16 +305,36 @@ class Group:
 
 @dataclass(frozen=True)
 class Spike:
-    """One (position, dim) over the prompts in which it stands out."""
+    """One (position, dim) over the prompts in which it stands out.
+
+    Attributes:
+        n_unread: Prompts besides in which it may stand out and was not among the entries that were recorded.
+    """
 
     position: int
     dim: int
     paths: tuple[Path, ...]
     groups: tuple[Group, ...]
+    n_unread: int = 0
+
+    @property
+    def sign(self) -> float:
+        """The sign that the peak has in most prompts, + if as many have the other."""
+        return 1.0 if sum(np.sign(path.peak) for path in self.paths) >= 0 else -1.0
+
+    @property
+    def same_sign(self) -> float:
+        """Share of the prompts whose peak has that sign."""
+        return float(np.mean([path.peak * self.sign > 0 for path in self.paths]))
 
     @property
     def peak(self) -> float:
-        return float(np.mean([path.peak for path in self.paths]))
+        """Mean size, with the sign of most prompts: the signed mean, unless prompts differ in sign."""
+        return self.sign * float(np.mean([abs(path.peak) for path in self.paths]))
+
+    def aligned(self, path: Path) -> float:
+        """-1 for a path whose peak has the other sign than most: what is averaged is mirrored there."""
+        return 1.0 if path.peak * self.sign > 0 else -1.0
 
     @property
     def token(self) -> str:
@@ -264,9 +346,18 @@ class Spike:
         return float(np.mean([is_erased(path) for path in self.paths]))
 
     def usual(self, *, writes: bool) -> list[Group]:
-        """The steps of one direction that occur in half of the prompts or more, in order of layer."""
-        least = COMMON * len(self.paths)
-        return [group for group in self.groups if group.writes == writes and len(group.steps) >= least]
+        """The steps of one direction that occur in half of the prompts that show them, in order of layer.
+
+        A block as a whole is not named where some prompt tells its sublayers apart: it is the same step.
+        """
+        resolved = {(group.layer, group.writes) for group in self.groups if group.part != BLOCK}
+        return [
+            group
+            for group in self.groups
+            if group.writes == writes
+            and group.agreement >= COMMON
+            and (group.part != BLOCK or (group.layer, group.writes) not in resolved)
+        ]
 
 
 def trace_spike(
@@ -274,22 +365,39 @@ def trace_spike(
 ) -> Spike | None:
     """One entry over all prompts in which it stands out; None if the trace followed it in none of them."""
     position, dim = place
-    paths = []
-    for record in trace:
+    paths, n_unread = [], 0
+    for record in (record for record in trace if position < len(record)):
         path = follow(record, position, dim)
         if path is not None and abs(path.peak) >= spike_ratio * record[sig.RESIDUAL_MEDIAN][path.peak_layer]:
             paths.append(path)
-    if not paths:
+        else:
+            n_unread += may_stand_out(record, path, spike_ratio)
+    if not any(path.listed.any() for path in paths):
         return None
     found: dict[tuple[bool, int, str], list[tuple[Step, Path]]] = {}
     for path in paths:
         for item in steps(path, step, tolerance):
             found.setdefault((not item.writes, item.layer, item.part), []).append((item, path))
+    known = np.array([~np.isnan(path.change) for path in paths])
+    apart = np.array([told_apart(path, tolerance) for path in paths])
+    little = np.array(
+        [
+            ~path.listed & (np.abs(np.nan_to_num(path.change, nan=np.inf)) < step * abs(path.peak))
+            for path in paths
+        ]
+    )
+    n_read = {True: (known & ~apart).sum(0), False: (apart | little).sum(0)}
     groups = tuple(
-        Group(layer, part, not erases, tuple(s for s, _ in pairs), tuple(p for _, p in pairs))
+        Group(
+            layer,
+            part,
+            not erases,
+            *(tuple(item) for item in zip(*pairs, strict=True)),
+            int(n_read[part == BLOCK][layer]),
+        )
         for (erases, layer, part), pairs in sorted(found.items())
     )
-    return Spike(position, dim, tuple(paths), groups)
+    return Spike(position, dim, tuple(paths), groups, n_unread)
 
 
 def share_written(spike: Spike) -> float:

@@ -40,14 +40,19 @@ class Writers(Analyzer):
     the entry's peak is a step of writing, and each that takes as much away a step of erasing. Several steps are
     reported as such. Within a feed-forward part the routed expert with the largest contribution (routing weight
     included) and the input of its down projection with the largest contribution are named, if the part adds at least
-    half of the entry's value at that block. Prompts are followed one by one; a row says in how many the step occurs.
+    half of the entry's value at that block. Prompts are followed one by one; a row says in how many the step occurs
+    and in how many it would have been seen. Sublayers are known for the 16 largest entries of a block's input and
+    output; for the others among the 64 largest the block as a whole is known (`block`). Where prompts differ in
+    sign, means are of the size, with the sign of most prompts, and a note says so.
 
     Compared with the paper: Sun et al. name the layer in which massive activations appear; the decomposition into
     sublayers, neurons and experts, the threshold `step` and the rule for erasing are ours. The super weights of the
     Super Experts paper are (block, dim, neuron) triples of the same kind. The official code of Sun et al.
     logs the three largest entries and the median of each layer and attributes nothing, so there is one recipe.
 
-    When not to trust it: what adds most is not always what causes it: an earlier block can prepare a token so that a
+    When not to trust it: a block with more than 64 entries as large as this one does not list it; such prompts are
+    counted (`n_unread`), and all means are over the others: with few of them read, what is said holds for those
+    few. What adds most is not always what causes it: an earlier block can prepare a token so that a
     later one fires. Remove the writer to know (`causal-effects`). An entry that grows a little in every block has
     no writer by this rule; read `share_written`. Under a norm after the feed-forward part (Gemma) and for
     routed experts a neuron's own value is not in the units of the stream; `neuron_share` compares it with the down
@@ -132,8 +137,22 @@ class Writers(Analyzer):
                 "No entry is massive by the published rule; the one that stands out most is followed instead."
             )
         if places > self.entries:
-            notes.append(f"{places} entries are massive; the {self.entries} strongest were followed.")
-        if any(group.part == BLOCK for spike in spikes for group in spike.groups):
+            notes.append(f"{places} entries are massive; the {self.entries} strongest were looked for.")
+        tried = min(places, self.entries)
+        if tried > len(spikes):
+            notes.append(
+                f"{tried - len(spikes)} of {tried} entries could not be followed: no block of any prompt lists them "
+                "among its 16 largest."
+            )
+        notes += _reading_notes(spikes)
+        blocks = [
+            (step, path)
+            for spike in spikes
+            for group in spike.groups
+            for step, path in zip(group.steps, group.paths, strict=True)
+            if group.part == BLOCK
+        ]
+        if any(path.listed[step.layer] for step, path in blocks):
             notes.append(
                 "In some blocks the sum of what the sublayers add could not be verified; there the block alone is "
                 "named."
@@ -145,19 +164,57 @@ class Writers(Analyzer):
         low = [spike for spike in spikes if share_written(spike) < 0.5]
         if low:
             notes.append(
-                f"{len(low)} of {len(spikes)} entries grow in many small steps: less than half of them is written by "
-                "the steps listed."
+                f"Of {len(low)} of {len(spikes)} entries less than half is written by the steps listed: they grow in "
+                "many small steps, or in blocks that do not list them."
             )
         return notes
 
 
+def _reading_notes(spikes: Sequence[Spike]) -> list[str]:
+    """What the means leave out, and where they are over prompts of both signs."""
+    notes, n = [], len(spikes)
+    unread = [spike for spike in spikes if spike.n_unread]
+    if unread:
+        worst = max(unread, key=lambda spike: spike.n_unread / (len(spike.paths) + spike.n_unread))
+        notes.append(
+            f"{len(unread)} of {n} entries could not be read in every prompt in which they may stand out, because "
+            f"too many others are as large; at worst not in {worst.n_unread} of {len(worst.paths) + worst.n_unread} "
+            f"(dim {worst.dim} on position {worst.position}). Means are over the other prompts."
+        )
+    hidden = sum(any(_hides(spike, group) for group in spike.groups) for spike in spikes)
+    if hidden:
+        notes.append(
+            f"For {hidden} of {n} entries some prompts do not show what the sublayers of a block add, because the "
+            "entry is not among the block's 16 largest there; where its value is known, the block is named as a whole."
+        )
+    mixed = [spike for spike in spikes if spike.same_sign < 1]
+    if mixed:
+        which = ", ".join(f"dim {spike.dim} on position {spike.position}" for spike in mixed[:3])
+        which += ", ..." if len(mixed) > 3 else ""
+        notes.append(
+            f"The sign of {len(mixed)} of {n} entries differs between prompts ({which}): their values are mean sizes "
+            "with the sign of most prompts."
+        )
+    return notes
+
+
+def _hides(spike: Spike, group: Group) -> bool:
+    """Whether some prompts do not show the sublayers of a block that has a step, for want of a listing."""
+    return any(not path.listed[group.layer] and path.change[group.layer] != 0 for path in spike.paths)
+
+
 UNITS = {
-    "value": "what the sublayer adds, signed, mean over prompts",
-    "share": "share of the entry's peak (negative: taken away)",
-    "peak": "largest value of the entry over the blocks, signed, mean over prompts",
+    "value": "what the sublayer adds, signed, mean over the prompts in which the step occurs",
+    "share": "share of the entry's peak (negative: taken away), mean over the same prompts",
+    "peak": "largest value of the entry over the blocks, signed, mean over the prompts in which it was followed",
     "expert_share": "the expert's part of what the feed-forward part adds",
     "neuron_share": "the neuron's part of the down projection's output at the entry; above 1, others work against it",
-    "agreement": "share of prompts with this entry in which the step occurs",
+    "agreement": "share of the prompts that show what this part of the block adds in which the step occurs",
+    "n_prompts": "prompts in which the step occurs",
+    "n_read": "prompts that show what this part of the block adds",
+    "n_followed": "prompts in which the entry stands out and was followed",
+    "n_unread": "prompts in which the entry may stand out but was not recorded",
+    "same_sign": "share of the followed prompts whose peak has the sign that most have",
 }
 
 LABELS = {
@@ -168,6 +225,11 @@ LABELS = {
     "written_by": "strongest entry written by",
     "erased_by": "strongest entry erased by",
     "agreement": "share of prompts that agree",
+    "n_prompts": "prompts",
+    "n_read": "prompts that could show it",
+    "n_followed": "prompts followed",
+    "n_unread": "prompts not read",
+    "same_sign": "share with the same sign",
     "erased_in_share_of_prompts": "erased in this share of prompts",
     "main_layer": "main writer in layer",
     "main_sublayer": "main writer",
@@ -193,7 +255,7 @@ def standing_out(trace: Trace, spike_ratio: float) -> tuple[list[Place], bool]:
 
 
 def _row(spike: Spike, group: Group) -> dict[str, Any]:
-    values = [step.value for step in group.steps]
+    values = [spike.aligned(path) * step.value for step, path in zip(group.steps, group.paths, strict=True)]
     by_expert = [step.expert_value / step.value for step in group.steps if step.expert >= 0 and step.value]
     by_neuron = [
         step.neuron_value / output
@@ -214,8 +276,12 @@ def _row(spike: Spike, group: Group) -> dict[str, Any]:
         "peak": spike.peak,
         "expert_share": float(np.mean(by_expert)) if by_expert else None,
         "neuron_share": float(np.mean(by_neuron)) if by_neuron else None,
-        "agreement": len(group.steps) / len(spike.paths),
+        "agreement": group.agreement,
         "n_prompts": len(group.steps),
+        "n_read": group.n_read,
+        "n_followed": len(spike.paths),
+        "n_unread": spike.n_unread,
+        "same_sign": spike.same_sign,
     }
 
 
@@ -256,7 +322,10 @@ def _summary(trace: Trace, spikes: Sequence[Spike]) -> dict[str, Any]:
         "main_expert": main.expert if main else None,
         "share_written": share_written(top),
         "erased_in_share_of_prompts": top.erased,
-        "agreement": len(main.steps) / len(top.paths) if main else None,
+        "agreement": main.agreement if main else None,
+        "n_read": main.n_read if main else None,
+        "n_unread": top.n_unread,
+        "same_sign": top.same_sign,
         "largest_residue": largest_residue(trace),
         "n_prompts": len(top.paths),
     }
@@ -264,7 +333,9 @@ def _summary(trace: Trace, spikes: Sequence[Spike]) -> dict[str, Any]:
 
 def _verdict(spikes: Sequence[Spike]) -> str:
     top = spikes[0]
-    entry = f"dim {top.dim} on position {top.position} ({top.token!r}, peak {top.peak:.4g})"
+    sign = "" if top.same_sign == 1 else "±"
+    size = top.peak if top.same_sign == 1 else abs(top.peak)
+    entry = f"dim {top.dim} on position {top.position} ({top.token!r}, peak {sign}{size:.4g})"
     more = ""
     if len(spikes) > 1:
         same = sum(_writers_of(spike) == _writers_of(top) for spike in spikes[1:])
@@ -272,14 +343,23 @@ def _verdict(spikes: Sequence[Spike]) -> str:
         more = f" {rest} more {'entry' if rest == 1 else 'entries'}; {same} with the same writer."
     writers = top.usual(writes=True)
     if not writers:
-        return f"The strongest entry, {entry}, has no single writer: it grows in small steps.{more}"
+        known = f" {top.n_unread} more prompts could not be read." if top.n_unread else ""
+        hidden = any(np.isnan(path.change[: path.peak_layer + 1]).any() for path in top.paths)
+        how = "it grows in small steps" + (", or in blocks that do not list it" if hidden else "")
+        return f"The strongest entry, {entry}, has no single writer: {how}.{known}{more}"
     said = [f"{group.name}, {100 * group.share:.0f} %" for group in writers[:4]]
     how = (
         f"is written by {said[0]}"
         if len(said) == 1
         else f"is written in {len(writers)} steps: {'; '.join(said)}"
     )
-    return f"The strongest entry, {entry}, {how}; {_ending(top)}.{more}"
+    return f"The strongest entry, {entry}, {how}; {_ending(top)}.{_seen_in(top, writers)}{more}"
+
+
+def _seen_in(top: Spike, writers: Sequence[Group]) -> str:
+    """A sentence on the prompts that do not show it; empty if all do."""
+    every, read = len(top.paths) + top.n_unread, min(group.n_read for group in writers)
+    return "" if read == every else f" That is known of {read} of {every} prompts."
 
 
 def _writers_of(spike: Spike) -> list[tuple[int, str]]:
@@ -300,7 +380,7 @@ def _figures(spikes: Sequence[Spike], layers: int) -> list[Figure]:
     x = np.arange(layers)
 
     def mean(rows: list[np.ndarray]) -> np.ndarray:
-        values = np.array(rows)
+        values = np.array([top.aligned(path) * row for path, row in zip(top.paths, rows, strict=True)])
         known = ~np.isnan(values)
         total = np.where(known, values, 0.0).sum(0)
         return np.where(known.any(0), total / np.maximum(known.sum(0), 1), np.nan)
@@ -310,7 +390,8 @@ def _figures(spikes: Sequence[Spike], layers: int) -> list[Figure]:
         Timeline(
             "lives",
             "Massive activations from writer to eraser",
-            "Entries that were followed, strongest first; peak: largest value over the blocks, mean over prompts.",
+            "Entries that were followed, strongest first; peak: largest value over the blocks, mean over the prompts "
+            "in which it was followed.",
             tuple(_life(spike, abs(top.peak), layers) for spike in spikes),
             layers,
             "share of the strongest",
@@ -318,8 +399,8 @@ def _figures(spikes: Sequence[Spike], layers: int) -> list[Figure]:
         Lines(
             "strongest",
             f"Dim {top.dim} of position {top.position} through the blocks",
-            f"Value after each block and what its two sublayers add, mean over {len(top.paths)} prompts. A gap: the "
-            "entry is not among the strongest there.",
+            f"Value after each block and what its two sublayers add, mean over those of {len(top.paths)} prompts in "
+            f"which it is known{_not_read(top)}. A gap: the entry is not among the strongest there.",
             (
                 Series("after the block", x, mean([path.after for path in top.paths]), emphasis=True),
                 Series("added by attention", x, mean([path.attention for path in top.paths])),
@@ -330,6 +411,10 @@ def _figures(spikes: Sequence[Spike], layers: int) -> list[Figure]:
             marks=marks,
         ),
     ]
+
+
+def _not_read(spike: Spike) -> str:
+    return f"; {spike.n_unread} more could not be read" if spike.n_unread else ""
 
 
 def _life(spike: Spike, strongest: float, layers: int) -> Life:
