@@ -140,6 +140,74 @@ def test_prompts_that_disagree_are_counted() -> None:
     assert finding.summary["written_by"] == ["the MLP of block 2"]
 
 
+def crowded(value: float, index: int, *, others: float, n: int) -> PromptRecord:
+    """An entry that the MLP of block 2 writes, beside `n` entries of size `others` that it writes as well."""
+    generator = np.random.default_rng(index)
+    hidden = np.zeros((DEPTH, LENGTH, WIDTH)) + generator.normal(size=(LENGTH, WIDTH)) * 0.02
+    places = [(p, d) for p in range(1, LENGTH) for d in range(WIDTH)][:n]
+    for p, d in places:
+        hidden[2:, p, d] = others
+    hidden[2:, 0, 5] = value
+    return chain_record(hidden, start=hidden[0], index=index, ranks=64)
+
+
+def test_a_prompt_whose_block_lists_stronger_entries_is_read_from_the_longer_list() -> None:
+    """Without it the mean would be over the one prompt that lists the entry: 9000, not 4000."""
+    prompts = [crowded(9000, 0, others=500, n=20), crowded(2000, 1, others=5000, n=20)]
+    prompts.append(crowded(1000, 2, others=5000, n=20))
+    finding = Writers(entries=200).analyze(trace(prompts))
+    rows = [row for row in finding.rows if (row["position"], row["dim"]) == (0, 5)]
+    assert [(r["sublayer"], r["n_prompts"], r["n_read"], r["agreement"]) for r in rows] == [
+        ("block", 2, 2, 1.0),
+        ("mlp", 1, 1, 1.0),
+    ]
+    assert all(row["peak"] == pytest.approx(4000, rel=1e-3) for row in rows)
+    assert [row["value"] for row in rows] == pytest.approx([1500, 9000], rel=1e-3)
+    assert {(row["n_followed"], row["n_unread"]) for row in rows} == {(3, 0)}
+    assert any("the block is named as a whole" in note for note in finding.notes)
+    assert not any("could not be verified" in note for note in finding.notes)
+
+
+def test_prompts_that_cannot_be_read_are_counted_and_said() -> None:
+    """One entry stands out in every prompt; in two of three, 70 others are larger than it."""
+    prompts = [crowded(9000, 0, others=4, n=70)]
+    prompts += [crowded(800, index, others=5000, n=70) for index in (1, 2)]
+    finding = Writers().analyze(trace(prompts))
+    row = next(row for row in finding.rows if (row["position"], row["dim"]) == (0, 5))
+    assert (row["n_prompts"], row["n_read"], row["n_followed"], row["n_unread"]) == (1, 1, 1, 2)
+    assert finding.summary["n_unread"] == 2
+    assert "That is known of 1 of 3 prompts." in finding.verdict
+    assert any(
+        "could not be read in every prompt" in note and "not in 2 of 3" in note for note in finding.notes
+    )
+
+
+def test_a_small_entry_that_is_not_listed_is_no_prompt_that_could_not_be_read() -> None:
+    small = written({}, seed=8, index=1)
+    finding = Writers().analyze(trace([written({(2, "mlp"): 500.0}), small]))
+    assert finding.rows[0]["n_unread"] == 0
+    assert finding.rows[0]["n_followed"] == 1
+
+
+def test_prompts_of_both_signs_are_not_averaged_away() -> None:
+    values = (900.0, -600.0, 750.0)
+    records = [written({(2, "mlp"): value}, seed=i, index=i) for i, value in enumerate(values)]
+    finding = Writers().analyze(trace(records))
+    row = finding.rows[0]
+    assert row["value"] == pytest.approx(750)
+    assert row["peak"] == pytest.approx(750)
+    assert row["same_sign"] == pytest.approx(2 / 3)
+    assert "peak ±750" in finding.verdict
+    assert any(
+        "sign of 1 of 1 entries differs between prompts (dim 5 on position 0)" in n for n in finding.notes
+    )
+    line = finding.figures[1].series[0].y  # type: ignore[union-attr]
+    assert line[-1] == pytest.approx(750)
+    same = Writers().analyze(trace(records[:1]))
+    assert same.rows[0]["same_sign"] == 1
+    assert not any("sign" in note for note in same.notes)
+
+
 def test_below_the_published_rule_the_strongest_entry_is_followed() -> None:
     one = written({(2, "mlp"): 20.0}, scale=0.02)
     finding = Writers().analyze(trace([one]))
