@@ -345,6 +345,13 @@ def _notes(
         notes.append(
             "The routing of this position was not kept; only experts looked up at the entry have a share."
         )
+    if spike.n_unread:
+        every = len(spike.paths) + spike.n_unread
+        notes.append(
+            f"Read in {len(spike.paths)} of {every} prompts: in the others too many entries are as large as this one."
+        )
+    if spike.same_sign < 1:
+        notes.append("Its sign differs between prompts: values are mean sizes with the sign of most prompts.")
     if share_written(spike) < COMMON:
         notes.append("The entry grows in many small steps; the parts listed write less than half of it.")
     return notes

@@ -135,18 +135,18 @@ class HeadClasses(Analyzer):
 
     def _verdict(self, s: dict[str, Any]) -> str:
         rest = [
-            f"{s[key]} {word}"
-            for key, word in (
-                ("n_distributed", "spread it"),
-                ("n_recency", "look at recent tokens"),
-                ("n_mixed", "do something else"),
+            f"{s[key]} {one if s[key] == 1 else several}"
+            for key, one, several in (
+                ("n_distributed", "spreads it", "spread it"),
+                ("n_recency", "looks at recent tokens", "look at recent tokens"),
+                ("n_mixed", "does something else", "do something else"),
             )
             if s[key]
         ]
         text = (
             f"The last queries spend more than {self.strong:g} of their attention on the first {self.first} tokens "
             f"in {s['n_strong_sink']} of {s['n_heads']} heads, more than {self.moderate:g} in "
-            f"{s['n_moderate_sink']} others"
+            f"{s['n_moderate_sink']} {'other' if s['n_moderate_sink'] == 1 else 'others'}"
         )
         return f"{text}; {', '.join(rest)}." if rest else f"{text}."
 

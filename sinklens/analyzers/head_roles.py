@@ -364,10 +364,16 @@ def _zeroed_note(zeroed: dict[str, Any] | None) -> list[str]:
         return []
     which = named([(layer, head) for layer, head in zeroed["zeroed_heads"]])
     low, high, others = (zeroed[f"zeroed_loss_change_{key}"] for key in ("low", "high", "others"))
-    interval = "" if low is None or high is None else f" ({low:+.3f} to {high:+.3f})"
-    beside = "" if others is None else f", zeroing as many other heads by {others:+.3f}"
-    change = f"{zeroed['zeroed_loss_change']:+.3f} nats per token{interval}"
+    interval = "" if low is None or high is None else f" ({_signed(low)} to {_signed(high)})"
+    beside = "" if others is None else f", zeroing as many other heads by {_signed(others)}"
+    change = f"{_signed(zeroed['zeroed_loss_change'])} nats per token{interval}"
     return [f"Zeroing the strongest sink heads ({which}) changes the loss by {change}{beside}."]
+
+
+def _signed(value: float) -> str:
+    """Three digits with a sign, which nothing that rounds to 0 has."""
+    text = f"{value:+.3f}"
+    return "0.000" if float(text) == 0 else text
 
 
 def _places(classes: np.ndarray, word: str) -> list[list[int]]:

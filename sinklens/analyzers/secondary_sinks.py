@@ -338,9 +338,11 @@ def _verdict(secondary: Sequence[Aligned], levels: Sequence[Level], summary: dic
     primary = f"position {summary['primary_position']} ({summary['primary_token']!r})"
     active = span(summary["active_first"], summary["active_last"])
     with_primary = summary["n_with_primary"]
-    besides = f" {with_primary} tokens rise together with it instead." if with_primary else ""
+    tokens = "1 token rises" if with_primary == 1 else f"{with_primary} tokens rise"
     if not secondary:
-        return f"No secondary sink: no token takes the direction of {primary} later than it does.{besides}"
+        instead = f" {tokens} together with it instead." if with_primary else ""
+        return f"No secondary sink: no token takes the direction of {primary} later than it does.{instead}"
+    besides = f" {tokens} together with the primary sink." if with_primary else ""
     n, first, last = len(secondary), min(t.creation for t in secondary), max(t.creation for t in secondary)
     level = f" in {len(levels)} sink level{'s' * (len(levels) > 1)}" if levels else ""
     return (
@@ -378,12 +380,16 @@ def _tiles(secondary: Sequence[Aligned], levels: Sequence[Level], summary: dict[
     ]
 
 
+def _left_out(n: int) -> str:
+    if n == 1:
+        return "1 prompt has no primary sink by norm and was left out."
+    return f"{n} prompts have no primary sink by norm and were left out."
+
+
 def _notes(seen: Sequence[Seen], summary: dict[str, Any]) -> list[str]:
     notes = []
     if summary["n_prompts_without_primary"]:
-        notes.append(
-            f"{summary['n_prompts_without_primary']} prompts have no primary sink by norm and were left out."
-        )
+        notes.append(_left_out(summary["n_prompts_without_primary"]))
     if summary["layers_unknown"]:
         notes.append(
             f"In {summary['layers_unknown']} (prompt, layer) the trace compared with other positions than the primary "

@@ -201,8 +201,11 @@ class SinkGeometry(Analyzer):
                 f"{where} is an effect of angle and length: {_angle_words(d)}, and its key is {_key_words(d)}"
             )
         elif d["angle_effect"]:
-            however = ", although its key is short" if (d["key_ratio"] or 1.0) < 1 / self.long else ""
-            cause = f"{where} is an angle effect: {_angle_words(d)}{however} ({_key_words(d)})"
+            short = (d["key_ratio"] or 1.0) < 1 / self.long
+            key = (
+                f"although its key is short ({_key_words(d)})" if short else f"and its key is {_key_words(d)}"
+            )
+            cause = f"{where} is an angle effect: {_angle_words(d)}, {key}"
         elif d["length_effect"]:
             cause = f"{where} is an effect of the key's length: it is {_key_words(d)}, {_angle_words(d)}"
         else:

@@ -287,7 +287,8 @@ class SuperExperts(Analyzer):
             )
         missing = summary["experts"] - summary["experts_seen"]
         if missing and self.recipe == "paper":
-            notes.append(f"{missing} of {summary['experts']} experts received no token and have no value.")
+            have = "has" if missing == 1 else "have"
+            notes.append(f"{missing} of {summary['experts']} experts received no token and {have} no value.")
         return notes
 
 

@@ -291,7 +291,7 @@ def test_prompts_without_a_primary_sink_are_left_out_and_counted() -> None:
     assert finding.summary["n_prompts"] == 1
     assert finding.summary["n_prompts_without_primary"] == 1
     assert finding.summary["n_tokens"] == LENGTH
-    assert any("1 prompts have no primary" in note for note in finding.notes)
+    assert any("1 prompt has no primary" in note for note in finding.notes)
 
 
 def test_the_same_token_in_several_prompts_is_one_row() -> None:
