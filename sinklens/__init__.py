@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from sinklens import analyzers as analyzers
+    from sinklens import mitigations as mitigations
     from sinklens.pipeline.cite import cite as cite
     from sinklens.pipeline.compare import compare as compare
     from sinklens.pipeline.export import export as export
@@ -34,14 +35,25 @@ _PUBLIC = {
     "profile": "sinklens.pipeline.profile",
     "trace": "sinklens.tracers.executor",
 }
-__all__ = ["Run", "Trace", "analyzers", "cite", "compare", "export", "load", "profile", "trace"]
+__all__ = [
+    "Run",
+    "Trace",
+    "analyzers",
+    "cite",
+    "compare",
+    "export",
+    "load",
+    "mitigations",
+    "profile",
+    "trace",
+]
 
 
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
-    if name == "analyzers":
-        return import_module("sinklens.analyzers")
+    if name in ("analyzers", "mitigations"):
+        return import_module(f"sinklens.{name}")
     raise AttributeError(f"module 'sinklens' has no attribute {name!r}")
 
 
