@@ -25,8 +25,9 @@ from .predictions import divergence, next_token_loss
 SINK_SIGNALS = frozenset(
     {sig.ATTENTION_RECEIVED, sig.ATTENTION_SELF, sig.KEPT_POSITIONS, sig.VISIBLE_QUERIES}
 )
-HAS = 10.0
-"""A block has a token's strong entries if they reach this multiple of the median magnitude of the token's state."""
+PART, STANDS_OUT = 0.1, 10.0
+"""A block has a token's strong entries if they reach this part of their largest size in any block, or this multiple
+of the median magnitude of the token's state there: a norm between blocks may make everything smaller."""
 FAINT = 0.01
 """Heads that give the sink less than this before the change have no meaningful ratio after it."""
 
@@ -219,8 +220,8 @@ def remains(
     former, now = base[:, list(dims)].double(), edited[:, list(dims)].double()
     size = former.norm(dim=1)
     along = (now * former).sum(1) / size.clamp_min(torch.finfo(size.dtype).tiny)
-    # Within a block: norms between blocks may change the size of everything.
-    has = (size > 0) & (size >= HAS * base.double().abs().median(dim=1).values)
+    median = base.double().abs().median(dim=1).values
+    has = (size > 0) & ((size >= PART * size.max()) | (size >= STANDS_OUT * median))
     later = has & (torch.arange(len(base)) >= start)
     if not later.any():
         later = has & (torch.arange(len(base)) == layer)

@@ -135,7 +135,7 @@ def _massive(
     if not mine:
         draw.skipped.append("massive entries: none of the tried prompts has them")
         return [], {}
-    means, prompts_behind, held_out = _means(everywhere, mine, lengths)
+    means, prompts_behind, held_out = calibrated(everywhere, mine, lengths)
     last = len(opened.anatomy.main.blocks)
     zero = tuple(Entry(s.prompt, s.layer, s.position, s.dim) for s in mine)
     held = followed(trace, mine, last)
@@ -189,7 +189,7 @@ def _massive(
     return found, calibration
 
 
-def _means(
+def calibrated(
     everywhere: Sequence[Spike], mine: Sequence[Spike], tried: Mapping[int, int]
 ) -> tuple[dict[tuple[int, bool, int], float], int, bool]:
     """Signed means, how many prompts are behind them, and whether the tried prompts were kept out.

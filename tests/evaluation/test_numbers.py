@@ -118,6 +118,10 @@ def test_blocks_that_do_not_have_the_entry_do_not_count() -> None:
     normed = states([0.0, 500.0, 500.0, 500.0]) * scale
     cleared = states([0.0, 20.0, 500.0, 500.0]) * scale
     assert remains(normed, cleared, [3], layer=1)["ratio"] == pytest.approx(1.0)
+    # Entries that stand out nowhere are in the blocks in which they are large for what they are.
+    assert remains(states([0.1, 2.0, 1.5, 0.1]), states([0.1, 0.0, 0.3, 9.0]), [3], layer=1)[
+        "ratio"
+    ] == pytest.approx(0.2)
     # Behind block 2 none has it: the block itself is looked at.
     assert remains(base, states([0.0, 500.0, 50.0, -450.0, 9.0]), [3], layer=2)["ratio"] == pytest.approx(0.1)
     # The eraser is taken away: there was nothing that could remain.

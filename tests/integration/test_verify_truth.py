@@ -15,7 +15,7 @@ from sinklens.analyzers.causal_rules import CARRIES, NO_EFFECT, NOTHING_TO_LOSE
 from sinklens.pipeline import verify
 from sinklens.pipeline.causes import followed
 from sinklens.pipeline.controls import Spike
-from sinklens.pipeline.matched import Matched, match
+from sinklens.pipeline.matched import Matched, calibrated, match
 from sinklens.testbeds import MassivePlant, SinkPlant, plant, random_control
 from sinklens.tracers import signals as sig
 from sinklens.tracers.interventions import MedianEntriesZeroed
@@ -138,3 +138,16 @@ def test_means_are_those_of_other_prompts_only_where_there_are_others() -> None:
     assert calibration["held_out"] is True
     assert calibration["prompts"] == 2
     assert row["intervention"].endswith("set to the signed mean of other prompts")
+
+
+def test_an_entry_that_no_other_prompt_has_keeps_all_means_on_all_prompts() -> None:
+    """One mean from other prompts and one from the tried ones would be a mixture that no word describes."""
+    mine = [Spike(0, 2, 0, 7, 500.0), Spike(0, 2, 0, 9, -300.0)]
+    others = [Spike(8, 2, 0, 7, 400.0)]
+    means, prompts_behind, held_out = calibrated([*mine, *others], mine, {0: 48})
+    assert means == {(2, True, 7): 450.0, (2, True, 9): -300.0}
+    assert (prompts_behind, held_out) == (2, False)
+    both = [*others, Spike(9, 2, 0, 9, -100.0)]
+    means, prompts_behind, held_out = calibrated([*mine, *both], mine, {0: 48})
+    assert means == {(2, True, 7): 400.0, (2, True, 9): -100.0}
+    assert (prompts_behind, held_out) == (2, True)
