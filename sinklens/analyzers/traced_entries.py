@@ -392,7 +392,8 @@ def trace_spike(
             layer,
             part,
             not erases,
-            *(tuple(item) for item in zip(*pairs, strict=True)),
+            tuple(s for s, _ in pairs),
+            tuple(p for _, p in pairs),
             int(n_read[part == BLOCK][layer]),
         )
         for (erases, layer, part), pairs in sorted(found.items())
