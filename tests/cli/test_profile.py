@@ -97,6 +97,8 @@ def progress(self, done, total):
         signal.raise_signal(signal.SIGINT)
 
 ConsoleListener.progress = progress
+# A shell that runs the tests in the background has them ignore Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.exit(main(sys.argv[1:]))
 """
 """The command line, with a Ctrl-C that comes when five prompts are finished: not sooner or later on any machine."""

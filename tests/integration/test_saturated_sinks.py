@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from transformers import LlamaConfig
@@ -10,7 +12,7 @@ import sinklens
 from sinklens.analyzers import Status
 from sinklens.testbeds import MassivePlant, SinkPlant, plant, random_control
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 64,
     "intermediate_size": 112,
