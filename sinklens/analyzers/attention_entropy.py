@@ -10,10 +10,11 @@ import numpy as np
 
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure, Heatmap
+from sinklens.core.papers import ACTIVE_DORMANT
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
 
-from .base import Analyzer, Finding, Reference, Status, registry
+from .base import Analyzer, Finding, Status, registry
 from .heads import PerHead, at_position, average, mean, named, number, usable
 
 
@@ -70,15 +71,7 @@ class AttentionEntropy(Analyzer):
             sig.KEPT_POSITIONS,
         }
     )
-    reference = Reference(
-        key="guo2024active",
-        title="Active-Dormant Attention Heads: Mechanistically Demystifying Extreme-Token Phenomena in LLMs",
-        authors="Tianyu Guo and Druv Pai and Yu Bai and Jiantao Jiao and Michael I. Jordan and Song Mei",
-        year=2024,
-        arxiv="2410.13835",
-        section="code only: LLM/src/entropy.py and LLM/src/hook.py",
-        code="https://github.com/GuoTianYu2000/Active-Dormant-Attention",
-    )
+    reference = ACTIVE_DORMANT.at("code only: LLM/src/entropy.py and LLM/src/hook.py")
 
     def __post_init__(self) -> None:
         for name in ("row", "column"):

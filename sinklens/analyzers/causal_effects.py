@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from sinklens.core.figures import Estimate, Figure, Intervals, Lines, Series, Tile
+from sinklens.core.papers import MASSIVE_ACTIVATIONS
 from sinklens.tracers.trace import Trace
 
-from .base import Analyzer, Finding, Reference, Status, registry
+from .base import Analyzer, Finding, Status, registry
 from .causal_rules import (
     CARRIES,
     CHANGE,
@@ -76,15 +77,8 @@ class CausalEffects(Analyzer):
         "<mtext>even</mtext></msub></mrow></mfrac></math>"
     )
     needs = frozenset()
-    reference = Reference(
-        key="sun2024massive",
-        title="Massive Activations in Large Language Models",
-        authors="Mingjie Sun and Xinlei Chen and J. Zico Kolter and Zhuang Liu",
-        year=2024,
-        arxiv="2402.17762",
-        section="3, massive activations set to zero and to their mean; D_sink: arXiv 2507.23279, equations 7 and 9",
-        code="https://github.com/locuslab/massive-activations",
-        venue="Conference on Language Modeling",
+    reference = MASSIVE_ACTIVATIONS.at(
+        "3, massive activations set to zero and to their mean; D_sink: arXiv 2507.23279, equations 7 and 9"
     )
 
     def analyze(self, trace: Trace) -> Finding:

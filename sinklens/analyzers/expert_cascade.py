@@ -10,10 +10,11 @@ import numpy as np
 from jaxtyping import Float
 
 from sinklens.core.figures import Figure, Heatmap, Lines, Series
+from sinklens.core.papers import SUPER_EXPERTS
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import Trace
 
-from .base import Analyzer, Finding, Reference, Status, registry
+from .base import Analyzer, Finding, Status, registry
 from .expert_routing import Routing, contributions, mean_known, routing_at, usual_neuron
 from .massive_activations import MassiveActivations
 from .traced_entries import ATTENTION, BLOCK, COMMON, SIGNALS, Group, Spike, share_written, trace_spike
@@ -82,15 +83,7 @@ class ExpertCascade(Analyzer):
             sig.KEPT_POSITIONS,
         }
     )
-    reference = Reference(
-        key="su2025unveiling",
-        title="Unveiling Super Experts in Mixture-of-Experts Large Language Models",
-        authors="Zunhai Su and others",
-        year=2025,
-        arxiv="2507.23279",
-        section="4, attention sinks and router scores; the roles in the cascade are ours",
-        code="https://github.com/ZunhaiSu/Super-Experts-Profilling",
-    )
+    reference = SUPER_EXPERTS.at("4, attention sinks and router scores; the roles in the cascade are ours")
 
     def analyze(self, trace: Trace) -> Finding:
         if not trace.records:

@@ -10,12 +10,13 @@ from jaxtyping import Bool, Float
 
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Lines, Series
+from sinklens.core.papers import PREPLAN_AND_ANCHOR
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
 
 from .base import Analyzer, Finding, Status, registry
 from .heads import number, usable
-from .waad import AS_IT_IS, MIN_TOKENS, MOST_ROWS, PREPLAN, WITHOUT_FIRST, peaks, rhythm_lines
+from .waad import AS_IT_IS, MIN_TOKENS, MOST_ROWS, WITHOUT_FIRST, peaks, rhythm_lines
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Fai(Analyzer):
         "<mi>s</mi></mrow><mi>global</mi></msubsup></math>"
     )
     needs = frozenset({sig.FUTURE_INFLUENCE, sig.LOCAL_DISTANCE, sig.VISIBLE_QUERIES})
-    reference = PREPLAN
+    reference = PREPLAN_AND_ANCHOR
 
     def __post_init__(self) -> None:
         if not 0 < self.quantile < 1:

@@ -10,12 +10,13 @@ import numpy as np
 
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure, Heatmap, Lines, Series
+from sinklens.core.papers import SINK_PROFILER
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
 
 from .base import Analyzer, Finding, Status, registry
 from .heads import PerHead, mean, usable
-from .window_shares import PROFILER, TAIL, first_share
+from .window_shares import TAIL, first_share
 
 CLASSES = ("strong sink", "moderate sink", "distributed", "recency", "mixed")
 NONE = -1
@@ -68,7 +69,7 @@ class HeadClasses(Analyzer):
     needs = frozenset(
         {sig.ATTENTION_TAIL, sig.TAIL_ENTROPY, sig.TAIL_PEAK, sig.KEPT_POSITIONS, sig.VISIBLE_QUERIES}
     )
-    reference = PROFILER
+    reference = SINK_PROFILER
 
     def __post_init__(self) -> None:
         if not 1 <= self.first <= 16:

@@ -11,10 +11,11 @@ from jaxtyping import Float
 
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Tile
+from sinklens.core.papers import ACTIVE_DORMANT
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
 
-from .base import Analyzer, Finding, Reference, Status, registry
+from .base import Analyzer, Finding, Status, registry
 from .expert_effects import stored_effects
 from .head_figures import figures
 from .heads import Histogram, PerHead, bimodality, find_sinks, groups, mass_after, mean, named, number, spread
@@ -98,15 +99,7 @@ class HeadRoles(Analyzer):
         "<mo>&gt;</mo><mn>0.9</mn></math>"
     )
     needs = PrimarySinks.needs | {sig.REFERENCE_POSITION, sig.REFERENCE_MASS}
-    reference = Reference(
-        key="guo2024active",
-        title="Active-Dormant Attention Heads: Mechanistically Demystifying Extreme-Token Phenomena in LLMs",
-        authors="Tianyu Guo and Druv Pai and Yu Bai and Jiantao Jiao and Michael I. Jordan and Song Mei",
-        year=2024,
-        arxiv="2410.13835",
-        section="active-dormant mechanism in pretrained language models",
-        code="https://github.com/GuoTianYu2000/Active-Dormant-Attention",
-    )
+    reference = ACTIVE_DORMANT.at("active-dormant mechanism in pretrained language models")
 
     def __post_init__(self) -> None:
         if not 0 <= self.active < self.dormant < 1:

@@ -10,10 +10,11 @@ import numpy as np
 
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure, Lines, Series, Tile
+from sinklens.core.papers import MASSIVE_ACTIVATIONS
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
 
-from .base import Analyzer, Finding, Reference, Status, registry
+from .base import Analyzer, Finding, Status, registry
 from .evidence import span
 
 Place = tuple[int, int, int]
@@ -62,16 +63,7 @@ class MassiveActivations(Analyzer):
         "<mi>h</mi><mi>l</mi></msub><mo>|</mo></mrow></math>"
     )
     needs = frozenset({sig.RESIDUAL_NORM, sig.RESIDUAL_MEDIAN, sig.RESIDUAL_TOP, sig.DOWN_PROJ_TOP})
-    reference = Reference(
-        key="sun2024massive",
-        title="Massive Activations in Large Language Models",
-        authors="Mingjie Sun and Xinlei Chen and J. Zico Kolter and Zhuang Liu",
-        year=2024,
-        arxiv="2402.17762",
-        section="2, definition of massive activations",
-        code="https://github.com/locuslab/massive-activations",
-        venue="Conference on Language Modeling",
-    )
+    reference = MASSIVE_ACTIVATIONS.at("2, definition of massive activations")
 
     def __post_init__(self) -> None:
         if self.recipe not in ("paper", "code"):

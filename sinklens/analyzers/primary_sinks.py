@@ -11,10 +11,11 @@ from jaxtyping import Float
 
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Tile
+from sinklens.core.papers import WHEN_SINKS_EMERGE
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
 
-from .base import Analyzer, Finding, Reference, Status, registry
+from .base import Analyzer, Finding, Status, registry
 from .evidence import Column, SinkEvidence, column, gather, norm_sinks, span
 from .primary_figures import draw, upper_half, value_drain
 
@@ -83,17 +84,7 @@ class PrimarySinks(Analyzer):
             sig.RESIDUAL_NORM,
         }
     )
-    reference = Reference(
-        key="gu2024when",
-        title="When Attention Sink Emerges in Language Models: An Empirical View",
-        authors="Xiangming Gu and Tianyu Pang and Chao Du and Qian Liu and Fengzhuo Zhang and Cunxiao Du "
-        "and Ye Wang and Min Lin",
-        year=2025,
-        arxiv="2410.10781",
-        section="3, attention sink metric",
-        code="https://github.com/sail-sg/Attention-Sink",
-        venue="International Conference on Learning Representations",
-    )
+    reference = WHEN_SINKS_EMERGE.at("3, attention sink metric")
 
     def __post_init__(self) -> None:
         if not 0 < self.epsilon < 1:

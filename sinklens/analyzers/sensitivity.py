@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from sinklens.core.figures import Estimate, Intervals, Tile
+from sinklens.core.papers import WHEN_SINKS_EMERGE
 from sinklens.tracers.trace import Trace
 
-from .base import Analyzer, Finding, Reference, Status, registry
+from .base import Analyzer, Finding, Status, registry
 
 DTYPE, LENGTH, REPEATED = "dtype", "length", "with one token repeated"
 STRUCTURAL, DEPENDS, ABSENT = "structural", "prompt-dependent", "no sink"
@@ -63,17 +64,7 @@ class Sensitivity(Analyzer):
         "<mi>ε</mi></msup><mo>[</mo><mtext>run</mtext><mo>]</mo><mo>)</mo></math>"
     )
     needs = frozenset()
-    reference = Reference(
-        key="gu2024when",
-        title="When Attention Sink Emerges in Language Models: An Empirical View",
-        authors="Xiangming Gu and Tianyu Pang and Chao Du and Qian Liu and Fengzhuo Zhang and Cunxiao Du "
-        "and Ye Wang and Min Lin",
-        year=2025,
-        arxiv="2410.10781",
-        section="3, attention sink under different inputs",
-        code="https://github.com/sail-sg/Attention-Sink",
-        venue="International Conference on Learning Representations",
-    )
+    reference = WHEN_SINKS_EMERGE.at("3, attention sink under different inputs")
 
     def analyze(self, trace: Trace) -> Finding:
         result = trace.manifest.get("experiments", {}).get("sensitivity")

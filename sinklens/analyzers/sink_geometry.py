@@ -9,10 +9,11 @@ import numpy as np
 
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure, Heatmap, Lines, Series
+from sinklens.core.papers import WHEN_SINKS_EMERGE
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
 
-from .base import Analyzer, Finding, Reference, Status, registry
+from .base import Analyzer, Finding, Status, registry
 from .heads import PerHead, Sink, find_sinks, mean, middle, n_heads, norm_ratio, number, reference_slots
 from .primary_sinks import PrimarySinks
 
@@ -101,17 +102,7 @@ class SinkGeometry(Analyzer):
         sig.VALUE_OUT_NORM,
         sig.VALUE_OUT_NORM_MEAN,
     }
-    reference = Reference(
-        key="gu2024when",
-        title="When Attention Sink Emerges in Language Models: An Empirical View",
-        authors="Xiangming Gu and Tianyu Pang and Chao Du and Qian Liu and Fengzhuo Zhang and Cunxiao Du "
-        "and Ye Wang and Min Lin",
-        year=2025,
-        arxiv="2410.10781",
-        section="cosine similarity and norms of keys and values at the first token",
-        code="https://github.com/sail-sg/Attention-Sink",
-        venue="International Conference on Learning Representations",
-    )
+    reference = WHEN_SINKS_EMERGE.at("cosine similarity and norms of keys and values at the first token")
 
     def __post_init__(self) -> None:
         for name in ("angle", "long", "drained"):

@@ -10,10 +10,11 @@ from jaxtyping import Bool, Float
 
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure, Heatmap, Tile
+from sinklens.core.papers import SUPER_EXPERTS
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
 
-from .base import Analyzer, Finding, Reference, Status, registry
+from .base import Analyzer, Finding, Status, registry
 from .expert_effects import (
     add_causes,
     carrier_sentence,
@@ -113,15 +114,7 @@ class SuperExperts(Analyzer):
             sig.KEPT_POSITIONS,
         }
     )
-    reference = Reference(
-        key="su2025unveiling",
-        title="Unveiling Super Experts in Mixture-of-Experts Large Language Models",
-        authors="Zunhai Su and others",
-        year=2025,
-        arxiv="2507.23279",
-        section="3, equations 6 to 8",
-        code="https://github.com/ZunhaiSu/Super-Experts-Profilling",
-    )
+    reference = SUPER_EXPERTS.at("3, equations 6 to 8")
 
     def __post_init__(self) -> None:
         if self.recipe not in ("paper", "code"):

@@ -11,25 +11,16 @@ from jaxtyping import Bool, Float
 
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Lines, Series
+from sinklens.core.papers import PREPLAN_AND_ANCHOR
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
 
-from .base import Analyzer, Finding, Reference, Status, registry
+from .base import Analyzer, Finding, Status, registry
 from .heads import average, number, usable
 
 AS_IT_IS, WITHOUT_FIRST = 0, 1
 MIN_TOKENS = 32
 MOST_ROWS = 100
-PREPLAN = Reference(
-    key="li2025attention",
-    title="Attention Illuminates LLM Reasoning: The Preplan-and-Anchor Rhythm Enables Fine-Grained Policy "
-    "Optimization",
-    authors="Yang Li and Zhichen Dong and Yuhan Sun and Weixun Wang and Shaopan Xiong and Yijia Luo and Jiashun Liu "
-    "and Han Lu and Jiamang Wang and Wenbo Su and Bo Zheng and Junchi Yan",
-    year=2025,
-    arxiv="2510.13554",
-    section="windowed average attention distance and future attention influence",
-)
 
 
 @registry.register("waad")
@@ -74,7 +65,7 @@ class Waad(Analyzer):
         "<mn>10</mn><mo>)</mo></math>"
     )
     needs = frozenset({sig.LOCAL_DISTANCE, sig.VISIBLE_QUERIES})
-    reference = PREPLAN
+    reference = PREPLAN_AND_ANCHOR
 
     def __post_init__(self) -> None:
         for name in ("quantile", "turns"):

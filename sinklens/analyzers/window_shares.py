@@ -9,23 +9,15 @@ import numpy as np
 from jaxtyping import Float
 
 from sinklens.core.figures import Figure, Heatmap, Lines, Series
+from sinklens.core.papers import SINK_PROFILER
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
 
-from .base import Analyzer, Finding, Reference, Status, registry
+from .base import Analyzer, Finding, Status, registry
 from .heads import PerHead, average, mean, number, usable
 
 TAIL = 64
 FIRST = (1, 4, 8)
-PROFILER = Reference(
-    key="scheuer2026profiler",
-    title="attention-sink-profiler",
-    authors="JohnScheuer",
-    year=2026,
-    arxiv="",
-    section="profile_attention_sink.py and experiment 3 of advanced_experiments.py",
-    code="https://github.com/JohnScheuer/attention-sink-profiler",
-)
 
 
 @registry.register("window-shares")
@@ -69,7 +61,7 @@ class WindowShares(Analyzer):
         "</mfrac></math>"
     )
     needs = frozenset({sig.ATTENTION_TAIL, sig.TAIL_PEAK, sig.KEPT_POSITIONS, sig.VISIBLE_QUERIES})
-    reference = PROFILER
+    reference = SINK_PROFILER
 
     def analyze(self, trace: Trace) -> Finding:
         records, reason = usable(trace, self.needs, self.min_tokens, looks_back=True)

@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from sinklens.core.figures import Event, Figure, Life, Lines, Series, Timeline
+from sinklens.core.papers import MASSIVE_ACTIVATIONS
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import Trace
 
-from .base import Analyzer, Finding, Reference, Status, registry
+from .base import Analyzer, Finding, Status, registry
 from .massive_activations import MassiveActivations
 from .traced_entries import (
     BLOCK,
@@ -82,15 +83,8 @@ class Writers(Analyzer):
         "<mo>,</mo><mi>n</mi></mrow></msub></math>"
     )
     needs = SIGNALS | MassiveActivations.needs | {sig.EXPERT_MAX}
-    reference = Reference(
-        key="sun2024massive",
-        title="Massive Activations in Large Language Models",
-        authors="Mingjie Sun and Xinlei Chen and J. Zico Kolter and Zhuang Liu",
-        year=2024,
-        arxiv="2402.17762",
-        section="2, which layers (the block); the decomposition into sublayers, neurons and experts is ours",
-        code="https://github.com/locuslab/massive-activations",
-        venue="Conference on Language Modeling",
+    reference = MASSIVE_ACTIVATIONS.at(
+        "2, which layers (the block); the decomposition into sublayers, neurons and experts is ours"
     )
 
     def analyze(self, trace: Trace) -> Finding:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,13 @@ class Reference:
     authors: str
     year: int
     arxiv: str
-    section: str
+    section: str = ""
     code: str = ""
     venue: str = ""
+
+    def at(self, section: str) -> Reference:
+        """The same work, at the place where one method stands."""
+        return replace(self, section=section)
 
     @property
     def url(self) -> str:

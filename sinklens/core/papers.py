@@ -1,0 +1,60 @@
+"""Published work that more than one method follows. A method names its own place in it: `PAPER.at("section")`."""
+
+from __future__ import annotations
+
+from .reference import Reference
+
+ACTIVE_DORMANT = Reference(
+    key="guo2024active",
+    title="Active-Dormant Attention Heads: Mechanistically Demystifying Extreme-Token Phenomena in LLMs",
+    authors="Tianyu Guo and Druv Pai and Yu Bai and Jiantao Jiao and Michael I. Jordan and Song Mei",
+    year=2024,
+    arxiv="2410.13835",
+    code="https://github.com/GuoTianYu2000/Active-Dormant-Attention",
+)
+WHEN_SINKS_EMERGE = Reference(
+    key="gu2024when",
+    title="When Attention Sink Emerges in Language Models: An Empirical View",
+    authors="Xiangming Gu and Tianyu Pang and Chao Du and Qian Liu and Fengzhuo Zhang and Cunxiao Du "
+    "and Ye Wang and Min Lin",
+    year=2025,
+    arxiv="2410.10781",
+    code="https://github.com/sail-sg/Attention-Sink",
+    venue="International Conference on Learning Representations",
+)
+MASSIVE_ACTIVATIONS = Reference(
+    key="sun2024massive",
+    title="Massive Activations in Large Language Models",
+    authors="Mingjie Sun and Xinlei Chen and J. Zico Kolter and Zhuang Liu",
+    year=2024,
+    arxiv="2402.17762",
+    code="https://github.com/locuslab/massive-activations",
+    venue="Conference on Language Modeling",
+)
+SUPER_EXPERTS = Reference(
+    key="su2025unveiling",
+    title="Unveiling Super Experts in Mixture-of-Experts Large Language Models",
+    authors="Zunhai Su and others",
+    year=2025,
+    arxiv="2507.23279",
+    code="https://github.com/ZunhaiSu/Super-Experts-Profilling",
+)
+PREPLAN_AND_ANCHOR = Reference(
+    key="li2025attention",
+    title="Attention Illuminates LLM Reasoning: The Preplan-and-Anchor Rhythm Enables Fine-Grained Policy "
+    "Optimization",
+    authors="Yang Li and Zhichen Dong and Yuhan Sun and Weixun Wang and Shaopan Xiong and Yijia Luo and Jiashun Liu "
+    "and Han Lu and Jiamang Wang and Wenbo Su and Bo Zheng and Junchi Yan",
+    year=2025,
+    arxiv="2510.13554",
+    section="windowed average attention distance and future attention influence",
+)
+SINK_PROFILER = Reference(
+    key="scheuer2026profiler",
+    title="attention-sink-profiler",
+    authors="JohnScheuer",
+    year=2026,
+    arxiv="",
+    section="profile_attention_sink.py and experiment 3 of advanced_experiments.py",
+    code="https://github.com/JohnScheuer/attention-sink-profiler",
+)
