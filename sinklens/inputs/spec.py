@@ -2,8 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from .spans import ModalitySpans
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Visual:
+    """The pictures of one prompt, as the model's processor made them.
+
+    Attributes:
+        spans: What each token is, and where in its picture.
+        inputs: What the model's forward needs besides `input_ids` and `attention_mask`, for this prompt alone
+            (`pixel_values`, `image_grid_thw`, `token_type_ids`, ...). Inputs per token are `[1, token]`.
+        thumbnails: Each picture, small, RGB, for reports.
+    """
+
+    spans: ModalitySpans
+    inputs: Mapping[str, Tensor]
+    thumbnails: tuple[np.ndarray, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -16,6 +39,7 @@ class Prompt:
         pieces: One display string per token (may hold any text, `<script>` too; escape it when shown).
         source: Where it came from: `corpus:mixed#3`, `data.jsonl:17`.
         domain: `prose`, `code`, `mathematics`, `dialogue`, ... or "".
+        visual: Its pictures; None for text alone.
     """
 
     index: int
@@ -23,6 +47,7 @@ class Prompt:
     pieces: tuple[str, ...]
     source: str
     domain: str = ""
+    visual: Visual | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)

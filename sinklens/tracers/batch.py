@@ -40,7 +40,12 @@ def collate(
     side: Literal["left", "right"] = "right",
     device: torch.device | str = "cpu",
 ) -> Batch:
-    """Pad prompts to one length. Right padding keeps the positions of causal models as they are without padding."""
+    """Pad prompts to one length. Right padding keeps the positions of causal models as they are without padding.
+
+    Prompts with pictures go alone: what the processor made of one fits no other.
+    """
+    if any(prompt.visual is not None for prompt in prompts):
+        return _alone(prompts, device)
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), pad_id, dtype=torch.long)
     valid = torch.zeros_like(ids, dtype=torch.bool)
@@ -54,6 +59,14 @@ def collate(
         if side == "left":
             inputs["position_ids"] = (valid.long().cumsum(-1) - 1).clamp(min=0).to(device)
     return Batch(inputs, valid.to(device), tuple(prompts))
+
+
+def _alone(prompts: Sequence[Prompt], device: torch.device | str) -> Batch:
+    (prompt,) = prompts
+    assert prompt.visual is not None
+    ids = torch.tensor([prompt.token_ids], device=device)
+    inputs = {name: value.to(device) for name, value in prompt.visual.inputs.items()}
+    return Batch({"input_ids": ids, **inputs}, torch.ones_like(ids, dtype=torch.bool), (prompt,))
 
 
 def shortened(batch: Batch, length: int = 12) -> Batch:

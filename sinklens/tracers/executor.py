@@ -144,8 +144,9 @@ def partition(prompts: Sequence[Prompt], *, most: int, tokens: int) -> list[list
     """Batches of prompts of similar length. Depends on the prompts only, so a resumed run has the same batches."""
     batches: list[list[Prompt]] = []
     for prompt in sorted(prompts, key=lambda p: (-len(p), p.index)):
-        # Sorted by length, so the first prompt of a batch is its width.
+        # Sorted by length, so the first prompt of a batch is its width. Prompts with pictures go alone.
         full = not batches or len(batches[-1]) >= most
+        full = full or prompt.visual is not None or batches[-1][-1].visual is not None
         if full or len(batches[-1][0]) * (len(batches[-1]) + 1) > tokens:
             batches.append([])
         batches[-1].append(prompt)

@@ -49,6 +49,9 @@ class Recorder:
             if self.ledger.batch.prompts
             else _anonymous(row, len(self._tokens(row)))
         )
+        visual = prompt.visual
+        if visual is not None:
+            arrays |= {f"thumbnail_{i}": picture for i, picture in enumerate(visual.thumbnails)}
         return PromptRecord(
             prompt.index,
             np.asarray(prompt.token_ids, dtype=np.int64),
@@ -56,6 +59,7 @@ class Recorder:
             prompt.source,
             prompt.domain,
             arrays,
+            None if visual is None else visual.spans,
         )
 
     def _tokens(self, row: int) -> Tensor:

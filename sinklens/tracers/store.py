@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from sinklens.core.errors import DataError, ResourceError, UsageError
+from sinklens.inputs.spans import ModalitySpans
 from sinklens.models.spec import ModelInfo
 
 from .trace import LayerInfo, PromptRecord, Trace, as_plain
@@ -250,6 +251,7 @@ def _read_arrays(path: Path) -> list[PromptRecord]:
             entry["source"],
             entry["domain"],
             arrays.get(entry["index"], {}),
+            ModalitySpans.from_json(entry["spans"]) if "spans" in entry else None,
         )
         for entry in described
     ]

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sinklens.core.errors import DataError
+from sinklens.inputs.spans import ModalitySpans
 from sinklens.models.spec import ModelInfo, Tower
 
 from .signals import BY_NAME, Signal
@@ -53,7 +54,11 @@ def layer_table(tower: Tower) -> tuple[LayerInfo, ...]:
 
 @dataclass
 class PromptRecord:
-    """The reductions of one prompt. `arrays` is keyed by signal name; `<name>_pos` and `<name>_dim` give places."""
+    """The reductions of one prompt. `arrays` is keyed by signal name; `<name>_pos` and `<name>_dim` give places.
+
+    `spans` says which tokens are parts of pictures; None for text alone. `thumbnail_<i>` among the arrays is a small
+    RGB copy of picture `i`.
+    """
 
     index: int
     token_ids: np.ndarray
@@ -61,6 +66,7 @@ class PromptRecord:
     source: str
     domain: str
     arrays: dict[str, np.ndarray]
+    spans: ModalitySpans | None = None
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -78,7 +84,7 @@ class PromptRecord:
 
     def describe(self) -> dict[str, Any]:
         """Everything but the arrays, for `prompts.jsonl`."""
-        return {
+        described = {
             "index": self.index,
             "source": self.source,
             "domain": self.domain,
@@ -87,6 +93,7 @@ class PromptRecord:
             "token_ids": self.token_ids.tolist(),
             "pieces": list(self.pieces),
         }
+        return described if self.spans is None else {**described, "spans": self.spans.to_json()}
 
 
 @dataclass
