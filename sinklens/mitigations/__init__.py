@@ -8,9 +8,10 @@ print(effect.verdict)
 from __future__ import annotations
 
 from .act import ACT
-from .base import Mitigation, registry
-from .effect import Effect, NothingEdited
+from .base import Mitigation
+from .effect import Effect, NothingEdited, Outcome
 from .knock_out import KnockOut
+from .method import Method, registry
 from .scaling import AttentionScaling
 from .zero_tuning import ZeroTuning
 
@@ -19,8 +20,10 @@ __all__ = [
     "AttentionScaling",
     "Effect",
     "KnockOut",
+    "Method",
     "Mitigation",
     "NothingEdited",
+    "Outcome",
     "ZeroTuning",
     "registry",
 ]

@@ -1,4 +1,4 @@
-"""What a mitigation is: a rule for moving attention, put on a model for the length of a `with`.
+"""What a mitigation of attention is: a rule for moving it, put on a model for the length of a `with`.
 
 A method says which keys (`sets`) and what becomes of their mass (`factors`). Everything else is here: finding the
 attention of the model, heads, padding, cache and decoding, the arithmetic (`kernels.transfer`), and the proof that
@@ -8,19 +8,17 @@ something happened.
 from __future__ import annotations
 
 import warnings
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, cast
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
 from sinklens.core.errors import ModelError, UsageError
-from sinklens.core.reference import Reference
-from sinklens.core.registry import Registry
 from sinklens.kernels.capture import captured_lse
 from sinklens.kernels.spec import AttentionCall
 from sinklens.kernels.transfer import Factors, KeySets, Shares, transfer
@@ -31,6 +29,8 @@ from sinklens.tracers.attention import STANDS_FOR, AttentionTap, Site, attention
 from sinklens.tracers.executor import sites
 
 from .effect import Effect, NothingEdited
+from .method import Method
+from .method import registry as registry
 from .tokens import Tokens
 
 
@@ -93,11 +93,8 @@ class Seen:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mitigation(ABC):
-    """Base of all mitigations: a frozen dataclass whose fields are the method's parameters.
-
-    Class attributes: `name` (registry key), `title`, `formula` (MathML), `reference`. The docstring must have the
-    paragraphs "How it is computed:", "Compared with the paper:" and "When not to trust it:".
+class Mitigation(Method):
+    """Base of all methods that move attention; see `Method` for what their classes say of themselves.
 
     Args:
         heads: `(layer, head)` pairs, 0-based; None means every head.
@@ -113,11 +110,6 @@ class Mitigation(ABC):
     heads: Collection[tuple[int, int]] | None = None
     shared_heads: Collection[int] | None = None
     layers: Collection[int] | None = None
-
-    name: ClassVar[str]
-    title: ClassVar[str]
-    formula: ClassVar[str]
-    reference: ClassVar[Reference]
 
     def __post_init__(self) -> None:
         for key in ("heads", "shared_heads", "layers"):
@@ -140,11 +132,6 @@ class Mitigation(ABC):
     def rows(self, seen: Seen) -> Bool[Tensor, "batch query"]:
         """Rows that may be edited: real tokens, unless a method says otherwise."""
         return seen.rows
-
-    @property
-    def identity(self) -> bool:
-        """Whether the parameters make it change nothing."""
-        return False
 
     def own_layers(self, count: int) -> Collection[int]:
         """Layers of a model of `count` that the method takes where none are given."""
@@ -177,10 +164,6 @@ class Mitigation(ABC):
     def _default_layers(self, tower: Tower) -> Collection[int]:
         # Heads asked for by name are edited wherever they are.
         return range(len(tower.blocks)) if self.heads is not None else self.own_layers(len(tower.blocks))
-
-    @property
-    def parameters(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def __call__(self, model: nn.Module | OpenedModel) -> AbstractContextManager[Effect]:
         """Put the mitigation on a model; everything is taken off again, also after an error.
@@ -227,9 +210,6 @@ class Mitigation(ABC):
             yield effect
         if not effect.acted:
             warnings.warn(effect.verdict, NothingEdited, stacklevel=3)
-
-
-registry: Registry[type[Mitigation]] = Registry("mitigation", "sinklens ls mitigations")
 
 
 def check_head(name: str, tower: Tower, layer: int | None, head: int = 0) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import Self
 
 from torch import Tensor
 
@@ -25,18 +27,46 @@ class _Sums:
 
 
 @dataclass
-class Effect:
-    """What a mitigation did.
+class Outcome(ABC):
+    """What a method did while it was on.
 
     Attributes:
-        name: Of the mitigation.
+        name: Of the method.
         identity: By its parameters it changes nothing (a factor of 1), so nothing was put on the model.
-        calls: Attention calls that passed through it.
+        calls: Calls that passed through it.
     """
 
     name: str
     identity: bool = False
     calls: int = 0
+
+    @property
+    @abstractmethod
+    def acted(self) -> bool:
+        """Whether anything changed. A method that did not act has no effect to report, neutral or other."""
+
+    @property
+    @abstractmethod
+    def verdict(self) -> str:
+        """One sentence."""
+
+    def require(self) -> Self:
+        """This outcome, if there is one.
+
+        Raises:
+            ModelError: Nothing was edited.
+        """
+        if not self.acted:
+            raise ModelError(
+                self.verdict, hint="Check what it was meant for: heads, layers, positions, thresholds."
+            )
+        return self
+
+
+@dataclass
+class Effect(Outcome):
+    """What a mitigation of attention did; `calls` are attention calls."""
+
     _layers: dict[int, _Sums] = field(default_factory=dict)
 
     def add(self, layer: int, done: Transferred, seen: Tensor | int) -> None:
@@ -76,7 +106,7 @@ class Effect:
 
     @property
     def acted(self) -> bool:
-        """Whether any attention moved. A mitigation that did not act has no effect to report, neutral or other."""
+        """Whether any attention moved."""
         return self.rows_edited > 0 and self.mean_mass_moved > 0
 
     @property
@@ -93,15 +123,3 @@ class Effect:
             f"{self.name} edited {self.rows_edited} attention rows ({share:.0%} of those it is meant for) and moved "
             f"{self.mean_mass_moved:.1%} of their attention on average."
         )
-
-    def require(self) -> Effect:
-        """This effect, if there is one.
-
-        Raises:
-            ModelError: Nothing was edited.
-        """
-        if not self.acted:
-            raise ModelError(
-                self.verdict, hint="Check heads, layers, positions and thresholds; see by_layer."
-            )
-        return self
