@@ -9,8 +9,11 @@ from __future__ import annotations
 
 from .act import ACT
 from .base import Mitigation
+from .edits import Edits
 from .effect import Effect, NothingEdited, Outcome
+from .expert_pruning import ExpertPruning
 from .knock_out import KnockOut
+from .massive import MassiveActivations
 from .method import Method, registry
 from .scaling import AttentionScaling
 from .zero_tuning import ZeroTuning
@@ -18,8 +21,11 @@ from .zero_tuning import ZeroTuning
 __all__ = [
     "ACT",
     "AttentionScaling",
+    "Edits",
     "Effect",
+    "ExpertPruning",
     "KnockOut",
+    "MassiveActivations",
     "Method",
     "Mitigation",
     "NothingEdited",

@@ -85,7 +85,10 @@ class Tokens:
         Raises:
             ModelError: The pass did not come through the model, or its mask does not fit.
         """
-        batch, queries = call.query.shape[0], call.query.shape[2]
+        return self.real_of(call.query.shape[0], call.query.shape[2], call.query.device)
+
+    def real_of(self, batch: int, queries: int, device: torch.device) -> Bool[Tensor, "batch token"]:
+        """The same for a pass of `queries` tokens, wherever in the model they are seen."""
         total = self.past + queries
         if self.passes == 0:
             raise ModelError(
@@ -94,9 +97,9 @@ class Tokens:
                 hint="Call the model, not one of its blocks.",
             )
         if self._real is None or self._real.shape != (batch, total):
-            self._real = self._found(batch, total, call.query.device)
+            self._real = self._found(batch, total, device)
             self.memo.clear()
-        self._real = self._real.to(call.query.device)
+        self._real = self._real.to(device)
         return self._real
 
     def _found(self, batch: int, total: int, device: torch.device) -> Tensor:

@@ -85,7 +85,7 @@ class EntriesSet:
         with ExitStack() as stack:
             for layer in sorted({entry.layer for entry in self.entries}):
                 mine = [entry for entry in self.entries if entry.layer == layer]
-                stack.enter_context(_state_edit(opened, blocks[layer], self._edit(mine, batch, acted)))
+                stack.enter_context(state_edit(opened.module, blocks[layer], self._edit(mine, batch, acted)))
             yield acted
 
     @staticmethod
@@ -130,7 +130,9 @@ class MedianEntriesZeroed:
         with ExitStack() as stack:
             for layer in sorted({layer for _, layer, _ in self.counts}):
                 wanted = {prompt: n for prompt, at, n in self.counts if at == layer}
-                stack.enter_context(_state_edit(opened, blocks[layer], self._edit(wanted, batch, acted)))
+                stack.enter_context(
+                    state_edit(opened.module, blocks[layer], self._edit(wanted, batch, acted))
+                )
             yield acted
 
     @staticmethod
@@ -284,20 +286,20 @@ class HeadsZeroed:
 
 
 @contextmanager
-def _state_edit(opened: OpenedModel, block: Block, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def state_edit(model: nn.Module, block: Block, edit: Callable[[Tensor], Tensor]) -> Iterator[None]:
     """Change the residual stream after a block: its output, or in post-LayerNorm blocks what the last norm reads."""
     if block.residual_norm is None:
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
             return _replaced(output, edit(first_of(output)))
 
-        handle = opened.module.get_submodule(block.path).register_forward_hook(hook)
+        handle = model.get_submodule(block.path).register_forward_hook(hook)
     else:
 
         def before(module: nn.Module, args: tuple[Any, ...]) -> Any:
             return (edit(args[0]), *args[1:])
 
-        handle = opened.module.get_submodule(block.residual_norm).register_forward_pre_hook(before)
+        handle = model.get_submodule(block.residual_norm).register_forward_pre_hook(before)
     with removed(handle):
         yield
 
