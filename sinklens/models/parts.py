@@ -15,6 +15,16 @@ HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_attn_head
 KV_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads")
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The module itself; of a wrapper that stands in its place, what it wraps.
+
+    A wrapper says so by an `original_component`, as those of TransformerLens do.
+    """
+    while isinstance(inner := getattr(module, "original_component", None), nn.Module):
+        module = inner
+    return module
+
+
 def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """`(inputs, outputs)` of a Linear, of GPT-2's Conv1D (which stores the transpose), or of a wrapped Linear."""
     for names in (("in_features", "out_features"), ("nx", "nf")):

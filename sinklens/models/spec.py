@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -164,7 +165,14 @@ class ModelInfo:
 
 @dataclass
 class OpenedModel:
-    """A model ready to be traced: in eval mode, with its tokenizer if it has one."""
+    """A model ready to be traced: in eval mode, with its tokenizer if it has one.
+
+    Attributes:
+        module: What runs. Paths of the anatomy lead to its parts.
+        backend: Name of the library that runs it (`sinklens ls backends`).
+        handle: What that library holds it by; None for plain transformers models.
+        twin: The same weights in a plain transformers model, where the library has changed `module`.
+    """
 
     module: nn.Module
     tokenizer: object | None
@@ -172,3 +180,11 @@ class OpenedModel:
     info: ModelInfo
     default_prompts: str | None = None
     """Prompts that came with the checkpoint (a JSONL path), used when the user gives none."""
+    backend: str = "hf"
+    handle: Any = None
+    twin: nn.Module | None = None
+
+    @property
+    def plain(self) -> nn.Module:
+        """The model as transformers made it."""
+        return self.module if self.twin is None else self.twin

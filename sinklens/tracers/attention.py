@@ -28,6 +28,8 @@ from sinklens.core.errors import ModelError
 from sinklens.kernels.blocked import attention_fused, attention_sweep
 from sinklens.kernels.capture import Captured, captured_lse
 from sinklens.kernels.spec import AttentionCall, AttentionStatistics, BlockPlan, Want
+from sinklens.models.parts import unwrapped
+from sinklens.models.spec import Tower
 
 
 class Mode(StrEnum):
@@ -43,6 +45,16 @@ class Site:
 
     tower: str
     layer: int
+
+
+def sites(model: nn.Module, tower: Tower, role: str) -> dict[nn.Module, Site]:
+    """The modules of a role (`attention`, `experts`) and the blocks they belong to."""
+    paths = ((block.index, getattr(block, role)) for block in tower.blocks)
+    return {
+        unwrapped(model.get_submodule(path)): Site(tower.name, index)
+        for index, path in paths
+        if path is not None
+    }
 
 
 Observer = Callable[[Site, AttentionCall, AttentionStatistics], None]

@@ -8,19 +8,19 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from sinklens.core.errors import ResourceError
 from sinklens.inputs.spec import Prompt, PromptSet
 from sinklens.kernels.native import available
 from sinklens.kernels.spec import BlockPlan
-from sinklens.models.spec import OpenedModel, Tower
+from sinklens.models.spec import OpenedModel
 from sinklens.models.sums import find_sums
 
-from .attention import AttentionTap, Edit, Mode, Site
+from .attention import Edit, Mode
+from .attention import sites as sites
+from .backends import backend_of
 from .batch import Batch, collate, forward, shortened
 from .experts import ExpertsTap, router_tap
-from .fallback import calls_kernel_directly, fallback_tap
 from .record_experts import ROUTER_SIGNALS
 from .record_vectors import OF_PROJECTION, projection_tap
 from .recorder import Limits, Recorder
@@ -77,35 +77,19 @@ class Pass:
     routed_rows: int
 
 
-def sites(model: nn.Module, tower: Tower, role: str) -> dict[nn.Module, Site]:
-    """The modules of a role (`attention`, `experts`) and the blocks they belong to."""
-    paths = ((block.index, getattr(block, role)) for block in tower.blocks)
-    return {model.get_submodule(path): Site(tower.name, index) for index, path in paths if path is not None}
-
-
 def trace_batch(opened: OpenedModel, batch: Batch, plan: TracePlan, *, logits: bool = True) -> Pass:
     """Trace one batch through the main tower. Nothing stays on the model, also after an error."""
-    model, tower = opened.module, opened.anatomy.main
+    model, tower, backend = opened.module, opened.anatomy.main, backend_of(opened)
+    if (hosted := backend.hosted(opened, batch, plan)) is not None:
+        return hosted
     recorder = Recorder(batch, len(tower.blocks), plan.signals, plan.limits)
     if recorder.states.closely and not any(block.sum.checked for block in tower.blocks):
         short = shortened(batch)
-        find_sums(model, tower, lambda: forward(model, short, logits=False))
+        find_sums(opened.plain, tower, lambda: forward(opened.plain, short, logits=False))
     with ExitStack() as stack:
         attention = None
         if Source.ATTENTION in plan.sources():
-            if opened.anatomy.routed:
-                attention = AttentionTap(
-                    sites(model, tower, "attention"),
-                    recorder.attention.asks,
-                    recorder.attention.on_attention,
-                    mode=plan.mode,
-                    plan=plan.blocks,
-                )
-                # Kernels have less to do where there is no padding, and saying so costs one look.
-                attention.counted = None if batch.valid is None or bool(batch.valid.all()) else batch.valid
-                stack.enter_context(attention.attached(model))
-            else:
-                attention = stack.enter_context(fallback_tap(model, tower, batch, recorder))
+            attention = stack.enter_context(backend.attention(opened, batch, recorder.attention, plan))
             if plan.signals & OF_PROJECTION:
                 stack.enter_context(projection_tap(model, tower, recorder.attention.on_projection))
         if Source.RESIDUAL in plan.sources():
@@ -125,19 +109,14 @@ def trace_batch(opened: OpenedModel, batch: Batch, plan: TracePlan, *, logits: b
                 lookup=recorder.experts.lookup,
             )
             stack.enter_context(experts.attached())
-        output = forward(model, batch, logits=logits)
+        output = backend.forward(opened, batch, logits=logits)
     calls = attention.calls if attention is not None else 0
     return Pass(recorder.records(), output, calls, recorder.experts.routed_rows)
 
 
 def edited_output(opened: OpenedModel, batch: Batch, edit: Edit) -> Any:
     """The model's output with an edit at the attention seam, for checks."""
-    from .attention import ignore, no_statistics
-
-    model = opened.module
-    tap = AttentionTap(sites(model, opened.anatomy.main, "attention"), no_statistics, ignore, edit=edit)
-    with tap.attached(model):
-        return forward(model, batch)
+    return backend_of(opened).edited(opened, batch, edit)
 
 
 def partition(prompts: Sequence[Prompt], *, most: int, tokens: int) -> list[list[Prompt]]:
@@ -214,11 +193,4 @@ def _run(
 
 def attention_path(opened: OpenedModel, plan: TracePlan) -> str:
     """In words, which kernel gives the output and which the statistics."""
-    if not opened.anatomy.routed and calls_kernel_directly(opened.module):
-        return "faithful: the model's own call of torch's kernel gives the output, a blocked sweep the statistics"
-    if not opened.anatomy.routed:
-        return "the model's eager attention; statistics from its weights, one layer at a time"
-    own = getattr(opened.module.config, "_attn_implementation", None) or "own"
-    if plan.mode is Mode.FUSED:
-        return f"fused: one blocked pass gives output and statistics (in place of {own})"
-    return f"faithful: the model's own {own} kernel gives the output, a blocked sweep the statistics"
+    return backend_of(opened).attention_path(opened, plan)

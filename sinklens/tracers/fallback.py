@@ -24,18 +24,15 @@ from sinklens.models.spec import Tower
 
 from .attention import Site, attention_configs
 from .batch import Batch
-from .recorder import Recorder
 
 _NEGLIGIBLE = -1e4
 
 
 @contextmanager
-def fallback_tap(
-    model: nn.Module, tower: Tower, batch: Batch, recorder: Recorder
-) -> Iterator[DirectTap | WeightsTap]:
+def fallback_tap(model: nn.Module, tower: Tower, batch: Batch, seen: Any) -> Iterator[DirectTap | WeightsTap]:
     """The tap that fits how this family computes attention; everything is put back on exit."""
     attach = direct_tap if calls_kernel_directly(model) else weights_tap
-    with attach(model, tower, batch, recorder) as tap:
+    with attach(model, tower, batch, seen) as tap:
         yield tap
 
 
@@ -47,9 +44,9 @@ def calls_kernel_directly(model: nn.Module) -> bool:
 class DirectTap(TorchFunctionMode):
     """Sees calls of `scaled_dot_product_attention` made while an attention module of the tower runs."""
 
-    def __init__(self, tower: Tower, batch: Batch, recorder: Recorder) -> None:
+    def __init__(self, tower: Tower, batch: Batch, seen: Any) -> None:
         super().__init__()
-        self.tower, self.batch, self.recorder = tower, batch, recorder
+        self.tower, self.batch, self.seen = tower, batch, seen
         self.layer: int | None = None
         self.calls = 0
 
@@ -60,9 +57,7 @@ class DirectTap(TorchFunctionMode):
         call = direct_call(*args, **kwargs, counted=self.batch.valid)
         site = Site(self.tower.name, self.layer)
         output = func(*args, **kwargs)
-        self.recorder.attention.on_attention(
-            site, call, attention_sweep(call, self.recorder.attention.asks(site, call))
-        )
+        self.seen.on_attention(site, call, attention_sweep(call, self.seen.asks(site, call)))
         self.calls += 1
         return output
 
@@ -77,9 +72,9 @@ class DirectTap(TorchFunctionMode):
 
 
 @contextmanager
-def direct_tap(model: nn.Module, tower: Tower, batch: Batch, recorder: Recorder) -> Iterator[DirectTap]:
+def direct_tap(model: nn.Module, tower: Tower, batch: Batch, seen: Any) -> Iterator[DirectTap]:
     """Stand in the model's calls of torch's attention kernel; the output stays bit-identical."""
-    tap = DirectTap(tower, batch, recorder)
+    tap = DirectTap(tower, batch, seen)
     handles = []
     try:
         for block in tower.blocks:
@@ -121,8 +116,8 @@ def direct_call(
 class WeightsTap:
     """Reduces attention weights as modules return them; counts the calls it saw."""
 
-    def __init__(self, tower: Tower, batch: Batch, recorder: Recorder) -> None:
-        self.tower, self.batch, self.recorder = tower, batch, recorder
+    def __init__(self, tower: Tower, batch: Batch, seen: Any) -> None:
+        self.tower, self.batch, self.seen = tower, batch, seen
         self.calls = 0
 
     def see(self, layer: int, output: Any) -> Any:
@@ -138,17 +133,15 @@ class WeightsTap:
         place = shapes.index(True)
         call = weights_as_call(output[place], self.batch.valid, causal=self.tower.causal)
         site = Site(self.tower.name, layer)
-        self.recorder.attention.on_attention(
-            site, call, attention_sweep(call, self.recorder.attention.asks(site, call))
-        )
+        self.seen.on_attention(site, call, attention_sweep(call, self.seen.asks(site, call)))
         self.calls += 1
         return (*output[:place], None, *output[place + 1 :])
 
 
 @contextmanager
-def weights_tap(model: nn.Module, tower: Tower, batch: Batch, recorder: Recorder) -> Iterator[WeightsTap]:
+def weights_tap(model: nn.Module, tower: Tower, batch: Batch, seen: Any) -> Iterator[WeightsTap]:
     """Ask the model for its attention weights and reduce them layer by layer; everything is put back on exit."""
-    tap = WeightsTap(tower, batch, recorder)
+    tap = WeightsTap(tower, batch, seen)
     configs = [(config, config._attn_implementation) for config in attention_configs(model)]
     handles = []
     asked = "output_attentions" in batch.inputs

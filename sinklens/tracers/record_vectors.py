@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from sinklens.kernels.shapes import four_axes, visible_of
 from sinklens.kernels.spec import AttentionCall
+from sinklens.models.parts import unwrapped
 from sinklens.models.spec import Tower
 
 from . import signals as sig
@@ -117,7 +118,7 @@ def projection_tap(model: nn.Module, tower: Tower, observer: Projection) -> Iter
 def _hook(layer: int, heads: int, observer: Projection) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any) -> None:
         if args and isinstance(args[0], Tensor):
-            observer(layer, heads, module, args[0])
+            observer(layer, heads, unwrapped(module), args[0])
 
     return hook
 

@@ -21,6 +21,7 @@ from sinklens.models.spec import OpenedModel
 from sinklens.models.verify import verify_anatomy
 
 from .attention import AttentionTap, Mode, Site, ignore
+from .backends import backend_of
 from .batch import Batch, collate, first_tensor, forward, text_config
 from .executor import Pass, TracePlan, edited_output, sites, trace_batch
 from .fallback import calls_kernel_directly
@@ -56,8 +57,11 @@ class Agreement:
     tokens: int = 0
     layers: set[int] = field(default_factory=set)
 
-    def see(self, site: Site, call: AttentionCall, statistics: AttentionStatistics) -> None:
-        want = self.recorder.attention.asks(site, call)
+    def asks(self, site: Site, call: AttentionCall) -> Want:
+        return self.recorder.attention.asks(site, call)
+
+    def on_attention(self, site: Site, call: AttentionCall, statistics: AttentionStatistics) -> None:
+        want = self.asks(site, call)
         heads = _sampled_heads(call, site.layer)
         small = _only_heads(call, heads)
         _, dense = attention_reference(small, want)
@@ -109,7 +113,7 @@ def self_check(opened: OpenedModel, prompts: Iterable[Prompt], plan: TracePlan) 
         checks.append(_causal(opened, short))
     if window is not None:
         checks.append(_window_seen(window, longest))
-    return checks
+    return checks + backend_of(opened).checks(opened, batches[-1])
 
 
 def sliding_window(model: nn.Module) -> int | None:
@@ -123,9 +127,10 @@ def sliding_window(model: nn.Module) -> int | None:
 
 
 def _tracing_checks(opened: OpenedModel, batch: Batch, plan: TracePlan) -> list[Check]:
-    plain = first_tensor(forward(opened.module, batch))
+    backend = backend_of(opened)
+    plain = first_tensor(backend.forward(opened, batch))
     traced = trace_batch(opened, batch, plan)
-    after = first_tensor(forward(opened.module, batch))
+    after = first_tensor(backend.forward(opened, batch))
     checks = [
         _same_output(plain, first_tensor(traced.output), batch, plan, opened),
         Check(
@@ -225,13 +230,13 @@ def _kernel_agrees(opened: OpenedModel, batch: Batch, plan: TracePlan) -> list[C
             rows = found.rows[:, None].expand_as(lse)
             worst.append(float((found[Stat.LSE][rows] - lse[rows]).abs().max()))
 
-    where = sites(opened.module, opened.anatomy.main, "attention")
+    where = sites(opened.plain, opened.anatomy.main, "attention")
     # One statistic must be asked for, or the tap has nothing to sweep.
     one = Want(frozenset({Stat.LSE}))
     tap = AttentionTap(where, lambda *_: one, ignore, mode=Mode.FAITHFUL, plan=plan.blocks, witness=compare)
     tap.counted = batch.valid
-    with tap.attached(opened.module):
-        forward(opened.module, batch)
+    with tap.attached(opened.plain):
+        forward(opened.plain, batch)
     if not worst:
         return []
     # Kernels approximate the exponential in half precision; a wrong mask or scale is off by far more.
@@ -245,11 +250,9 @@ def _kernel_agrees(opened: OpenedModel, batch: Batch, plan: TracePlan) -> list[C
 def _observe(opened: OpenedModel, batch: Batch, plan: TracePlan) -> Agreement:
     recorder = Recorder(batch, len(opened.anatomy.main.blocks), plan.signals, plan.limits)
     agreement = Agreement(recorder)
-    where = sites(opened.module, opened.anatomy.main, "attention")
-    tap = AttentionTap(where, recorder.attention.asks, agreement.see, mode=plan.mode, plan=plan.blocks)
-    tap.counted = batch.valid
-    with tap.attached(opened.module):
-        forward(opened.module, batch)
+    backend = backend_of(opened)
+    with backend.attention(opened, batch, agreement, plan):
+        backend.forward(opened, batch)
     return agreement
 
 
@@ -261,7 +264,7 @@ def _causal(opened: OpenedModel, batch: Batch) -> Check:
         noise = torch.randn(output.shape, generator=generator).to(output)
         return noise * output.float().std().clamp(min=1e-3).to(output.dtype)
 
-    plain = first_tensor(forward(opened.module, batch))
+    plain = first_tensor(backend_of(opened).forward(opened, batch))
     changed = first_tensor(edited_output(opened, batch, replace_rows))
     difference = float((_real(plain, batch) - _real(changed, batch)).abs().max())
     detail = "max |change of the output| when attention outputs are replaced by noise"
@@ -277,7 +280,7 @@ def _window_seen(window: int, longest: int) -> Check:
 
 def _parts(opened: OpenedModel, batch: Batch) -> Check:
     """Whether blocks, writers, norms and the direction of attention are what the anatomy says, by experiment."""
-    found = verify_anatomy(opened.module, opened.anatomy, lambda: forward(opened.module, batch))
+    found = verify_anatomy(opened.plain, opened.anatomy, lambda: forward(opened.plain, batch))
     wrong = [check for check in found if not check.passed]
     if wrong:
         detail = "; ".join(f"{check.name}: {check.detail}" for check in wrong)

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sinklens.models.parts import unwrapped
 from sinklens.models.spec import Block, Tower
 from sinklens.models.sums import states_of
 
@@ -131,13 +132,15 @@ class _Watch:
         down = block.down_proj or block.shared_down_proj
         makers = [*copied, total.middle, down, block.mlp if block.experts else None]
         for path in dict.fromkeys(path for path in makers if path):
-            self.modules[path] = module = model.get_submodule(path)
+            module = model.get_submodule(path)
+            self.modules[path] = unwrapped(module)
             stack.callback(module.register_forward_hook(self._made(path, copied.get(path, False))).remove)
         for path in (inner.act, inner.gate.path if inner.gate else None) if inner else ():
             if path is not None:
-                self.modules[path] = model.get_submodule(path)
+                self.modules[path] = unwrapped(model.get_submodule(path))
         for path in dict.fromkeys(path for path in (down, inner.up.path if inner else block.mlp) if path):
-            self.modules[path] = module = model.get_submodule(path)
+            module = model.get_submodule(path)
+            self.modules[path] = unwrapped(module)
             stack.callback(module.register_forward_pre_hook(self._given(path), with_kwargs=True).remove)
 
     def _begin(self, _: nn.Module, args: Any, kwargs: Any) -> None:
