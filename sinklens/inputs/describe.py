@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,12 +47,31 @@ def describe(
     `bos_added` is true if every prompt starts with a BOS; `first_tokens` counts the most frequent first
     tokens; `sha256` is of the token ids, so equal inputs are recognised whatever file they came from.
     """
+    return description(prompts, source.name, encoder, options, tally, source.notes)
+
+
+def description(
+    prompts: tuple[Prompt, ...],
+    name: str,
+    encoder: Any,
+    options: Options,
+    tally: Tally,
+    notes: Sequence[str],
+    *,
+    extra: Sequence[str] = (),
+) -> dict[str, Any]:
+    """As `describe`, for any encoder with a tokenizer, a BOS policy and a chat template.
+
+    Args:
+        extra: What the prompts hold besides tokens (hashes of pictures); part of their `sha256`.
+    """
     lengths = [len(prompt) for prompt in prompts]
     first = Counter(prompt.pieces[0] for prompt in prompts)
-    ids = [prompt.token_ids for prompt in prompts]
+    ids: list[Any] = [prompt.token_ids for prompt in prompts]
+    hashed = [ids, list(extra)] if extra else ids
     domains = Counter(prompt.domain for prompt in prompts if prompt.domain)
     return {
-        "source": source.name,
+        "source": name,
         "n_prompts": len(prompts),
         "n_tokens": sum(lengths),
         "shortest": min(lengths),
@@ -69,12 +89,12 @@ def describe(
         "first_tokens": dict(first.most_common(FIRST_TOKENS)),
         "chat_template": encoder.chat_template,
         "tokenizer": _tokenizer_name(encoder.tokenizer),
-        "sha256": hashlib.sha256(json.dumps(ids).encode()).hexdigest(),
-        "warnings": [*source.notes, *_warnings(prompts, encoder, options, tally)],
+        "sha256": hashlib.sha256(json.dumps(hashed).encode()).hexdigest(),
+        "warnings": [*notes, *_warnings(prompts, encoder, options, tally)],
     }
 
 
-def _starts_with_bos(prompt: Prompt, encoder: Encoder) -> bool:
+def _starts_with_bos(prompt: Prompt, encoder: Any) -> bool:
     return encoder.bos_id is not None and prompt.token_ids[0] == encoder.bos_id
 
 
@@ -91,7 +111,7 @@ def _tokenizer_name(tokenizer: Any) -> dict[str, Any] | None:
     }
 
 
-def _warnings(prompts: tuple[Prompt, ...], encoder: Encoder, options: Options, tally: Tally) -> list[str]:
+def _warnings(prompts: tuple[Prompt, ...], encoder: Any, options: Options, tally: Tally) -> list[str]:
     found = [*_bos_warnings(prompts, encoder), *_template_warnings(encoder)]
     if tally.dropped_short:
         of = f"{tally.dropped_short} of {tally.documents} prompts"
@@ -102,7 +122,7 @@ def _warnings(prompts: tuple[Prompt, ...], encoder: Encoder, options: Options, t
     return found
 
 
-def _bos_warnings(prompts: tuple[Prompt, ...], encoder: Encoder) -> list[str]:
+def _bos_warnings(prompts: tuple[Prompt, ...], encoder: Any) -> list[str]:
     if encoder.tokenizer is None or encoder.bos == "on":
         return []
     if encoder.bos_id is None:
@@ -124,7 +144,7 @@ def _bos_warnings(prompts: tuple[Prompt, ...], encoder: Encoder) -> list[str]:
     return [f"{cause}, so position 0{count} holds another token; --bos on puts a BOS there."]
 
 
-def _template_warnings(encoder: Encoder) -> list[str]:
+def _template_warnings(encoder: Any) -> list[str]:
     if encoder.chat_template or not getattr(encoder.tokenizer, "chat_template", None):
         return []
     return [

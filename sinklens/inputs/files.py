@@ -15,7 +15,7 @@ from .sources import Document, Source, is_message
 def read_text(path: str | Path) -> Source:
     """One prompt per line; blank lines are skipped."""
     path = Path(path)
-    lines = [(number, line) for number, line in _lines(path) if line.strip()]
+    lines = [(number, line) for number, line in numbered_lines(path) if line.strip()]
     _require(lines, path)
     return Source(path.name, [Document(line, f"{path.name}:{number}") for number, line in lines])
 
@@ -23,7 +23,7 @@ def read_text(path: str | Path) -> Source:
 def read_jsonl(path: str | Path, field: str = "text") -> Source:
     """One JSON object per line; `field` holds the text or a list of chat messages, `domain` is optional."""
     path = Path(path)
-    lines = [(number, line) for number, line in _lines(path) if line.strip()]
+    lines = [(number, line) for number, line in numbered_lines(path) if line.strip()]
     _require(lines, path)
     documents = [_document(line, field, f"{path.name}:{number}") for number, line in lines]
     filled = [document for document in documents if document.content]
@@ -74,7 +74,7 @@ def _document(line: str, field: str, where: str) -> Document:
     return parse_row(row, field, where)
 
 
-def _lines(path: Path) -> list[tuple[int, str]]:
+def numbered_lines(path: Path) -> list[tuple[int, str]]:
     """Lines with their numbers, from 1. Only line feeds end a line: U+2028 may be part of a prompt."""
     try:
         data = path.read_bytes()
