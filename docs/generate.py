@@ -22,7 +22,7 @@ def analyzers_page() -> str:
 def signals_page() -> str:
     """Every quantity that a trace can hold, with who reads it."""
     from sinklens.analyzers import registry
-    from sinklens.tracers.signals import ALL_SIGNALS, PLACED, POSITIONED, Source
+    from sinklens.tracers.signals import ALL_SIGNALS, LISTED, PLACED, POSITIONED, Source
 
     readers: dict[str, list[str]] = {}
     for cls in sorted((cls for _, cls in registry.items()), key=lambda cls: (cls.place, cls.name)):
@@ -38,7 +38,9 @@ def signals_page() -> str:
         for signal in ALL_SIGNALS:
             if signal.source is source:
                 also = (
-                    "; also `_pos`, `_dim`"
+                    "; also `_layer`, `_pos`, `_dim`"
+                    if signal in LISTED
+                    else "; also `_pos`, `_dim`"
                     if signal in PLACED
                     else "; also `_pos`"
                     if signal in POSITIONED
@@ -124,8 +126,9 @@ A trace holds reductions, no attention maps: each quantity below, per prompt. On
 recorded. Axes: `layer` blocks; `head` query heads; `pos` the tokens of a prompt from its first real token on; `kept`
 the positions listed in `kept_positions`; `rank` strongest first; `slot` the experts chosen for one token; `bin` equal
 bins of [0, 1]; `reference` the two reference positions; `entry` traced entries of a block; `birth` alignments in order
-of layer; `part` the parts of a feed-forward block; `row`, `col` the first tokens. Everything counts from 0. A layer
-without the quantity holds NaN, or -1 where the values are indices.
+of layer; `part` the parts of a feed-forward block; `row`, `col` the first tokens; `large` entries that are large for
+their state, over all layers; `key_class`, `floor`, `share_bin` classes of keys, and bins, of what text reads from
+pictures. Everything counts from 0. A layer without the quantity holds NaN, or -1 where the values are indices.
 """
 
 _SOURCES = {

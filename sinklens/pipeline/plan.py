@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from sinklens.tracers import signals as sig
 from sinklens.tracers.executor import TracePlan, partition
-from sinklens.tracers.signals import PLACED, POSITIONED, Signal, Source
+from sinklens.tracers.signals import LISTED, PLACED, POSITIONED, Signal, Source
+from sinklens.tracers.signals_visual import KEY_CLASSES, MASS_FLOORS, SHARE_BINS
 
 from .cost import available_memory
 from .options import ProfileOptions
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 BYTES = 4
 VARIANTS = 2
 """Entries of the `variant` axis: as it is, and without the first token's column."""
+LARGE_PER_STATE = 4
+"""Entries of a state that stand out, about; more in narrow models, fewer in wide ones."""
 VERIFY_PASSES = 30
 """Passes of a verification, about: what is found is not known before, and every cause has two or three controls."""
 
@@ -134,6 +137,11 @@ def record_bytes(described: ModelDescription, length: int, plan: TracePlan) -> i
         "row": sig.PREFIX,
         "col": sig.PREFIX,
         "variant": VARIANTS,
+        "dim": tower.hidden_size,
+        "large": len(tower.blocks) * length * LARGE_PER_STATE,
+        "share_bin": SHARE_BINS,
+        "floor": len(MASS_FLOORS),
+        "key_class": len(KEY_CLASSES),
     }
     dense = any(block.down_proj or block.shared_down_proj for block in tower.blocks)
     kept = [signal for signal in plan.signals if dense or signal.source is not Source.DOWN_PROJ]
@@ -142,7 +150,7 @@ def record_bytes(described: ModelDescription, length: int, plan: TracePlan) -> i
 
 def _arrays(signal: Signal) -> int:
     """How many arrays a signal is stored as: its values, and the positions and dims of those that have a place."""
-    return 3 if signal in PLACED else 2 if signal in POSITIONED else 1
+    return 1 + 2 * (signal in PLACED) + (signal in POSITIONED) + (signal in LISTED)
 
 
 def working_bytes(described: ModelDescription, tokens: int, plan: TracePlan) -> int:

@@ -25,7 +25,9 @@ from .record_experts import ROUTER_SIGNALS
 from .record_vectors import OF_PROJECTION, projection_tap
 from .recorder import Limits, Recorder
 from .signals import ALL_SIGNALS, Signal, Source
-from .states import block_tap, down_proj_tap
+from .signals_visual import OF_CONTRIBUTIONS
+from .sink_dims import SinkRule
+from .states import block_tap, down_proj_tap, input_tap
 from .store import RunStore
 from .trace import PromptRecord, Trace, layer_table
 
@@ -40,6 +42,7 @@ class TracePlan:
         ablate: `(layer, expert)` pairs that put out zero.
         batch_prompts, batch_tokens: Largest batch, in prompts and in tokens with padding. A batch is one shard:
             what an interruption can lose at most.
+        sinks: Which tokens of prompts with pictures are sinks; None means that no sink dims are known.
     """
 
     signals: frozenset[Signal] = frozenset(ALL_SIGNALS)
@@ -50,6 +53,7 @@ class TracePlan:
     blocks: BlockPlan = field(default_factory=BlockPlan)
     batch_prompts: int = 16
     batch_tokens: int = 4096
+    sinks: SinkRule | None = None
 
     def sources(self) -> frozenset[Source]:
         return frozenset(signal.source for signal in self.signals)
@@ -63,6 +67,7 @@ class TracePlan:
             "limits": asdict(self.limits),
             "batch_prompts": self.batch_prompts,
             "batch_tokens": self.batch_tokens,
+            "sinks": None if self.sinks is None else self.sinks.to_json(),
             "statistics": "float32, " + ("compiled row pass" if available() else "torch row pass"),
         }
 
@@ -82,7 +87,7 @@ def trace_batch(opened: OpenedModel, batch: Batch, plan: TracePlan, *, logits: b
     model, tower, backend = opened.module, opened.anatomy.main, backend_of(opened)
     if (hosted := backend.hosted(opened, batch, plan)) is not None:
         return hosted
-    recorder = Recorder(batch, len(tower.blocks), plan.signals, plan.limits)
+    recorder = Recorder(batch, len(tower.blocks), plan.signals, plan.limits, plan.sinks)
     if recorder.states.closely and not any(block.sum.checked for block in tower.blocks):
         short = shortened(batch)
         find_sums(opened.plain, tower, lambda: forward(opened.plain, short, logits=False))
@@ -90,8 +95,10 @@ def trace_batch(opened: OpenedModel, batch: Batch, plan: TracePlan, *, logits: b
         attention = None
         if Source.ATTENTION in plan.sources():
             attention = stack.enter_context(backend.attention(opened, batch, recorder.attention, plan))
-            if plan.signals & OF_PROJECTION:
+            if plan.signals & (OF_PROJECTION | OF_CONTRIBUTIONS):
                 stack.enter_context(projection_tap(model, tower, recorder.attention.on_projection))
+        if recorder.inputs.needed:
+            stack.enter_context(input_tap(model, tower, recorder.inputs.on_input))
         if Source.RESIDUAL in plan.sources():
             stack.enter_context(
                 block_tap(model, tower, recorder.states.on_block, closely=recorder.states.closely)

@@ -15,6 +15,7 @@ from .ledger import USERS_OF_REFERENCES, Arrays, Ledger, Limits
 from .prompt_view import PromptView
 from .record_reading import ReadingRecorder
 from .record_vectors import VectorsRecorder
+from .record_visual import TextQueriesRecorder
 from .references import Leaders, seen_by_enough
 from .signals import Signal
 
@@ -67,6 +68,7 @@ class AttentionRecorder:
         self.leaders = Leaders(ledger)
         self.vectors = VectorsRecorder(ledger)
         self.reading = ReadingRecorder(ledger)
+        self.text_queries: TextQueriesRecorder | None = None
         self._stats = frozenset(stat for signal in ledger.wanted for stat in STATS_OF.get(signal, ()))
 
     def asks(self, site: Site, call: AttentionCall) -> Want:
@@ -102,10 +104,14 @@ class AttentionRecorder:
             self._references(view)
             self.vectors.on_prompt(view)
             self.reading.on_prompt(view)
+            if self.text_queries is not None:
+                self.text_queries.on_prompt(view)
 
     def on_projection(self, layer: int, heads: int, module: nn.Module, x: Tensor) -> None:
         """The attention output projection of a block is about to run on `x`."""
         self.vectors.on_projection(layer, heads, module, x)
+        if self.text_queries is not None:
+            self.text_queries.on_projection(layer, heads, module)
 
     def _put(self, view: PromptView, signal: Signal, value: Tensor, suffix: str = "") -> None:
         if signal in self.ledger.wanted or signal in _ALWAYS:

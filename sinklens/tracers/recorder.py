@@ -15,9 +15,12 @@ from .batch import Batch
 from .ledger import Ledger, Limits
 from .record_attention import AttentionRecorder, keep_positions
 from .record_experts import ExpertsRecorder
+from .record_inputs import InputsRecorder
 from .record_reading import join_reading
 from .record_states import StatesRecorder
+from .record_visual import TextQueriesRecorder
 from .signals import Signal
+from .sink_dims import SinkRule
 from .trace import PromptRecord
 
 __all__ = ["Limits", "Recorder"]
@@ -26,9 +29,19 @@ __all__ = ["Limits", "Recorder"]
 class Recorder:
     """Collects one batch."""
 
-    def __init__(self, batch: Batch, layers: int, wanted: Iterable[Signal], limits: Limits) -> None:
+    def __init__(
+        self,
+        batch: Batch,
+        layers: int,
+        wanted: Iterable[Signal],
+        limits: Limits,
+        sinks: SinkRule | None = None,
+    ) -> None:
         self.ledger = Ledger(batch, layers, wanted, limits)
+        self.inputs = InputsRecorder(self.ledger, sinks)
         self.attention = AttentionRecorder(self.ledger)
+        self.inputs.settle_references = self.attention.leaders.choose
+        self.attention.text_queries = TextQueriesRecorder(self.ledger, self.inputs)
         self.states = StatesRecorder(self.ledger)
         self.experts = ExpertsRecorder(self.ledger)
 
@@ -37,7 +50,7 @@ class Recorder:
         return [self._record(row) for row in range(self.ledger.batch.size)]
 
     def _record(self, row: int) -> PromptRecord:
-        arrays = self.ledger.arrays(row) | self.states.arrays(row)
+        arrays = self.ledger.arrays(row) | self.states.arrays(row) | self.inputs.arrays(row)
         join_reading(arrays)
         if sig.ATTENTION_RECEIVED.name in arrays:
             keep_positions(arrays, self.ledger.limits)

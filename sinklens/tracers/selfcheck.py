@@ -248,7 +248,7 @@ def _kernel_agrees(opened: OpenedModel, batch: Batch, plan: TracePlan) -> list[C
 
 
 def _observe(opened: OpenedModel, batch: Batch, plan: TracePlan) -> Agreement:
-    recorder = Recorder(batch, len(opened.anatomy.main.blocks), plan.signals, plan.limits)
+    recorder = Recorder(batch, len(opened.anatomy.main.blocks), plan.signals, plan.limits, plan.sinks)
     agreement = Agreement(recorder)
     backend = backend_of(opened)
     with backend.attention(opened, batch, agreement, plan):

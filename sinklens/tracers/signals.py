@@ -16,29 +16,20 @@ logits; a quantised output projection has no norms behind it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from enum import StrEnum
-
-
-class Source(StrEnum):
-    """The tap that a signal needs."""
-
-    ATTENTION = "attention"
-    RESIDUAL = "residual"
-    DOWN_PROJ = "down_proj"
-    EXPERTS = "experts"
-
-
-@dataclass(frozen=True)
-class Signal:
-    """One recordable quantity. Signals are compared and stored by name."""
-
-    name: str
-    source: Source
-    axes: tuple[str, ...]
-    unit: str
-    meaning: str
-
+from .signal import Signal as Signal
+from .signal import Source as Source
+from .signals_visual import CLASS_VALUE_NORM as CLASS_VALUE_NORM
+from .signals_visual import CONTRIBUTION as CONTRIBUTION
+from .signals_visual import INPUT_LARGE as INPUT_LARGE
+from .signals_visual import INPUT_REFERENCE as INPUT_REFERENCE
+from .signals_visual import INPUT_TYPICAL as INPUT_TYPICAL
+from .signals_visual import KEY_CLASS_COUNT as KEY_CLASS_COUNT
+from .signals_visual import KEY_CLASS_MASS as KEY_CLASS_MASS
+from .signals_visual import NONSINK_RATIO as NONSINK_RATIO
+from .signals_visual import PHI as PHI
+from .signals_visual import TEXT_RECEIVED as TEXT_RECEIVED
+from .signals_visual import VISUAL_MASS as VISUAL_MASS
+from .signals_visual import VISUAL_SINK_MASS as VISUAL_SINK_MASS
 
 FIRST_MASS_BINS = 20
 
@@ -314,6 +305,8 @@ ALL_SIGNALS: tuple[Signal, ...] = tuple(
 BY_NAME = {signal.name: signal for signal in ALL_SIGNALS}
 
 # A ranked signal is stored as three arrays: `<name>` (values), `<name>_pos` and `<name>_dim`.
-PLACED = frozenset({RESIDUAL_TOP, DOWN_PROJ_TOP, EXPERT_MAX, RESIDUAL_AFTER})
+PLACED = frozenset({RESIDUAL_TOP, DOWN_PROJ_TOP, EXPERT_MAX, RESIDUAL_AFTER, INPUT_LARGE})
 # Of these only the position is stored besides, as `<name>_pos`.
-POSITIONED = frozenset({COLUMN_ENTROPY_PEAK, TAIL_PEAK})
+POSITIONED = frozenset({COLUMN_ENTROPY_PEAK, TAIL_PEAK, INPUT_REFERENCE})
+# Lists of no fixed length over all layers; the layer is stored too, as `<name>_layer`.
+LISTED = frozenset({INPUT_LARGE})

@@ -189,6 +189,32 @@ def sinks(x: Float[Tensor, "... dim"], dims: tuple[int, ...], cut: Cut) -> Bool[
 
 
 @dataclass(frozen=True)
+class SinkRule:
+    """Which tokens of a run are sinks: φ over these dims, and its threshold.
+
+    Attributes:
+        dims: Possibly none, when no token is a sink.
+        tau, tau_energy, strict: As in `cut_for`.
+    """
+
+    dims: SinkDims
+    tau: float = TAU
+    tau_energy: float | None = None
+    strict: bool = False
+
+    @property
+    def cut(self) -> Cut:
+        return cut_for(self.dims.hidden_size, self.tau, self.tau_energy, strict=self.strict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "dims": self.dims.to_json()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> SinkRule:
+        return cls(**{**data, "dims": SinkDims.from_json(data["dims"])})
+
+
+@dataclass(frozen=True)
 class Entry:
     """Published sink dims of one model; `hidden_size` is None where the source does not say it."""
 

@@ -64,6 +64,20 @@ def block_tap(
 
 
 @contextmanager
+def input_tap(model: nn.Module, tower: Tower, observer: Observer) -> Iterator[None]:
+    """`observer(layer, state)` before each block runs, with the state that enters it.
+
+    What `hidden_states` of transformers lists is not always that: models may add to the state between two blocks.
+    """
+    with ExitStack() as stack:
+        for block in tower.blocks:
+            hook = _input_hook(block.index, observer)
+            module = model.get_submodule(block.path)
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
 def residual_tap(model: nn.Module, tower: Tower, observer: Observer) -> Iterator[None]:
     """`observer(layer, state)` for each block, with the residual stream after it `[batch, pos, dim]`."""
 
@@ -98,6 +112,15 @@ def first_of(output: Any) -> Tensor:
 def _output_hook(layer: int, observer: Observer) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, output: Any) -> None:
         observer(layer, first_of(output))
+
+    return hook
+
+
+def _input_hook(layer: int, observer: Observer) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+        state = states_of(args, kwargs)
+        if state is not None:
+            observer(layer, state)
 
     return hook
 

@@ -137,7 +137,7 @@ class Trace:
 
     def stack(self, signal: Signal) -> np.ndarray:
         """`[prompt, ...]` for signals without a `pos` or `kept` axis."""
-        ragged = {"pos", "kept"} & set(signal.axes)
+        ragged = {"pos", "kept", "large"} & set(signal.axes)
         if ragged:
             raise ValueError(f"{signal.name} has a ragged axis {ragged}; read it prompt by prompt")
         return np.stack([record[signal] for record in self.records])
@@ -183,8 +183,8 @@ def _tidy(record: PromptRecord, signal: Signal) -> pd.DataFrame:
     if "kept" in columns:
         columns["pos"] = record["kept_positions"][columns.pop("kept")]
     frame = pd.DataFrame({**columns, "value": values.ravel()})
-    for place in ("pos", "dim"):
-        if f"{signal.name}_{place}" in record.arrays:
+    for place in ("layer", "pos", "dim"):
+        if place not in columns and f"{signal.name}_{place}" in record.arrays:
             frame[place] = record.arrays[f"{signal.name}_{place}"].ravel()
     return frame
 
