@@ -60,9 +60,18 @@ def train_command(
 
 @app.command("plant", help="Save a tiny random model with planted sinks, and truth.json, the answer key.")
 def plant_command(
-    family: Annotated[str, typer.Argument(help="llama, qwen3_moe, mistral, gpt2, gemma2, ...")],
+    family: Annotated[
+        str,
+        typer.Argument(
+            help="llama, qwen3_moe, mistral, gpt2, gemma2, ..., or retrieval-first, retrieval-inner: a task that "
+            "a sink stands in the way of, with questions (task.jsonl)."
+        ),
+    ],
     seed: Annotated[int, typer.Option(help="Draws the weights and the places.")] = 0,
-    strength: Annotated[float, typer.Option(help="Logit of the sink over all other keys, nats.")] = 40.0,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="Logit of the sink over all other keys, nats. [default: 40; 8 for retrieval]"),
+    ] = None,
     noise: Annotated[float | None, typer.Option(help="Noise on the planted logits, nats.")] = None,
     out: Out = None,
     as_json: AsJson = False,
@@ -72,8 +81,9 @@ def plant_command(
     from .console import print_json
 
     quiet_libraries()
+    family = family.removeprefix("planted-")
     folder = writable(out or Path("testbeds") / f"planted-{family}-{seed}")
-    truth = plant_testbed(family.removeprefix("planted-"), folder, seed=seed, strength=strength, noise=noise)
+    truth = plant_testbed(family, folder, seed=seed, strength=strength, noise=noise)
     if as_json:
         print_json(truth.to_json())
     else:

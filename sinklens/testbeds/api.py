@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,9 +20,11 @@ from .card import facts, write_card
 from .controls import random_control
 from .data import InductionTask
 from .planting.plant import plant
+from .planting.retrieve import REMEDIES, RetrievalTruth, plant_retrieval
 from .planting.truth import MassivePlant, SinkPlant, SuperExpertPlant, Truth
 from .recipe import Recipe, recipes
-from .train import save_checkpoint, train
+from .retrieval import RetrievalTask
+from .train import save_checkpoint, train, word_tokenizer
 from .vision import VisionRecipe, vision_recipes
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 BUNDLED = Path(__file__).parent.parent / "checkpoints"
 MOE_FAMILIES = ("qwen3_moe", "mixtral")
+RETRIEVAL, QUESTIONS = "retrieval-", 256
 # `plant` knows qwen2 too, but transformers opens every qwen2 folder with the Qwen2 tokenizer, whatever it holds.
 SAVED_FAMILIES = tuple(family for family in FAMILIES if family != "qwen2")
 
@@ -74,6 +77,9 @@ def list_testbeds() -> list[TestbedInfo]:
         )
         about = f"A tiny random {family} with {what}, planted at places drawn from the seed."
         planted.append(TestbedInfo(f"planted-{family}", "planted", about))
+    for sink, (remedy, _) in REMEDIES.items():
+        about = f"A head kept from looking things up by the sink that {remedy} is for; with questions, task.jsonl."
+        planted.append(TestbedInfo(f"{RETRIEVAL}{sink}", "planted", about))
     return trained + planted
 
 
@@ -213,27 +219,55 @@ def planted_model(
 
 
 def plant_testbed(
-    family: str, out: Path | str, *, seed: int = 0, strength: float = 40.0, noise: float | None = None
-) -> Truth:
+    family: str,
+    out: Path | str,
+    *,
+    seed: int = 0,
+    strength: float | None = None,
+    noise: float | None = None,
+) -> Truth | RetrievalTruth:
     """Saves a tiny random model with one planted sink on BOS, and `truth.json`, the answer key, beside it.
 
     The seed draws the weights and the places: three heads in three blocks, the massive dim and, in an MoE family,
     the Super Expert. The folder opens like any checkpoint and brings its own tokenizer and prompts.
 
+    `retrieval-first` and `retrieval-inner` in place of a family save the model of `plant_retrieval` with questions in
+    `task.jsonl`: a task of which it is known which mitigation helps.
+
     Args:
-        strength, noise: In nats; see `plant`.
+        strength, noise: In nats; see `plant` and `plant_retrieval`, whose defaults hold where these are None.
 
     Raises:
         UsageError: A family that cannot be planted in.
     """
+    out = Path(out)
+    options = {} if strength is None else {"strength": strength}
+    if family.removeprefix(RETRIEVAL) in REMEDIES and family.startswith(RETRIEVAL):
+        options |= {} if noise is None else {"noise": noise}
+        return _save_retrieval(family, out, seed, options)
     if family not in SAVED_FAMILIES:
+        known = (*SAVED_FAMILIES, *(f"{RETRIEVAL}{sink}" for sink in REMEDIES))
         raise UsageError(
             f"There is no planted testbed of the family {family!r}.",
-            detail=did_you_mean(family, SAVED_FAMILIES),
-            hint=f"Families: {', '.join(SAVED_FAMILIES)}",
+            detail=did_you_mean(family, known),
+            hint=f"Families: {', '.join(known)}",
         )
-    model, truth = planted_model(family, seed=seed, strength=strength, noise=noise)
-    out = Path(out)
+    model, truth = planted_model(family, seed=seed, noise=noise, **options)
     save_checkpoint(model, Recipe(f"planted-{family}", family, {}), out, dtype=torch.float32)
+    (out / "truth.json").write_text(json.dumps(truth.to_json(), indent=1) + "\n", encoding="utf-8")
+    return truth
+
+
+def _save_retrieval(name: str, out: Path, seed: int, options: dict[str, float]) -> RetrievalTruth:
+    task = RetrievalTask()
+    sink: Any = name.removeprefix(RETRIEVAL)
+    model, truth = plant_retrieval(sink, seed=seed, task=task, **options)
+    out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(out)
+    word_tokenizer(task.vocabulary).save_pretrained(out)
+    questions = task.questions(QUESTIONS, seed)
+    prompts = [{"text": question["prompt"]} for question in questions[:64]]
+    for file, rows in (("task.jsonl", questions), ("sinklens_prompts.jsonl", prompts)):
+        (out / file).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     (out / "truth.json").write_text(json.dumps(truth.to_json(), indent=1) + "\n", encoding="utf-8")
     return truth
