@@ -33,7 +33,7 @@ ALLOWED: dict[str, set[str]] = {
     "tracers": {"core", "inputs", "kernels", "models"},
     "analyzers": {"core", "kernels", "inputs", "tracers"},
     "mitigations": {"core", "kernels", "inputs", "models", "tracers"},
-    "evaluation": {"core", "inputs", "models", "tracers"},
+    "evaluation": {"core", "inputs", "models", "tracers", "testbeds"},
     "report": {"core"},
     "checkpoints": set(),
     "pipeline": UPPER,
