@@ -24,6 +24,10 @@ VARIANTS = 2
 """Entries of the `variant` axis: as it is, and without the first token's column."""
 LARGE_PER_STATE = 4
 """Entries of a state that stand out, about; more in narrow models, fewer in wide ones."""
+AXES_OF_PICTURES = (
+    "visual", "reason", "picture", "value", "sublayer", "query_set", "pair_set", "trace"
+)  # fmt: skip
+"""Axes of signals that prompts of text have none of; how many tokens a picture makes is known once it is read."""
 VERIFY_PASSES = 30
 """Passes of a verification, about: what is found is not known before, and every cause has two or three controls."""
 
@@ -142,6 +146,7 @@ def record_bytes(described: ModelDescription, length: int, plan: TracePlan) -> i
         "share_bin": SHARE_BINS,
         "floor": len(MASS_FLOORS),
         "key_class": len(KEY_CLASSES),
+        **dict.fromkeys(AXES_OF_PICTURES, 0),
     }
     dense = any(block.down_proj or block.shared_down_proj for block in tower.blocks)
     kept = [signal for signal in plan.signals if dense or signal.source is not Source.DOWN_PROJ]

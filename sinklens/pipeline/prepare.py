@@ -226,7 +226,10 @@ def plan_for(options: ProfileOptions, analyzers: tuple[Analyzer, ...]) -> TraceP
     plan = TracePlan(
         signals=frozenset(signal for analyzer in analyzers for signal in analyzer.needs),
         mode=Mode(options.mode),
-        limits=Limits(strongest=options.keep_positions),
+        limits=Limits(
+            strongest=options.keep_positions,
+            lens_every=max((getattr(analyzer, "lens_every", 0) for analyzer in analyzers), default=0),
+        ),
     )
     return plan if options.batch_size is None else replace(plan, batch_prompts=options.batch_size)
 

@@ -99,6 +99,8 @@ def trace_batch(opened: OpenedModel, batch: Batch, plan: TracePlan, *, logits: b
                 stack.enter_context(projection_tap(model, tower, recorder.attention.on_projection))
         if recorder.inputs.needed:
             stack.enter_context(input_tap(model, tower, recorder.inputs.on_input))
+        if recorder.pictures.active:
+            stack.enter_context(recorder.pictures.attached(opened))
         if Source.RESIDUAL in plan.sources():
             stack.enter_context(
                 block_tap(model, tower, recorder.states.on_block, closely=recorder.states.closely)

@@ -36,12 +36,14 @@ class Limits:
             is recorded, so an analyzer can tell whether one that was left out could have mattered.
         ranks: Entries kept per layer in ranked signals.
         min_visible: Queries that must see a position before it can be one of the strongest.
+        lens_every: The embedding lens looks at the states entering every so many blocks; 0 is the first only.
     """
 
     leading: int = 16
     strongest: int = 48
     ranks: int = 64
     min_visible: int = 16
+    lens_every: int = 0
 
 
 class Ledger:

@@ -13,6 +13,7 @@ from . import signals as sig
 from .attention import Site
 from .ledger import USERS_OF_REFERENCES, Arrays, Ledger, Limits
 from .prompt_view import PromptView
+from .record_pictures import PicturesRecorder
 from .record_reading import ReadingRecorder
 from .record_vectors import VectorsRecorder
 from .record_visual import TextQueriesRecorder
@@ -69,6 +70,7 @@ class AttentionRecorder:
         self.vectors = VectorsRecorder(ledger)
         self.reading = ReadingRecorder(ledger)
         self.text_queries: TextQueriesRecorder | None = None
+        self.pictures: PicturesRecorder | None = None
         self._stats = frozenset(stat for signal in ledger.wanted for stat in STATS_OF.get(signal, ()))
 
     def asks(self, site: Site, call: AttentionCall) -> Want:
@@ -106,6 +108,8 @@ class AttentionRecorder:
             self.reading.on_prompt(view)
             if self.text_queries is not None:
                 self.text_queries.on_prompt(view)
+            if self.pictures is not None:
+                self.pictures.on_prompt(view)
 
     def on_projection(self, layer: int, heads: int, module: nn.Module, x: Tensor) -> None:
         """The attention output projection of a block is about to run on `x`."""

@@ -16,6 +16,7 @@ from .ledger import Ledger, Limits
 from .record_attention import AttentionRecorder, keep_positions
 from .record_experts import ExpertsRecorder
 from .record_inputs import InputsRecorder
+from .record_pictures import PicturesRecorder
 from .record_reading import join_reading
 from .record_states import StatesRecorder
 from .record_visual import TextQueriesRecorder
@@ -42,6 +43,8 @@ class Recorder:
         self.attention = AttentionRecorder(self.ledger)
         self.inputs.settle_references = self.attention.leaders.choose
         self.attention.text_queries = TextQueriesRecorder(self.ledger, self.inputs)
+        self.pictures = PicturesRecorder(self.ledger, limits.lens_every)
+        self.attention.pictures = self.pictures
         self.states = StatesRecorder(self.ledger)
         self.experts = ExpertsRecorder(self.ledger)
 
@@ -52,6 +55,7 @@ class Recorder:
     def _record(self, row: int) -> PromptRecord:
         arrays = self.ledger.arrays(row) | self.states.arrays(row) | self.inputs.arrays(row)
         join_reading(arrays)
+        self.pictures.finish(row, arrays)
         if sig.ATTENTION_RECEIVED.name in arrays:
             keep_positions(arrays, self.ledger.limits)
         for name in (sig.ROUTER_CHOICE.name, sig.ROUTER_WEIGHT.name):

@@ -16,6 +16,7 @@ logits; a quantised output projection has no norms behind it.
 
 from __future__ import annotations
 
+from . import signals_pictures
 from .signal import Signal as Signal
 from .signal import Source as Source
 from .signals_visual import CLASS_VALUE_NORM as CLASS_VALUE_NORM
@@ -300,7 +301,7 @@ ROUTER_FREQUENCY_OTHERS = Signal(
 )
 
 ALL_SIGNALS: tuple[Signal, ...] = tuple(
-    value for value in list(globals().values()) if isinstance(value, Signal)
+    value for value in [*globals().values(), *vars(signals_pictures).values()] if isinstance(value, Signal)
 )
 BY_NAME = {signal.name: signal for signal in ALL_SIGNALS}
 

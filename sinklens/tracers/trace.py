@@ -137,7 +137,7 @@ class Trace:
 
     def stack(self, signal: Signal) -> np.ndarray:
         """`[prompt, ...]` for signals without a `pos` or `kept` axis."""
-        ragged = {"pos", "kept", "large"} & set(signal.axes)
+        ragged = {"pos", "kept", "large", "visual", "value"} & set(signal.axes)
         if ragged:
             raise ValueError(f"{signal.name} has a ragged axis {ragged}; read it prompt by prompt")
         return np.stack([record[signal] for record in self.records])

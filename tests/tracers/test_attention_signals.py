@@ -20,6 +20,7 @@ from sinklens.tracers.executor import TracePlan, trace_batch
 from sinklens.tracers.ledger import Limits
 from sinklens.tracers.record_reading import heads_by_look_back, probe_positions
 from sinklens.tracers.record_vectors import gram_matrices, projected_norms, projection_matrix
+from sinklens.tracers.signals_pictures import PICTURE_SIGNALS
 from sinklens.tracers.signals_visual import OF_PICTURES
 from sinklens.tracers.trace import PromptRecord
 from tests.testbeds.families import BOS as BED_BOS
@@ -31,7 +32,9 @@ from tests.tracers.test_families import FAMILIES, batch_of, opened
 
 KINDS = ["llama", "mistral", "gemma2", "gpt_oss", "deepseek_v3", "gpt2", "gpt_neox", "bert"]
 SIGNALS = (
-    frozenset(signal for signal in sig.ALL_SIGNALS if signal.source is sig.Source.ATTENTION) - OF_PICTURES
+    frozenset(signal for signal in sig.ALL_SIGNALS if signal.source is sig.Source.ATTENTION)
+    - OF_PICTURES
+    - PICTURE_SIGNALS
 )
 EVERYTHING = Limits(leading=1000)
 """Every position is kept per head, so that arrays and oracle have the same axes."""
