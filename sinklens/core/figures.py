@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from .pictures import PictureMap
+
 
 @dataclass(frozen=True)
 class Heatmap:
@@ -178,7 +180,7 @@ class Timeline:
     x_label: str = "layer"
 
 
-Figure = Heatmap | Lines | Samples | Intervals | Timeline
+Figure = Heatmap | Lines | Samples | Intervals | Timeline | PictureMap
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sinklens.core.errors import ResourceError, UsageError
+from sinklens.core.figures import PictureMap
 from sinklens.core.suggest import did_you_mean
 from sinklens.tracers.signals import BY_NAME, Signal
 
@@ -26,6 +27,8 @@ FORMATS = ("csv", "parquet", "netcdf", "figures")
 KINDS = ("pdf", "svg", "png")
 TEXT_COLUMNS = re.compile(r"(?:^|_)(?:tokens?|token_ids?|pieces)$")
 COLUMNS = "columns.json"
+PAGE_WIDTH = 6.9
+"""Of figures with pictures, in inches: both columns of a paper."""
 
 
 def export(
@@ -42,10 +45,11 @@ def export(
 
     Args:
         format: `csv` or `parquet`: a table per finding (`findings/`), per signal (`signals/`) and of the prompts, with
-            units and meanings in `columns.json`. `netcdf`: all signals in `run.nc`. `figures`: one file per figure.
+            units and meanings in `columns.json`. `netcdf`: all signals in `run.nc`. `figures`: one file per figure, of
+            figures with pictures one per picture.
         signals: Names; None takes all that were recorded.
         kind: Of figures: `pdf`, `svg` or `png`.
-        include_text: Whether token strings and ids are written.
+        include_text: Whether token strings and ids are written, and pictures drawn.
         force: Write into a folder that holds files already.
 
     Returns:
@@ -65,7 +69,7 @@ def export(
         )
     try:
         if format == "figures":
-            return _figures(run, folder, kind)
+            return _figures(run, folder, kind, run.pictures if include_text else {})
         if format == "netcdf":
             return [_netcdf(run, folder, wanted)]
         return _tables(run, folder, wanted, format, include_text)
@@ -208,14 +212,20 @@ def _padded(arrays: list[np.ndarray]) -> np.ndarray:
 # figures ---------------------------------------------------------------------------------------------------------
 
 
-def _figures(run: Run, folder: Path, kind: str) -> list[Path]:
+def _figures(run: Run, folder: Path, kind: str, pictures: dict[str, np.ndarray]) -> list[Path]:
     from sinklens.report import save_figure
 
     if kind not in KINDS:
         raise UsageError(f"Unknown kind of figure {kind!r}.", detail=f"There are: {', '.join(KINDS)}.")
     folder.mkdir(parents=True, exist_ok=True)
-    return [
-        save_figure(figure, folder / f"{name}-{figure.key}.{kind}")
-        for name, figures in run.figures.items()
-        for figure in figures
-    ]
+    written = []
+    for name, figures in run.figures.items():
+        for figure in figures:
+            stem = f"{name}-{figure.key}"
+            if not isinstance(figure, PictureMap):
+                written.append(save_figure(figure, folder / f"{stem}.{kind}"))
+                continue
+            for place, page in enumerate(figure.pages):
+                path = folder / f"{stem}-prompt{page.ref.prompt}-picture{page.ref.picture}.{kind}"
+                written.append(save_figure(figure, path, width=PAGE_WIDTH, page=place, pictures=pictures))
+    return written

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sinklens.analyzers import chosen_analyzers
 from sinklens.analyzers.base import Analyzer, Finding
 from sinklens.core.errors import UsageError
@@ -115,11 +117,22 @@ class Run:
     def tiles(self) -> list[Tile]:
         return [tile for finding in self.findings.values() for tile in finding.tiles]
 
+    @property
+    def pictures(self) -> dict[str, np.ndarray]:
+        """Small RGB copies of the prompts' pictures, by the `sha256` of the original's pixels."""
+        found: dict[str, np.ndarray] = {}
+        for record in self.trace:
+            for place, picture in enumerate(record.spans.pictures if record.spans is not None else ()):
+                copy = record.arrays.get(f"thumbnail_{place}")
+                if copy is not None:
+                    found.setdefault(picture.sha256, copy)
+        return found
+
     def report(self, path: str | Path | None = None, *, include_text: bool = True) -> Path:
         """Write the HTML report, by default into the run folder.
 
         Args:
-            include_text: With False, tokens are left out: hashes and counts only.
+            include_text: With False, tokens and pictures are left out: hashes and counts only.
         """
         from sinklens.report import write_report
 
@@ -138,6 +151,7 @@ class Run:
             [record.describe() for record in self.trace],
             describe_methods(self.analyzers, self.document),
             include_text=include_text,
+            pictures=self.pictures,
         )
         return target
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from sinklens.core.canonical import plain
@@ -30,6 +31,7 @@ from . import (
     text,
     views,
 )
+from .album import Album
 from .mathml import formula
 from .views import FigureView, svgs
 
@@ -50,6 +52,7 @@ def render_report(
     title: str | None = None,
     include_text: bool = True,
     methods_paragraph: str | None = None,
+    pictures: Mapping[str, np.ndarray] | None = None,
 ) -> str:
     """The report as one self-contained HTML string.
 
@@ -61,8 +64,9 @@ def render_report(
         methods: One mapping per analyzer: `name, title, first_line, formula_mathml, how, compared, not_trust,
             parameters, reference, source_file`; `methods_paragraph` in any of them is printed once.
         title: Of the page; the model's name by default.
-        include_text: False leaves out every token and prompt; hashes and counts stay.
+        include_text: False leaves out every token, prompt and picture; hashes and counts stay.
         methods_paragraph: A paragraph ready to copy into a paper; overrides the ones in `methods`.
+        pictures: Small RGB copies, `[y, x, 3]` of 8 bits, by the `sha256` of the picture they show.
 
     Raises:
         DataError: `document` is not a `sinklens/run/1` document.
@@ -81,9 +85,10 @@ def render_report(
         record = redactor.document(record)
         drawn = {name: [redactor.figure(figure) for figure in found] for name, found in drawn.items()}
         tiles = [redactor.tile(tile) for tile in tiles]
-        given = [redact.bare_prompt(prompt) for prompt in given]
+        given = [redactor.prompt(prompt) for prompt in given]
     paragraph = methods_paragraph or _paragraph(methods)
-    return _render(record, drawn, tiles, given, methods, paragraph, title, include_text)
+    album = Album((pictures or {}) if include_text else None)
+    return _render(record, drawn, tiles, given, methods, paragraph, title, include_text, album)
 
 
 def write_report(path: str | os.PathLike[str], *args: Any, **options: Any) -> Path:
@@ -100,11 +105,12 @@ def _render(
     paragraph: str,
     title: str | None,
     include_text: bool,
+    album: Album,
 ) -> str:
     found = page.sections(document, methods)
     ids = {section.analyzer: section.id for section in found}
     data: dict[str, Any] = {}
-    drawings = {s.analyzer: views.draw_all(s.id, figures.get(s.analyzer, ()), data) for s in found}
+    drawings = {s.analyzer: views.draw_all(s.id, figures.get(s.analyzer, ()), data, album) for s in found}
     boxes, rest = first.split_tiles(tiles)
     payload = {
         "schema": embed.SCHEMA,
@@ -126,6 +132,7 @@ def _render(
         prompts=[redact.bare_prompt(prompt) for prompt in prompts],
         viewer=_viewer(prompts) if include_text else [],
         include_text=include_text,
+        pictures=album.definitions,
         methods=described,
         method_ids={method["name"]: method["id"] for method in described},
         paragraph=paragraph,

@@ -6,15 +6,16 @@ Nothing global changes: figures are made without pyplot, and settings for saving
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sinklens.core.errors import UsageError
-from sinklens.core.figures import Figure, Heatmap, Intervals, Lines, Samples, Timeline
+from sinklens.core.figures import Figure, Heatmap, Intervals, Lines, PictureMap, Samples, Timeline
 
-from . import colour, paper_rows, samples
+from . import colour, paper_pictures, paper_rows, samples
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -28,16 +29,30 @@ _COLOURS = ("#0a5c80", "#b04a09", "#5b6670", "#74428c", "#24734a", "#8a6a00")
 _MOST_MARKERS = 40
 
 
-def draw(figure: Figure, *, width: float = 3.4, height: float | None = None) -> Drawn:
+def draw(
+    figure: Figure,
+    *,
+    width: float = 3.4,
+    height: float | None = None,
+    page: int = 0,
+    pictures: Mapping[str, np.ndarray] | None = None,
+) -> Drawn:
     """The figure as matplotlib draws it, at the size of one column of a paper.
 
     Args:
         figure: Any figure; Samples are drawn as the map of their rate at its threshold.
         width, height: In inches; the height follows from the data when not given.
+        page: Which picture of a `PictureMap`, by its place among the pages.
+        pictures: RGB copies of pictures by their `sha256`; without a copy the frame stays empty.
+
+    Raises:
+        UsageError: There is no such page.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Drawn
 
+    if isinstance(figure, PictureMap):
+        return paper_pictures.draw(figure, page, pictures or {}, width, height)
     plain = samples.rate_map(figure) if isinstance(figure, Samples) else figure
     drawn = Drawn(figsize=(width, height or _height(plain, width)), layout="constrained")
     FigureCanvasAgg(drawn)
@@ -53,10 +68,13 @@ def draw(figure: Figure, *, width: float = 3.4, height: float | None = None) -> 
     return drawn
 
 
-def save_figure(figure: Figure, path: str | os.PathLike[str], **size: float) -> Path:
+def save_figure(figure: Figure, path: str | os.PathLike[str], **options: Any) -> Path:
     """The figure as a file; the ending (`pdf`, `svg`, `png`) chooses the format. Text stays text.
 
     Files of equal data are equal: no date or random name goes in.
+
+    Args:
+        options: Those of `draw`.
 
     Raises:
         UsageError: The ending is another one.
@@ -73,7 +91,7 @@ def save_figure(figure: Figure, path: str | os.PathLike[str], **size: float) -> 
     metadata = {"pdf": {"CreationDate": None}, "svg": {"Date": None}, "png": {}}[kind]
     settings: dict[Any, Any] = {"pdf.fonttype": 42, "svg.fonttype": "none", "svg.hashsalt": "sinklens"}
     with rc_context(settings):
-        draw(figure, **size).savefig(target, format=kind, dpi=300, metadata=metadata)
+        draw(figure, **options).savefig(target, format=kind, dpi=300, metadata=metadata)
     return target
 
 
@@ -144,20 +162,29 @@ def _lines(axes: Axes, figure: Lines) -> None:
         axes.legend(fontsize=7, frameon=False)
 
 
-def interactive(figure: Figure) -> go.Figure:
-    """The figure as plotly draws it, for a notebook; the caption stands below."""
+def interactive(
+    figure: Figure, *, page: int = 0, pictures: Mapping[str, np.ndarray] | None = None
+) -> go.Figure:
+    """The figure as plotly draws it, for a notebook; the caption stands below.
+
+    Args:
+        page, pictures: As in `draw`.
+    """
     import plotly.graph_objects as go
 
     plain = samples.rate_map(figure) if isinstance(figure, Samples) else figure
     chart = go.Figure()
-    if isinstance(plain, Heatmap):
+    if isinstance(plain, PictureMap):
+        chart = paper_pictures.interactive(chart, plain, page, pictures or {})
+    elif isinstance(plain, Heatmap):
         _plotly_heatmap(chart, plain)
     elif isinstance(plain, Lines):
         _plotly_lines(chart, plain)
     else:
         paper_rows.interactive(chart, plain)
     chart.update_layout(title={"text": _html(plain.title)}, template="plotly_white")
-    chart.update_xaxes(title={"text": _html(plain.x_label)})
+    if not isinstance(plain, PictureMap):
+        chart.update_xaxes(title={"text": _html(plain.x_label)})
     below = {"xref": "paper", "yref": "paper", "x": 0, "y": -0.28, "showarrow": False}
     chart.add_annotation(text=_html(plain.caption), **below)
     if isinstance(plain, Heatmap | Lines):

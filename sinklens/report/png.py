@@ -1,4 +1,4 @@
-"""A PNG encoder of thirty lines: palette images only, which is all a heat map needs."""
+"""A small PNG encoder: palette images for heat maps, true colour for tiny pictures without loss."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Int, UInt8
 
 RGB = tuple[int, int, int]
 
@@ -26,15 +26,27 @@ def encode(levels: Int[np.ndarray, "y x"], palette: Sequence[RGB]) -> bytes:
     if len(palette) > 255 or levels.min() < -1 or levels.max() >= len(palette):
         raise ValueError(f"levels must lie in [-1, {len(palette)}) and the palette in 255 colours")
     indices = np.where(levels < 0, len(palette), levels).astype(np.uint8)
-    rows = np.concatenate([np.zeros((height, 1), np.uint8), indices], axis=1)  # filter byte 0 before each row
     colours = b"".join(bytes(colour) for colour in [*palette, (0, 0, 0)])
+    tables = [_chunk(b"PLTE", colours), _chunk(b"tRNS", b"\xff" * len(palette) + b"\x00")]
+    return _file(width, height, 3, tables, indices)
+
+
+def encode_rgb(pixels: UInt8[np.ndarray, "y x 3"]) -> bytes:
+    """A PNG of these colours, without loss."""
+    height, width, _ = pixels.shape
+    return _file(width, height, 2, [], np.ascontiguousarray(pixels).reshape(height, 3 * width))
+
+
+def _file(width: int, height: int, kind: int, tables: list[bytes], rows: np.ndarray) -> bytes:
+    filtered = np.concatenate(
+        [np.zeros((height, 1), np.uint8), rows], axis=1
+    )  # filter byte 0 before each row
     return b"".join(
         [
             b"\x89PNG\r\n\x1a\n",
-            _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)),
-            _chunk(b"PLTE", colours),
-            _chunk(b"tRNS", b"\xff" * len(palette) + b"\x00"),
-            _chunk(b"IDAT", zlib.compress(rows.tobytes(), 9)),
+            _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, kind, 0, 0, 0)),
+            *tables,
+            _chunk(b"IDAT", zlib.compress(filtered.tobytes(), 9)),
             _chunk(b"IEND", b""),
         ]
     )

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from sinklens.core.figures import Figure, Heatmap, Intervals, Lines, Timeline
+from sinklens.core.figures import Figure, Heatmap, Intervals, Lines, PictureMap, Timeline
 
-from . import embed, heatmap, intervals, lines, samples, text, timeline
+from . import embed, heatmap, intervals, lines, pictures, samples, text, timeline
+from .album import Album
 
 _HALF_WIDTH, _FULL_WIDTH, _WIDE_COLUMNS, _WIDE_WORDS = 578, 1180, 64, 40
 
@@ -25,6 +26,7 @@ class FigureView:
         notes: Sentences about the drawing.
         wide: Whether it takes the whole width of the page.
         slider: For `Samples`: number of thresholds, index of the finding's own, the sentence at it.
+        pages: For `PictureMap`: one per picture; then `svg` is empty.
     """
 
     id: str
@@ -35,14 +37,20 @@ class FigureView:
     notes: tuple[str, ...]
     slider: dict[str, Any] | None = None
     wide: bool = False
+    pages: tuple[pictures.PageView, ...] = ()
 
 
 def draw_all(
-    section: str, figures: Sequence[Figure], data: dict[str, Any], **of_lines: Any
+    section: str,
+    figures: Sequence[Figure],
+    data: dict[str, Any],
+    album: Album | None = None,
+    **of_lines: Any,
 ) -> list[FigureView]:
     """Draws a section's figures and adds their values to `data` under the figure's id, `section--key`.
 
     Args:
+        album: The report's pictures; those that are drawn are added to its definitions.
         of_lines: Passed on to `lines.draw` for curves.
     """
     views, taken = [], set()
@@ -51,19 +59,24 @@ def draw_all(
         while identifier in taken:
             identifier += "-2"
         taken.add(identifier)
-        values, view = draw(figure, identifier, **of_lines)
+        values, view = draw(figure, identifier, album, **of_lines)
         views.append(view)
         if values is not None:
             data[identifier] = values
     return views
 
 
-def draw(figure: Figure, identifier: str, **of_lines: Any) -> tuple[dict[str, Any] | None, FigureView]:
+def draw(
+    figure: Figure, identifier: str, album: Album | None = None, **of_lines: Any
+) -> tuple[dict[str, Any] | None, FigureView]:
     """The values that are embedded, if any, and the drawing."""
     parts: dict[str, Any] = {"id": identifier, "title": figure.title, "caption": figure.caption}
     if isinstance(figure, Lines):
         drawing = lines.draw(figure, figure_id=identifier, **of_lines)
         return embed.lines(figure), FigureView(**parts, unit="", svg=svgs(drawing), notes=drawing.notes)
+    if isinstance(figure, PictureMap):
+        values, pages, notes = pictures.draw(figure, identifier, album or Album(None))
+        return values, FigureView(**parts, unit="", svg=(), notes=notes, wide=True, pages=pages)
     if isinstance(figure, Intervals | Timeline):
         wide = len(figure.rows) > 0 and max(len(row.label + row.note) for row in figure.rows) > _WIDE_WORDS
         width = _FULL_WIDTH if wide else _HALF_WIDTH

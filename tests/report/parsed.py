@@ -16,11 +16,13 @@ from sinklens.core.figures import (
     Intervals,
     Life,
     Lines,
+    PictureMap,
     Samples,
     Series,
     Tile,
     Timeline,
 )
+from sinklens.core.pictures import CellClass, CellGrid, PicturePage, PictureRef, Quantity
 
 from . import factory
 
@@ -80,6 +82,15 @@ class Page(HTMLParser):
         return json.loads(next(body for attrs, body in self.scripts if attrs.get("id") == "sinklens-run"))
 
 
+def _picture_map(text: str) -> PictureMap:
+    ref = PictureRef(0, 0, text, 4, 4, "0" * 64)
+    cells = np.arange(4).reshape(2, 2)
+    grid = CellGrid(text, (0.0, 0.0, 4.0, 4.0), cells, cells[None] / 4, cells % 2)
+    quantity = Quantity(text, text, text, scale=text, threshold=0.5, threshold_label=text)
+    page = PicturePage(ref, (grid,), text, ((text, 0.5),))
+    return PictureMap(text, text, text, (page, page), (quantity,), (CellClass(text, text, text),), text, text)
+
+
 def poisoned(text: str) -> factory.Run:
     """A run with the text in every place a string can stand."""
     run = factory.make()
@@ -124,6 +135,7 @@ def poisoned(text: str) -> factory.Run:
             text,
         ),
     ]
+    figures[text].append(_picture_map(text))
     document["verdict"]["lines"] = [{"analyzer": text, "title": text, "text": text}]
     rows = [
         dict.fromkeys(("model", "title", "published", "here", "source", "url", "where", "status_words"), text)

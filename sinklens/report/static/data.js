@@ -20,6 +20,7 @@ function figure(id) {
 
 function opened(raw) {
   if (raw.kind === "table") return raw;
+  if (raw.kind === "pictures") return { ...raw, pages: raw.pages.map((page) => ({ ...page, grids: page.grids.map(openedGrid) })) };
   if (raw.kind === "heatmap") return { ...raw, values: unpack(raw.values, Float32Array) };
   if (raw.kind === "lines") {
     const series = raw.series.map((s) => ({ name: s.name, x: unpack(s.x, Float64Array), y: unpack(s.y, Float64Array) }));
@@ -34,6 +35,15 @@ function opened(raw) {
   samples.index = samples.thresholds.indexOf(raw.own);
   samples.values = rates(samples, samples.index);
   return samples;
+}
+
+function openedGrid(grid) {
+  return {
+    ...grid,
+    positions: unpack(grid.positions, Int32Array),
+    values: unpack(grid.values, Float32Array),
+    classes: unpack(grid.classes, Int8Array),
+  };
 }
 
 function rates(samples, index) {

@@ -44,6 +44,7 @@ function findingCsv(name) {
 function figureCsv(id) {
   const fig = figure(id);
   if (fig.kind === "table") return csv(fig.columns, fig.rows);
+  if (fig.kind === "pictures") return picturesCsv(fig);
   if (fig.kind === "lines") {
     const rows = fig.series.flatMap((s) => Array.from(s.x, (x, i) => [s.name, x, Number.isNaN(s.y[i]) ? null : s.y[i]]));
     return csv(["series", ...fig.labels], rows);
