@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sinklens.core.errors import ModelError
+from sinklens.models.catalog import locate
+from sinklens.models.processors import load_processor
 from sinklens.models.spec import OpenedModel
 
 from .items import Item
 from .running import Question
 
 
-def question_with_picture(opened: OpenedModel, item: Item, *, chat_template: bool) -> Question:
+def processor_of(opened: OpenedModel) -> Any:
+    """The processor that came with a model.
+
+    Raises:
+        ModelError: It has none that reads pictures.
+    """
+    try:
+        return load_processor(locate(opened.info.id, opened.info.revision), False)
+    except ModelError as error:
+        raise ModelError(
+            "The task has pictures, and no processor was found for them.", detail=error.what, hint=error.hint
+        ) from error
+
+
+def question_with_picture(
+    opened: OpenedModel, processor: Any, item: Item, *, chat_template: bool
+) -> Question:
     """The tokens and pictures of one question.
 
     Raises:
-        ModelError: The model came without a processor, or cannot read pictures.
+        DataError: The picture cannot be read.
+        ModelError: The model reads no pictures.
     """
     from sinklens.inputs.vision import load_pictures
 
-    processor = getattr(opened, "processor", None)
-    if processor is None:
-        raise ModelError(
-            f"{item.id} has a picture, but the model came without a processor.",
-            hint="Open a vision-language model by name or folder, so that its processor is found.",
-        )
+    module: Any = opened.module
     row = {"image": item.image, "text": item.prompt}
-    prompts = load_pictures([row], processor, opened.module.config, chat_template=chat_template).prompts
-    return Question(prompts[0].token_ids, visual=prompts[0].visual)
+    (prompt,) = load_pictures([row], processor, module.config, chat_template=chat_template).prompts
+    return Question(prompt.token_ids, visual=prompt.visual)

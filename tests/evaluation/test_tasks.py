@@ -315,3 +315,24 @@ def test_pictures_of_the_toy_world() -> None:
 def test_models_that_predict_nothing_are_refused() -> None:
     with pytest.raises(ModelError, match="predicts no next token"):
         likelihoods(open_model(build("bert")), [Question((1, 2))])
+
+
+def test_pictures_from_files_are_read_by_the_models_processor(tmp_path: Path) -> None:
+    pytest.importorskip("PIL")
+    from sinklens.models.catalog import bundled
+
+    folder = bundled()["vlm-shapes"] / "samples"
+    captions = json.loads((folder / "captions.json").read_text())
+    rows = []
+    for name, caption in captions.items():
+        words = caption.split()[4:]
+        objects = [" ".join(words[i : i + 2]) for i in range(0, len(words), 2)]
+        rows.append({"image": str(folder / name), "prompt": "how many ?", "objects": objects})
+    path = tmp_path / "captions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    opened = open_model("bundled:vlm-shapes")
+    task = task_from_file(path)
+    assert isinstance(task, Captions)
+    values = {m.name: m.value(task.ask(opened, task.items).columns) for m in task.metrics}
+    assert values["coverage"] == 1.0
+    assert values["chair_i"] == 0.0

@@ -123,12 +123,18 @@ class Reader:
         """What the tokenizer puts before a text (BOS)."""
         return make_encoder(self.opened.tokenizer, "auto", False).prefix if self.opened.tokenizer else ()
 
+    @cached_property
+    def _processor(self) -> Any:
+        from ..pictures import processor_of
+
+        return processor_of(self.opened)
+
     def context(self, item: Item) -> Question:
         """The prompt of an item as token ids, its picture included."""
         if item.image is not None and item.visual is None:
             from ..pictures import question_with_picture
 
-            return question_with_picture(self.opened, item, chat_template=self.chat_template)
+            return question_with_picture(self.opened, self._processor, item, chat_template=self.chat_template)
         if not isinstance(item.prompt, str):
             return Question(item.prompt, visual=item.visual)
         if self.chat_template:

@@ -190,10 +190,10 @@ def _plain_labels(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
-    from sinklens.inputs.files import _lines as numbered
+    from sinklens.inputs.files import numbered_lines
 
     rows = []
-    for number, line in numbered(path):
+    for number, line in numbered_lines(path):
         if not line.strip():
             continue
         try:
