@@ -9,7 +9,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from . import rowpass
+from .edits import edited
+from .spec import AttentionCall
 
+HIDDEN = -1e30
+"""Hidden logits are this instead of -inf: exp gives 0 all the same, and 0 * logit stays 0 instead of NaN."""
 _CHUNK = 64
 
 
@@ -38,6 +42,8 @@ class Block:
         factor: `A / P`, `[b, h, r]`; None if 1.
         done: What the compiled row pass has found already; its sums over rows are then added too, and `weights`
             are only there if `Accumulator.reads_weights`.
+        norm, off: Of edited weights, which are the softmax of no logits of a kernel: log-sum-exp before the edits
+            (learned sinks left out), and mass on no key after them.
     """
 
     rows: slice
@@ -47,6 +53,26 @@ class Block:
     peak: Peak | None
     factor: Float[Tensor, "b h r"] | None = None
     done: rowpass.RowResults | None = None
+    norm: Float[Tensor, "b h r"] | None = None
+    off: Float[Tensor, "b h r"] | None = None
+
+
+def edited_block(block: Block, peak: Peak, call: AttentionCall) -> Block:
+    """The block after the call's edits: again weights that add up to 1 and their logarithms, the mass as factor.
+
+    Args:
+        peak: Of the block.
+    """
+    weights, learned = block.weights, torch.zeros_like(peak.logit)
+    if block.factor is not None and call.learned_sinks is not None:
+        weights = weights * block.factor[..., None]
+        learned = torch.sigmoid(call.learned_sinks[:, None].to(learned.dtype) - peak.norm)
+    weights, off = edited(weights, learned, call.edits, block.rows, block.keys)
+    total = weights.sum(-1)
+    shares = torch.where((total <= 0)[..., None], 1.0 / weights.shape[3], weights / total[..., None])
+    logits = torch.where(shares > 0, shares.log(), HIDDEN)
+    after = row_peaks(logits, shares)
+    return Block(block.rows, block.keys, shares, logits, after, total, norm=peak.norm, off=off)
 
 
 def row_peaks(logits: Float[Tensor, "b h r k"], weights: Float[Tensor, "b h r k"]) -> Peak:

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import UsageError
-from .block import Block, Peak, row_peaks
+from .block import Block, Peak, edited_block, row_peaks
 from .groups import KeyGroups
 from .reduce import PER_KEY, Accumulator, needs_peak
 from .rowpass import attend_serves, native_serves
@@ -76,7 +76,8 @@ def attention_sweep(
         call: The attention call.
         want: The statistics; nothing else is computed.
         lse: `Stat.LSE` of every row (nats): log-sum-exp over visible keys, *and* the learned sink if the call
-            has one. Its values in rows without a visible key do not matter. None computes it.
+            has one. Its values in rows without a visible key do not matter. None computes it. Not used where the map
+            is edited.
         plan: As for `attention_fused`.
 
     Raises:
@@ -122,7 +123,7 @@ class _Pass:
     def sweep(self, lse: Tensor | None) -> AttentionStatistics:
         if self.want.stats and (lse is not None or not self._attended(None)):
             for chunk in self.chunks:
-                if lse is None:
+                if lse is None or self.call.edits:
                     self._softmax(chunk, None)
                 else:
                     self._known(chunk, lse[chunk.batch, chunk.heads].to(self.result))
@@ -147,7 +148,7 @@ class _Pass:
         scores = Scores(call, self.plan)
         value = None if output is None else Values(call.value)
         found = self._accumulator(chunk, call)
-        peaks = needs_peak(self.want.stats, known=False) or call.learned_sinks is not None
+        peaks = needs_peak(self.want.stats, known=False) or call.learned_sinks is not None or bool(call.edits)
         seen = None if self.view.seen is None else chunk.of(self.view.seen).to(self.result)
         for rows, keys in self._walk():
             logits = scores.block(rows, keys)
@@ -157,6 +158,8 @@ class _Pass:
             if call.learned_sinks is not None and block.peak is not None:
                 factor = torch.sigmoid(block.peak.norm - call.learned_sinks[:, None].to(logits.dtype))
                 block = replace(block, factor=factor)
+            if call.edits and block.peak is not None:
+                block = edited_block(block, block.peak, call)
             if output is not None and value is not None:
                 mixed = value.mix(block.weights, keys, half)
                 for scale in (block.factor, None if seen is None else seen[:, :, rows]):

@@ -101,8 +101,9 @@ class Accumulator:
         self._heights.append(block.weights.shape[2])
         if block.peak is not None:
             self._take_peak(block.peak, block.keys.start)
-        if block.factor is not None:
-            self._raw["factor"].append(block.factor)
+        for name, found in (("factor", block.factor), ("norm", block.norm), ("off", block.off)):
+            if found is not None:
+                self._raw[name].append(found)
         if block.done is None:
             self._add_torch(block)
         else:
@@ -255,7 +256,9 @@ class Accumulator:
         """
         assert self._other is not None  # only asked for with groups
         left = (block.weights @ self._other[..., block.keys, None])[..., 0]
-        if block.factor is not None and block.peak is not None and self._sinks is not None:
+        if block.off is not None and block.factor is not None:
+            left = left * block.factor + block.off
+        elif block.factor is not None and block.peak is not None and self._sinks is not None:
             share = torch.sigmoid(self._sinks[:, None].to(self._dtype) - block.peak.norm)
             left = left * block.factor + share
         elif self._lse is not None and self._sinks is not None:
@@ -352,6 +355,7 @@ class Accumulator:
         """Per-row statistics that need the log-sum-exp."""
         stats, found = self.want.stats & _FROM_NORM, {}
         norm = raw["logit"] - raw["top"].log() if self._lse is None and stats else self._lse
+        norm = raw.get("norm", norm)
         if norm is None or not stats:
             return found
         lse = norm
@@ -361,6 +365,7 @@ class Accumulator:
             found[Stat.LSE] = lse
         if Stat.LEARNED_SINK in stats:
             found[Stat.LEARNED_SINK] = torch.zeros_like(lse) if self._sinks is None else self._sink_mass(lse)
+            found[Stat.LEARNED_SINK] = raw.get("off", found[Stat.LEARNED_SINK])
         if stats & _ENTROPIES:
             found |= self._entropies(raw)
         return found

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from .edits import edited
 from .shapes import Sizes, four_axes, sizes_of, visible_of
 from .spec import LEAST_LEFT, AttentionCall, AttentionStatistics, Stat, Want
 
@@ -33,6 +34,10 @@ def attention_reference(
     if call.learned_sinks is not None:
         norm = torch.logaddexp(norm, call.learned_sinks.double()[:, None])
     weights = torch.exp(logits - norm[..., None].masked_fill(~visible.any(-1, keepdim=True), 0.0))
+    learned = 1.0 - weights.sum(-1)
+    if call.edits:
+        everything = slice(0, sizes.queries), slice(0, sizes.keys)
+        weights, learned = edited(weights, learned, call.edits, *everything)
     value = call.value.double().repeat_interleave(sizes.group, 1)
     output = (weights @ value).transpose(1, 2)
 
@@ -43,7 +48,7 @@ def attention_reference(
         statistics.visible = statistics.visible[:, :1]  # pyright: ignore[reportOptionalSubscript]
     live = rows[:, None] & visible.any(-1)
     for stat in want.stats:
-        found = _statistic(stat, want, call, weights, norm, value, live)
+        found = _statistic(stat, want, call, weights, norm, value, live, learned)
         statistics.values[stat] = found.to(dtype or torch.float32)
     return output.to(dtype or call.query.dtype), statistics
 
@@ -79,7 +84,14 @@ def dense_logits(
 
 
 def _statistic(
-    stat: Stat, want: Want, call: AttentionCall, weights: Tensor, norm: Tensor, value: Tensor, live: Tensor
+    stat: Stat,
+    want: Want,
+    call: AttentionCall,
+    weights: Tensor,
+    norm: Tensor,
+    value: Tensor,
+    live: Tensor,
+    learned: Tensor,
 ) -> Tensor:
     """One statistic; `weights` is A `[batch head query key]`, `live` the counted rows `[batch head query]`."""
     A = torch.where(live[..., None], weights, 0.0)
@@ -104,7 +116,7 @@ def _statistic(
             inside = (distance >= want.band[0]) & (distance <= want.band[1])
             if stat is Stat.RECEIVED_BAND:
                 return torch.where(inside, A, 0.0).sum(2)
-            return torch.where(inside, _rest(want, A, live), 0.0).sum(2)
+            return torch.where(inside, _rest(want, A, torch.where(live, learned, 0.0)), 0.0).sum(2)
         case Stat.RECEIVED_MAX:
             return A.amax(2)
         case Stat.TOP1:
@@ -126,7 +138,7 @@ def _statistic(
         case Stat.LSE:
             return torch.where(live, norm, 0.0)
         case Stat.LEARNED_SINK:
-            return torch.where(live, 1.0 - weights.sum(-1), 0.0)
+            return torch.where(live, learned, 0.0)
         case Stat.GROUP_MASS | Stat.GROUP_OUTPUT:
             assert want.groups is not None  # sizes_of has refused the call otherwise
             groups = want.groups[:, :, None] if want.groups.ndim == 3 else want.groups
@@ -135,12 +147,12 @@ def _statistic(
             return torch.stack([(A * group[:, :, None]) @ value for group in groups], 3)
 
 
-def _rest(want: Want, A: Tensor, live: Tensor) -> Tensor:
+def _rest(want: Want, A: Tensor, learned: Tensor) -> Tensor:
     """`A` without the first group, over the mass off it (a learned sink's share included), times the row's part."""
     assert want.groups is not None  # sizes_of has refused the call otherwise
     group = want.groups[0][:, None] if want.groups.ndim == 3 else want.groups[0]
     others = A.masked_fill(group[:, :, None], 0.0)
     # 1 - mass, added up from what is left: a difference would cancel where the group has nearly everything.
-    left = others.sum(-1) + torch.where(live, 1.0 - A.sum(-1), 0.0).clamp(min=0.0)
+    left = others.sum(-1) + learned.clamp(min=0.0)
     part = (left / LEAST_LEFT - 1.0).clamp(0.0, 1.0)
     return torch.where(part[..., None] <= 0, 0.0, others * (part / left)[..., None])

@@ -89,7 +89,7 @@ class RowRequest:
 def native_serves(call: AttentionCall, plan: BlockPlan) -> bool:
     """Whether the compiled row pass can take the place of the torch passes."""
     ordinary = call.query.device.type == "cpu" and call.query.dtype != torch.float64
-    return plan.native and ordinary and native.available()
+    return plan.native and ordinary and not call.edits and native.available()
 
 
 def attend_serves(call: AttentionCall, plan: BlockPlan) -> bool:

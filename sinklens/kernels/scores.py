@@ -11,12 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from .block import HIDDEN
 from .shapes import four_axes, visible_of
 from .spec import AttentionCall, BlockPlan
 from .workspace import workspace
-
-# Hidden logits are this instead of -inf: exp gives 0 all the same, and 0 * logit stays 0 instead of NaN.
-HIDDEN = -1e30
 
 
 class Scores:

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from .edits import MapEdit
+
 
 class Stat(StrEnum):
     """A reduction of the attention weights `A[head, query, key]`; the comment gives shape and definition.
@@ -43,8 +45,8 @@ class Stat(StrEnum):
     DISTANCE = "distance"  # batch head query: sum_k A (position of q - k), tokens
     DISTANCE_WINDOWED = "distance_windowed"  # batch head query: sum_k A min(position of q - k, window)
     ROW_MAX = "row_max"  # batch head query: max_k A
-    LSE = "lse"  # batch head query: log sum_k exp(z), learned sinks included (nats)
-    LEARNED_SINK = "learned_sink"  # batch head query: 1 - sum_k A, the mass on a learned sink logit
+    LSE = "lse"  # batch head query: log sum_k exp(z), learned sinks included (nats); of the logits before any edit
+    LEARNED_SINK = "learned_sink"  # batch head query: mass on a learned sink logit, 1 - sum_k A without edits
     GROUP_MASS = "group_mass"  # batch head query group: sum_{k in group} A
     GROUP_OUTPUT = "group_output"  # batch head query group value_dim: sum_{k in group} A v_k
 
@@ -76,6 +78,7 @@ class AttentionCall:
         softcap: Logits become `softcap * tanh(logits / softcap)` before the mask.
         learned_sinks: A logit per head that takes part in the softmax and has no value (GPT-OSS).
         counted: Rows that enter sums over queries; None counts all. Rows without a visible key never count.
+        edits: What was done to the map after its softmax, in this order. Statistics are those of the edited map.
     """
 
     query: Float[Tensor, "batch head query dim"]
@@ -87,6 +90,12 @@ class AttentionCall:
     softcap: float | None = None
     learned_sinks: Float[Tensor, " head"] | None = None
     counted: Bool[Tensor, "batch query"] | None = None
+    edits: tuple[MapEdit, ...] = ()
+
+    @property
+    def off_keys(self) -> bool:
+        """Whether rows may give mass to something that is no key: a learned sink, or a bias that was added."""
+        return self.learned_sinks is not None or any(edit.added is not None for edit in self.edits)
 
 
 @dataclass(frozen=True)

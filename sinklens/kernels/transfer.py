@@ -13,7 +13,7 @@ rows are computed again without the sets, a block of rows at a time (`_rest`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,6 +22,9 @@ from torch import Tensor
 
 from ..core.errors import UsageError
 from .blocked import attention_fused, attention_sweep
+from .edit_notes import EditNotes
+from .edits import MapEdit, edited, off_keys
+from .key_sets import Factors, KeySets, Rule, Shares, checked_sizes, own_columns
 from .shapes import Sizes, four_axes, sizes_of, visible_of
 from .spec import AttentionCall, BlockPlan, Stat, Want
 
@@ -29,58 +32,6 @@ _DEFAULT_PLAN = BlockPlan()
 _LARGEST_GAIN = 2.0
 """Largest `1 / D` by which the rounding of the kernel's own output may be multiplied."""
 _LARGEST_GAIN_DOUBLE = 1000.0
-
-
-@dataclass(frozen=True)
-class KeySets:
-    """Sets of keys as columns of the call, padded to a common width.
-
-    Attributes:
-        columns: Key indices; any number where `valid` is False.
-        valid: Which columns are there. A key belongs to one set at most.
-        keep_own: A row's own key is never a member (a query that keeps seeing itself).
-        own: Column of each row's own key; None means `row + keys - queries`, as in `AttentionCall`.
-    """
-
-    columns: Int[Tensor, "batch set_head group width"]
-    valid: Bool[Tensor, "batch set_head group width"]
-    keep_own: bool = False
-    own: Int[Tensor, " query"] | None = None
-
-
-@dataclass(frozen=True)
-class Shares:
-    """How the rows of a block share their attention; the parts of a row add up to 1. All in float32 or float64.
-
-    Attributes:
-        mass: On each set.
-        rest: On all other keys. Computed as a sum of its own where it would drown in rounding.
-        learned: On the learned sink logit, 0 without one.
-    """
-
-    mass: Float[Tensor, "batch head row group"]
-    rest: Float[Tensor, "batch head row"]
-    learned: Float[Tensor, "batch head row"]
-
-
-@dataclass(frozen=True)
-class Factors:
-    """What becomes of a block of rows: `A'[k in g] = c_g A / D`, `A'[other k] = A / D`.
-
-    Attributes:
-        factors: `c_g`, broadcastable to `Shares.mass`.
-        divisor: `D`, broadcastable to `Shares.rest`; positive. Entries of rows that are not `edited` are ignored.
-        edited: Rows to change; the others keep the kernel's output bit for bit.
-        learned: Whether the learned sink's share is divided too. It writes nothing, so only `Transferred.moved` asks.
-    """
-
-    factors: Float[Tensor, "#batch #head #row group"]
-    divisor: Float[Tensor, "#batch #head #row"]
-    edited: Bool[Tensor, "#batch #head #row"]
-    learned: bool = True
-
-
-Rule = Callable[[Shares], Factors]
 
 
 @dataclass(frozen=True)
@@ -93,20 +44,15 @@ class Transferred:
         moved: Attention moved in these rows, half the sum of `|A' - A|` over keys and the learned sink (0 to 1),
             summed over rows; float64.
         again: Rows computed again without the sets.
+        edit: What was done to the map, for whoever measures or edits it next; None if that was not asked for, or if
+            the sets are empty.
     """
 
     output: Float[Tensor, "batch query head value_dim"]
     rows: Int[Tensor, ""]
     moved: Float[Tensor, ""]
     again: Int[Tensor, ""]
-
-
-def key_sets(groups: Bool[Tensor, "group batch key"] | Bool[Tensor, "group batch head key"]) -> KeySets:
-    """Sets given as membership, as in `Want.groups`."""
-    member = (groups if groups.ndim == 4 else groups[:, :, None]).permute(1, 2, 0, 3)
-    width = int(member.sum(-1).max()) if member.numel() else 0
-    found = member.to(torch.uint8).sort(dim=-1, descending=True, stable=True)
-    return KeySets(found.indices[..., :width], found.values[..., :width] > 0)
+    edit: MapEdit | None = None
 
 
 def row_lse(call: AttentionCall, plan: BlockPlan = _DEFAULT_PLAN) -> Float[Tensor, "batch head query"]:
@@ -134,17 +80,20 @@ def transfer(
     *,
     rows: Bool[Tensor, "batch query"] | None = None,
     plan: BlockPlan = _DEFAULT_PLAN,
+    remember: bool = False,
 ) -> Transferred:
     """Move attention between sets of keys.
 
     Args:
-        call: The attention call.
-        output: What a kernel made of it. Not changed.
+        call: The attention call. Its `edits` come before this one: masses are those they have left, and rows must
+            still add up to 1.
+        output: What a kernel, and those edits, made of it. Not changed.
         sets: Which keys, per query head or for all heads alike.
         rule: Factors from the masses of a block of rows.
         lse: Log-sum-exp of every row, learned sink included; None computes it in a sweep.
         rows: Rows that may be edited (real tokens); None means all. Rows that see nothing never are.
         plan: Size of the blocks.
+        remember: Also return the edit itself.
 
     Raises:
         UsageError: The tensors do not fit together, or a gradient is expected.
@@ -156,16 +105,23 @@ def transfer(
         )
     with torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
         sizes = checked_sizes(call, output, sets, rows)
-        return _Transfer(call, sizes, sets, rule, row_lse(call, plan) if lse is None else lse, plan).run(
-            output, rows
-        )
+        lse = row_lse(call, plan) if lse is None else lse
+        return _Transfer(call, sizes, sets, rule, lse, plan, remember=remember).run(output, rows)
 
 
 class _Transfer:
     """One transfer: what all blocks of rows share."""
 
     def __init__(
-        self, call: AttentionCall, sizes: Sizes, sets: KeySets, rule: Rule, lse: Tensor, plan: BlockPlan
+        self,
+        call: AttentionCall,
+        sizes: Sizes,
+        sets: KeySets,
+        rule: Rule,
+        lse: Tensor,
+        plan: BlockPlan,
+        *,
+        remember: bool,
     ) -> None:
         self.call, self.sizes, self.rule, self.plan, self.sets = call, sizes, rule, plan, sets
         self.kind = torch.promote_types(call.query.dtype, torch.float32)
@@ -176,6 +132,7 @@ class _Transfer:
         self.shared = self.columns.shape[1] == 1
         self.key, self.value = (self._gathered(x) for x in (call.key, call.value))
         self.own = own_columns(sets, sizes, call.query.device) if sets.keep_own else None
+        self.notes = EditNotes.of(sets, sizes, self.own, self.kind) if remember and self.width else None
         self.gain = _LARGEST_GAIN_DOUBLE if call.query.dtype == torch.float64 else _LARGEST_GAIN
 
     def run(self, output: Tensor, rows: Tensor | None) -> Transferred:
@@ -192,7 +149,7 @@ class _Transfer:
                 edited_rows += done.rows
                 again += done.again
                 moved += done.moved
-        return Transferred(result, edited_rows, moved, again)
+        return Transferred(result, edited_rows, moved, again, self.notes and self.notes.edit)
 
     def _block(self, output: Float[Tensor, "b h r d"], rows: slice, allowed: Tensor | None) -> Transferred:
         weights = self._weights(rows)  # b h r group width
@@ -207,6 +164,8 @@ class _Transfer:
         changed = torch.where(edited[..., None], changed, wide)
         moved = torch.where(edited, _moved(shares, found), 0.0).sum(dtype=torch.float64)
         count = edited.sum()
+        if self.notes is not None:
+            self.notes.keep(rows, shares, found, edited)
         if bool(weak.any()):
             more, moved_more = self._again(changed, weights, shares, weak, rows)
             count, moved = count + more, moved + moved_more
@@ -224,6 +183,8 @@ class _Transfer:
         edited = weak & found.edited & self._touched(found, shares, None)
         mended = (mixed + self._mixed(weights, found.factors)) / found.divisor[..., None]
         changed[:, :, few] = torch.where(edited[..., None], mended, changed[:, :, few])
+        if self.notes is not None:
+            self.notes.keep(few + rows.start, shares, found, edited, among=weak)
         return edited.sum(), torch.where(edited, _moved(shares, found), 0.0).sum(dtype=torch.float64)
 
     def _touched(self, found: Factors, shares: Shares, allowed: Tensor | None) -> Tensor:
@@ -237,6 +198,7 @@ class _Transfer:
         if self.call.learned_sinks is not None:
             sink = self.call.learned_sinks.to(self.kind)[:, None]
             learned = torch.exp(sink - self.lse[:, :, rows]).clamp(max=1.0)
+        learned = off_keys(learned, self.call.edits, rows)
         return Shares(mass, (1.0 - learned - mass.sum(-1)).clamp(min=0.0), learned)
 
     def _weights(self, rows: slice) -> Float[Tensor, "b h r group width"]:
@@ -251,6 +213,8 @@ class _Transfer:
         if self.own is not None:
             visible = visible & (self.columns[:, :, None] != self.own[rows, None])
         weights = torch.exp(logits - self.lse[:, :, rows, None]).clamp(max=1.0)
+        for edit in self.call.edits:
+            weights = weights * edit.of_block(rows).at(self.columns)
         return torch.where(visible, weights, 0.0).unflatten(-1, (self.groups, self.width))
 
     def _seen(self, rows: slice) -> tuple[Tensor, Tensor | None]:
@@ -294,10 +258,12 @@ class _Transfer:
         for few in rows.split(step):
             call = self._without_sets(few)
             seen = visible_of(call.mask).any(-1)  # pyright: ignore[reportArgumentType]
-            if self.kind == torch.float64:
+            if self.kind == torch.float64 or call.edits:
                 logits = _logits(call, sizes_of(call, Want(frozenset())), slice(0, len(few)))
                 weights = torch.exp(logits - self.lse[:, :, few, None]).clamp(max=1.0)
-                mixed = weights.unflatten(1, (sizes.kv_heads, -1)) @ call.value[:, :, None]
+                whole = slice(0, len(few)), slice(0, sizes.keys)
+                weights, _ = edited(weights, weights[..., 0], call.edits, *whole)
+                mixed = weights.unflatten(1, (sizes.kv_heads, -1)) @ call.value[:, :, None].to(self.kind)
                 parts.append((weights.sum(-1), mixed.flatten(1, 2)))
                 continue
             output, found = attention_fused(call, Want(frozenset({Stat.LSE})), self.plan)
@@ -324,7 +290,9 @@ class _Transfer:
         boolean = mask.dtype == torch.bool
         mask = mask & ~inside if boolean else torch.where(inside, float("-inf"), mask)
         query = self.call.query[:, :, rows]
-        return replace(self.call, query=query, mask=mask, learned_sinks=None, counted=None)
+        index = rows.expand(sizes.batch, -1)
+        edits = tuple(edit.of_rows(index) for edit in self.call.edits)
+        return replace(self.call, query=query, mask=mask, learned_sinks=None, counted=None, edits=edits)
 
 
 def _moved(shares: Shares, found: Factors) -> Float[Tensor, "b h r"]:
@@ -358,30 +326,3 @@ def _logits(call: AttentionCall, sizes: Sizes, rows: slice) -> Float[Tensor, "b 
     place = torch.arange(sizes.queries, device=logits.device)[rows] + sizes.offset
     hidden = torch.arange(sizes.keys, device=logits.device) > place[:, None]
     return logits.masked_fill(hidden, float("-inf"))
-
-
-def own_columns(sets: KeySets, sizes: Sizes, device: torch.device) -> Int[Tensor, " query"]:
-    """Column of each row's own key."""
-    if sets.own is not None:
-        return sets.own
-    return torch.arange(sizes.queries, device=device) + sizes.offset
-
-
-def checked_sizes(call: AttentionCall, output: Tensor | None, sets: KeySets, rows: Tensor | None) -> Sizes:
-    """Sizes of the call, after a look at whether everything fits it."""
-    sizes = sizes_of(call, Want(frozenset()))
-    expected = (sizes.batch, sizes.queries, sizes.heads, sizes.value_dim)
-    wrong = []
-    if output is not None and tuple(output.shape) != expected:
-        wrong.append(f"output is {tuple(output.shape)}, expected (batch query head value_dim) = {expected}")
-    if sets.columns.shape != sets.valid.shape:
-        wrong.append(f"columns are {tuple(sets.columns.shape)}, but valid is {tuple(sets.valid.shape)}")
-    if sets.columns.shape[0] != sizes.batch or sets.columns.shape[1] not in (1, sizes.heads):
-        wrong.append(
-            f"columns are {tuple(sets.columns.shape)}, expected ({sizes.batch}, 1 or {sizes.heads}, group, width)"
-        )
-    if rows is not None and tuple(rows.shape) != (sizes.batch, sizes.queries):
-        wrong.append(f"rows are {tuple(rows.shape)}, expected {(sizes.batch, sizes.queries)}")
-    if wrong:
-        raise UsageError("The key sets do not fit this attention call.", detail="; ".join(wrong) + ".")
-    return sizes

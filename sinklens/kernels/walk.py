@@ -42,6 +42,7 @@ class Chunk:
             mask=None if call.mask is None else self.of(call.mask[(None,) * (4 - call.mask.ndim)]),
             learned_sinks=None if call.learned_sinks is None else call.learned_sinks[self.heads],
             counted=None,
+            edits=tuple(edit.of(self.batch, self.heads) for edit in call.edits),
         )
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from sinklens.core.errors import ModelError, UsageError
 from sinklens.core.reference import Reference
 from sinklens.kernels.blocked import attention_sweep
+from sinklens.kernels.key_sets import Factors, KeySets, Shares, key_sets
 from sinklens.kernels.spec import Stat, Want
-from sinklens.kernels.transfer import Factors, KeySets, Shares, key_sets
 
 from .base import Mitigation, Seen, registry
 

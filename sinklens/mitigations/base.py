@@ -18,14 +18,16 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
+from sinklens.core.canonical import plain
 from sinklens.core.errors import ModelError, UsageError
-from sinklens.kernels.capture import captured_lse
+from sinklens.kernels.edits import edited_map
+from sinklens.kernels.key_sets import Factors, KeySets, Shares
 from sinklens.kernels.spec import AttentionCall
-from sinklens.kernels.transfer import Factors, KeySets, Shares, transfer
-from sinklens.kernels.transfer_map import transferred_weights
+from sinklens.kernels.transfer import transfer
 from sinklens.models.anatomy import find_anatomy
 from sinklens.models.spec import OpenedModel, Tower
-from sinklens.tracers.attention import STANDS_FOR, AttentionTap, Site, attention_call, ignore, no_statistics
+from sinklens.tracers.announced import announced
+from sinklens.tracers.attention import Attended, AttentionTap, Site, editors_of, ignore, no_statistics
 from sinklens.tracers.executor import sites
 
 from .effect import Effect, NothingEdited
@@ -101,6 +103,8 @@ class Mitigation(Method):
         shared_heads: Head indices that are meant in every layer; None means every index.
         layers: Layers (0-based); None leaves it to the method.
 
+    Several may be on a model at once: the one that was put on first edits first, the next one edits what that left.
+
     Example:
         >>> with ZeroTuning(gamma=2.0)(model) as effect:
         ...     model.generate(**inputs)
@@ -150,6 +154,44 @@ class Mitigation(Method):
         for head in self.shared_heads or ():
             check_head(self.name, tower, None, head)
 
+    @property
+    def named(self) -> frozenset[int]:
+        """Positions that its parameters name; methods that look for their tokens name none."""
+        return frozenset()
+
+    @property
+    def removes(self) -> bool:
+        """Whether it leaves the tokens it names no attention at all."""
+        return False
+
+    @property
+    def conserves(self) -> bool:
+        """Whether rows add up to 1 afterwards."""
+        return True
+
+    def _check_company(self, earlier: Mitigation, mine: dict[int, Tensor], theirs: dict[int, Tensor]) -> None:
+        """Refuse to act after another mitigation where the two together mean nothing."""
+        both = mine.keys() & theirs.keys()
+        if not any(bool((mine[layer].cpu() & theirs[layer].cpu()).any()) for layer in both):
+            return
+        why = None
+        if type(self) is type(earlier):
+            why = "The same method would act twice on the same heads. One with the parameters that are meant does it."
+        elif not earlier.conserves:
+            why = f"Its rows do not add up to 1, and {self.name} would take shares of them. It can be put on last."
+        elif (shared := self.named & earlier.named) and (self.removes or earlier.removes):
+            remover, other = (self, earlier) if self.removes else (earlier, self)
+            why = (
+                f"{remover.name} takes all attention from {_tokens(shared)}, so there is nothing that {other.name} "
+                "could scale."
+            )
+        if why is not None:
+            raise UsageError(
+                f"{self.name} cannot be put on beside {earlier.name}.",
+                detail=why,
+                hint="Give them different heads or layers, or leave one out.",
+            )
+
     def chosen(self, layer: int, tower: Tower) -> Bool[Tensor, " head"]:
         """Heads of a layer that are edited."""
         layers = self.layers if self.layers is not None else self._default_layers(tower)
@@ -172,8 +214,8 @@ class Mitigation(Method):
             NothingEdited: On leaving, if nothing was edited and the parameters do not make it the identity.
 
         Raises:
-            ModelError: The model's attention cannot be reached, or it has a mitigation or a trace on already.
-            UsageError: The parameters do not fit the model.
+            ModelError: The model's attention cannot be reached.
+            UsageError: The parameters do not fit the model, or what is on it already.
         """
         return self._on(model)
 
@@ -203,13 +245,23 @@ class Mitigation(Method):
                 if self.layers is None
                 else None,
             )
+        for tap in editors_of(where):
+            if isinstance(tap, _EditTap):
+                self._check_company(tap.mitigation, chosen, tap.chosen)
         with ExitStack() as stack:
+            what = {"name": self.name, "parameters": plain(self.parameters)}
+            stack.enter_context(announced(module, tower, what))
             tokens = stack.enter_context(Tokens().watched(module, tower))
             tap = _EditTap(self, where, chosen, tokens, effect, causal=tower.causal)
             stack.enter_context(tap.attached(module))
             yield effect
         if not effect.acted:
             warnings.warn(effect.verdict, NothingEdited, stacklevel=3)
+
+
+def _tokens(positions: Collection[int]) -> str:
+    listed = ", ".join(map(str, sorted(positions)))
+    return f"token {listed}" if len(positions) == 1 else f"tokens {listed}"
 
 
 def check_head(name: str, tower: Tower, layer: int | None, head: int = 0) -> None:
@@ -230,6 +282,8 @@ def check_head(name: str, tower: Tower, layer: int | None, head: int = 0) -> Non
 class _EditTap(AttentionTap):
     """The attention tap of a mitigation: the model's own kernel, its log-sum-exp if it tells it, and the transfer."""
 
+    edits_map = True
+
     def __init__(
         self,
         mitigation: Mitigation,
@@ -246,34 +300,42 @@ class _EditTap(AttentionTap):
         self.heads = {layer: int(heads.sum()) for layer, heads in chosen.items()}
         self._memory: dict[int, tuple[int, dict[str, Any]]] = {}
 
-    def run(
-        self, site: Site, own: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        self.calls += 1
+    def rewrite(self, site: Site, attended: Attended) -> Attended:
         self.effect.calls += 1
-        if kwargs.get("dropout"):
+        if attended.dropout:
             raise ModelError(
                 "A mitigation needs attention without dropout.",
-                detail=f"Layer {site.layer} drops {kwargs['dropout']:.0%} of its attention: it is in training mode.",
+                detail=f"Layer {site.layer} drops {attended.dropout:.0%} of its attention: it is in training mode.",
                 hint="Call model.eval() first.",
             )
-        call = attention_call(args, kwargs, eager=STANDS_FOR[name] == "eager", counted=None)
-        with captured_lse() as captured:
-            output, weights = own(*args, **kwargs)
+        call, kernel = attended.call, attended.kernel
         # The kernel's own is float32 at best.
-        lse = None if call.query.dtype == torch.float64 else captured.lse_for(call)
+        lse = None if kernel is None or call.query.dtype == torch.float64 else kernel.lse_for(call)
         seen = Seen(site, call, lse, self.tokens, self._heads(site, call), self.causal, self._notes(site))
         with torch.no_grad():
             sets = self.mitigation.sets(seen)
             rows = self.mitigation.rows(seen)
-        rule = self._rule(seen)
         if sets is None:
-            return output, weights
-        done = transfer(call, output, sets, rule, seen.lse, rows=rows)
+            return attended
+        done = transfer(
+            call,
+            attended.output,
+            sets,
+            self._rule(seen),
+            seen.lse,
+            rows=rows,
+            remember=attended.remember or attended.weights is not None,
+        )
         self.effect.add(site.layer, done, seen.rows.sum() * self.heads[site.layer])
-        if weights is not None:
-            weights = transferred_weights(weights, call, sets, rule, rows)
-        return done.output, weights
+        if done.edit is None:
+            return replace(attended, output=done.output)
+        weights = None if attended.weights is None else edited_map(attended.weights, done.edit)
+        return replace(
+            attended,
+            call=replace(call, edits=(*call.edits, done.edit)),
+            output=done.output,
+            weights=weights,
+        )
 
     def _rule(self, seen: Seen) -> Callable[[Shares], Factors]:
         def rule(shares: Shares) -> Factors:

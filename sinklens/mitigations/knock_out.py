@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from sinklens.core.reference import Reference
-from sinklens.kernels.transfer import Factors, KeySets, Shares
+from sinklens.kernels.key_sets import Factors, KeySets, Shares
 
 from .base import Mitigation, Seen, registry
 from .scaling import checked_positions, scaled
@@ -58,6 +58,14 @@ class KnockOut(Mitigation):
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "positions", checked_positions(self.name, self.positions))
+
+    @property
+    def named(self) -> frozenset[int]:
+        return frozenset(self.positions)
+
+    @property
+    def removes(self) -> bool:
+        return True
 
     def sets(self, seen: Seen) -> KeySets | None:
         return seen.positions(tuple(self.positions), keep_own=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sinklens.core.errors import UsageError
 from sinklens.core.reference import Reference
-from sinklens.kernels.transfer import Factors, KeySets, Shares
+from sinklens.kernels.key_sets import Factors, KeySets, Shares
 
 from .base import Mitigation, Seen, registry
 
@@ -99,6 +99,18 @@ class AttentionScaling(Mitigation):
     @property
     def identity(self) -> bool:
         return self.factor == 1.0
+
+    @property
+    def named(self) -> frozenset[int]:
+        return frozenset(self.positions)
+
+    @property
+    def removes(self) -> bool:
+        return self.factor == 0.0
+
+    @property
+    def conserves(self) -> bool:
+        return self.renormalise
 
     def sets(self, seen: Seen) -> KeySets | None:
         return seen.positions(tuple(self.positions))

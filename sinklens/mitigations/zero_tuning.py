@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sinklens.core.errors import UsageError
 from sinklens.core.reference import Reference
-from sinklens.kernels.transfer import Factors, KeySets, Shares
+from sinklens.kernels.key_sets import Factors, KeySets, Shares
 from sinklens.models.spec import Tower
 
 from .base import Mitigation, Seen, check_head, registry
@@ -112,6 +112,10 @@ class ZeroTuning(Mitigation):
             if at == layer:
                 gamma[head] = value
         return gamma
+
+    @property
+    def named(self) -> frozenset[int]:
+        return frozenset({0})
 
     def sets(self, seen: Seen) -> KeySets | None:
         if self.recipe == "code":

@@ -15,6 +15,7 @@ from sinklens.analyzers import Analyzer, chosen_analyzers, registry
 from sinklens.core.errors import DataError, ModelError
 from sinklens.inputs.spec import PromptSet
 from sinklens.models.spec import OpenedModel
+from sinklens.tracers.announced import announced_on
 from sinklens.tracers.attention import Mode
 from sinklens.tracers.batch import Batch, forward
 from sinklens.tracers.executor import TracePlan
@@ -91,7 +92,18 @@ def copied(opened: OpenedModel, dtype: str) -> OpenedModel:
 
     Weights and saved buffers change their dtype; buffers that are computed (rotary frequencies) and modules that the
     model keeps in float32 do not, as when it is loaded in that dtype.
+
+    Raises:
+        ModelError: A mitigation is on; the copy would be the unchanged model.
     """
+    on = announced_on(opened.module, opened.anatomy.main)
+    if on:
+        names = ", ".join(what["name"] for what in on)
+        raise ModelError(
+            f"This model cannot be copied while a mitigation is on it ({names}).",
+            detail="The copy, in another dtype, would be the model without the mitigation.",
+            hint="Leave the experiment out that needs a copy (sensitivity), or give a model by its name.",
+        )
     wanted = getattr(torch, dtype)
     module = copy.deepcopy(opened.module)
     kept = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())

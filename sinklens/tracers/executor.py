@@ -16,6 +16,7 @@ from sinklens.kernels.spec import BlockPlan
 from sinklens.models.spec import OpenedModel
 from sinklens.models.sums import find_sums
 
+from .announced import announced_on
 from .attention import Edit, Mode
 from .attention import sites as sites
 from .backends import backend_of
@@ -179,8 +180,11 @@ def trace(
 
 
 def empty_trace(opened: OpenedModel, plan: TracePlan) -> Trace:
-    """A trace of the main tower without prompts yet."""
+    """A trace of the main tower without prompts yet; what changes the model right now is said as `mitigations`."""
     tracing = {**plan.describe(), "attention_path": attention_path(opened, plan)}
+    on = announced_on(opened.module, opened.anatomy.main)
+    if on:
+        tracing["mitigations"] = on
     return Trace(opened.info, layer_table(opened.anatomy.main), [], tracing)
 
 

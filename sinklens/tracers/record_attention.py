@@ -79,7 +79,7 @@ class AttentionRecorder:
         Here, before the attention runs, the block's reference positions are settled.
         """
         self.leaders.choose()
-        stats = self._stats if call.learned_sinks is not None else self._stats - {Stat.LEARNED_SINK}
+        stats = self._stats if call.off_keys else self._stats - {Stat.LEARNED_SINK}
         groups = self._groups(call) if stats & {Stat.GROUP_MASS, Stat.RECEIVED_BAND_REST} else None
         probes = self.reading.probes(call) if Stat.RECEIVED_ROWS in stats else None
         return Want(stats, groups=groups, probes=probes)

@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from sinklens.kernels.edits import edited_among
 from sinklens.kernels.shapes import four_axes, visible_of
 from sinklens.kernels.spec import AttentionCall
 from sinklens.models.parts import unwrapped
@@ -198,7 +199,7 @@ def query_key_cosines(
 
 
 def prefix_maps(view: PromptView) -> tuple[Float[Tensor, "row col"], Float[Tensor, "row col"]]:
-    """Attention among the first tokens and its logits, both as means over heads.
+    """Attention among the first tokens and its logits, both as means over heads; logits as before any edit.
 
     A causal row of the first 16 sees no key beyond them, so its softmax is complete here. Rows and columns beyond a
     short prompt are NaN, and everything is where a row sees a later token.
@@ -218,6 +219,7 @@ def prefix_maps(view: PromptView) -> tuple[Float[Tensor, "row col"], Float[Tenso
     if call.learned_sinks is not None:
         norm = torch.logaddexp(norm, call.learned_sinks.float()[:, None])
     weights = (logits - norm[..., None]).exp().nan_to_num(0.0)  # a row that sees nothing gives nothing
+    weights = edited_among(weights, call.edits, view.row, places, call.key.shape[2] - call.query.shape[2])
     found = nothing.clone(), nothing.clone()
     found[0][:count, :count] = weights.mean(0)
     found[1][:count, :count] = torch.where(seen.all(0), logits.mean(0), float("nan"))

@@ -20,7 +20,7 @@ from sinklens.kernels.spec import AttentionCall, AttentionStatistics, Stat, Want
 from sinklens.models.spec import OpenedModel
 from sinklens.models.verify import verify_anatomy
 
-from .attention import AttentionTap, Mode, Site, ignore
+from .attention import AttentionTap, Mode, Site, ignore, unedited
 from .backends import backend_of
 from .batch import Batch, collate, first_tensor, forward, text_config
 from .executor import Pass, TracePlan, edited_output, sites, trace_batch
@@ -279,8 +279,12 @@ def _window_seen(window: int, longest: int) -> Check:
 
 
 def _parts(opened: OpenedModel, batch: Batch) -> Check:
-    """Whether blocks, writers, norms and the direction of attention are what the anatomy says, by experiment."""
-    found = verify_anatomy(opened.plain, opened.anatomy, lambda: forward(opened.plain, batch))
+    """Whether blocks, writers, norms and the direction of attention are what the anatomy says, by experiment.
+
+    Mitigations are left out here: one that chooses its tokens by what the whole prompt does (ACT) is not causal.
+    """
+    with unedited(sites(opened.module, opened.anatomy.main, "attention")):
+        found = verify_anatomy(opened.plain, opened.anatomy, lambda: forward(opened.plain, batch))
     wrong = [check for check in found if not check.passed]
     if wrong:
         detail = "; ".join(f"{check.name}: {check.detail}" for check in wrong)
@@ -338,6 +342,7 @@ def _only_heads(call: AttentionCall, heads: Tensor) -> AttentionCall:
         value=call.value[:, kv],
         mask=call.mask[:, heads] if by_head and call.mask is not None else call.mask,
         learned_sinks=call.learned_sinks[heads] if call.learned_sinks is not None else None,
+        edits=tuple(edit.of(slice(None), heads) for edit in call.edits),
     )
 
 

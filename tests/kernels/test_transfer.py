@@ -11,21 +11,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from sinklens.core.errors import UsageError
+from sinklens.kernels.key_sets import Factors, KeySets, Rule, Shares, key_sets
 from sinklens.kernels.reference import attention_reference, dense_logits, dense_visibility
 from sinklens.kernels.shapes import sizes_of, visible_of
 from sinklens.kernels.spec import AttentionCall, BlockPlan, Want
-from sinklens.kernels.transfer import (
-    Factors,
-    KeySets,
-    Rule,
-    Shares,
-    key_sets,
-    row_lse,
-    transfer,
-)
-from sinklens.kernels.transfer_map import transferred_weights
+from sinklens.kernels.transfer import row_lse, transfer
 
 from .calls import Case, build, cases
+from .transferred import transferred_weights
 
 NOTHING = Want(frozenset())
 

@@ -16,7 +16,6 @@ from sinklens.mitigations import (
     AttentionScaling,
     KnockOut,
     Mitigation,
-    NothingEdited,
     ZeroTuning,
     registry,
 )
@@ -66,13 +65,6 @@ def test_heads_that_the_model_lacks_are_refused(mitigation: Mitigation, told: st
     with pytest.raises(UsageError, match=told), mitigation(model):
         pass
     assert state(model) == before
-
-
-def test_two_mitigations_at_once_are_refused() -> None:
-    model = build("llama")
-    refused = pytest.raises(ModelError, match="already")
-    with pytest.warns(NothingEdited), ZeroTuning()(model), refused, KnockOut()(model):
-        pass
 
 
 def test_models_outside_of_the_registry_are_refused() -> None:

@@ -18,7 +18,17 @@ from sinklens.core.errors import ModelError
 from sinklens.kernels.spec import AttentionCall, AttentionStatistics, Want
 from sinklens.models.spec import OpenedModel
 
-from ..attention import AttentionTap, Edit, Mode, Site, ignore, no_statistics, sites
+from ..attention import (
+    AttentionTap,
+    Edit,
+    Mode,
+    Site,
+    editors_of,
+    ignore,
+    implementation_of,
+    no_statistics,
+    sites,
+)
 from ..batch import Batch, forward
 from ..fallback import calls_kernel_directly, fallback_tap
 from ..signals import Signal
@@ -150,7 +160,9 @@ def own_path(opened: OpenedModel, plan: TracePlan) -> str:
         return "faithful: the model's own call of torch's kernel gives the output, a blocked sweep the statistics"
     if not opened.anatomy.routed:
         return "the model's eager attention; statistics from its weights, one layer at a time"
-    own = getattr(opened.module.config, "_attn_implementation", None) or "own"
+    own = implementation_of(opened.module.config) or "own"
+    if editors_of(sites(opened.module, opened.anatomy.main, "attention")):
+        return f"edited: the model's own {own} kernel, then the mitigations, a blocked sweep of the edited map"
     if plan.mode is Mode.FUSED:
         return f"fused: one blocked pass gives output and statistics (in place of {own})"
     return f"faithful: the model's own {own} kernel gives the output, a blocked sweep the statistics"

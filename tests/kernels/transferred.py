@@ -1,4 +1,4 @@
-"""Moving attention mass in a map that a kernel hands out beside its output."""
+"""Moving attention mass in a whole map: the definition that a transfer beside a kernel must equal."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .spec import AttentionCall
-from .transfer import KeySets, Rule, Shares, checked_sizes, own_columns
+from sinklens.kernels.key_sets import KeySets, Rule, Shares, checked_sizes, own_columns
+from sinklens.kernels.spec import AttentionCall
 
 
 def transferred_weights(
@@ -17,7 +17,7 @@ def transferred_weights(
     rule: Rule,
     rows: Bool[Tensor, "batch query"] | None = None,
 ) -> Float[Tensor, "batch head query key"]:
-    """The edited map itself: the definition that `transfer` must equal, for kernels that hand out their weights."""
+    """The edited map itself."""
     sizes = checked_sizes(call, None, sets, rows)
     wide = weights.to(torch.promote_types(weights.dtype, torch.float32))
     columns = torch.where(sets.valid, sets.columns, 0).flatten(2).expand(-1, sizes.heads, -1)[:, :, None]
