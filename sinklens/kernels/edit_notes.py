@@ -51,5 +51,6 @@ class EditNotes:
         scale = torch.cat([scale.expand_as(shares.mass), rest[..., None]], -1)
         learned = rest if found.learned else one
         for kept, value in ((edit.scale, scale), (edit.learned, learned)):
-            mask = True if among is None else among[(..., *(None,) * (value.ndim - 3))]
-            kept[:, :, rows] = value if among is None else torch.where(mask, value, kept[:, :, rows])
+            if among is not None:
+                value = torch.where(among[(..., *(None,) * (value.ndim - 3))], value, kept[:, :, rows])
+            kept[:, :, rows] = value

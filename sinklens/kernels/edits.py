@@ -51,25 +51,29 @@ class MapEdit:
         """The edit of some rows of each batch row, in that order."""
         own = None if self.own is None else self.own.expand(len(rows), -1).gather(1, rows)
         if self.rows is None:
-            return replace(self, **self._picked(rows), own=own)
+            scale, learned, added = self._picked(rows)
+            return replace(self, scale=scale, learned=learned, added=added, own=own)
         hit = rows[:, :, None] == self.rows[:, None]  # batch row stored
         found = hit.any(-1)[:, None]
-        picked = self._picked(hit.int().argmax(-1))
-        scale = torch.where(found[..., None], picked["scale"], 1.0)
-        learned = torch.where(found, picked["learned"], 1.0)
-        added = None if picked["added"] is None else torch.where(found, picked["added"], 0.0)
+        scale, learned, added = self._picked(hit.int().argmax(-1))
+        scale = torch.where(found[..., None], scale, 1.0)
+        learned = torch.where(found, learned, 1.0)
+        added = None if added is None else torch.where(found, added, 0.0)
         return replace(self, scale=scale, learned=learned, added=added, rows=None, own=own)
 
-    def _picked(self, index: Int[Tensor, "batch row"]) -> dict[str, Tensor]:
+    def _picked(self, index: Int[Tensor, "batch row"]) -> tuple[Tensor, Tensor, Tensor | None]:
         index = index[:, None].expand(-1, self.scale.shape[1], -1)
         wide = index[..., None].expand(-1, -1, -1, self.scale.shape[3])
-        return {
-            "scale": self.scale.gather(2, wide),
-            **{
-                name: None if value is None else value.gather(2, index)
-                for name, value in (("learned", self.learned), ("added", self.added))
-            },
-        }
+        added = None if self.added is None else self.added.gather(2, index)
+        return self.scale.gather(2, wide), self.learned.gather(2, index), added
+
+    def of_keys(self, keys: Int[Tensor, " key"]) -> MapEdit:
+        """The edit of some keys, in that order."""
+        own = None
+        if self.own is not None:
+            hit = self.own[..., None] == keys
+            own = torch.where(hit.any(-1), hit.int().argmax(-1), -1)
+        return replace(self, sets=self.sets[..., keys], own=own)
 
     def of_block(self, rows: slice) -> MapEdit:
         """The edit of a range of rows."""
@@ -134,19 +138,9 @@ def off_keys(
     return learned
 
 
-def edited_among(
-    weights: Float[Tensor, "head row column"],
-    edits: Sequence[MapEdit],
-    batch: int,
-    places: Int[Tensor, " place"],
-    offset: int,
-) -> Float[Tensor, "head row column"]:
-    """The map of one batch row among some tokens after all edits.
-
-    Args:
-        places: Columns of these tokens; the row of a token is its column less `offset`.
-    """
-    for edit in edits:
-        one = edit.of(slice(batch, batch + 1), slice(None)).of_rows((places - offset)[None])
-        weights = weights * one.at(places[None, None])[0]
-    return weights
+def among(
+    edits: Sequence[MapEdit], batch: int, rows: Int[Tensor, " row"], keys: Int[Tensor, " key"]
+) -> tuple[MapEdit, ...]:
+    """The edits of some rows and keys of one batch row."""
+    one = slice(batch, batch + 1)
+    return tuple(edit.of(one, slice(None)).of_rows(rows[None]).of_keys(keys) for edit in edits)

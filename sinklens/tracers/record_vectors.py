@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from sinklens.kernels.edits import edited_among
+from sinklens.kernels.edits import among, edited
 from sinklens.kernels.shapes import four_axes, visible_of
 from sinklens.kernels.spec import AttentionCall
 from sinklens.models.parts import unwrapped
@@ -219,7 +219,9 @@ def prefix_maps(view: PromptView) -> tuple[Float[Tensor, "row col"], Float[Tenso
     if call.learned_sinks is not None:
         norm = torch.logaddexp(norm, call.learned_sinks.float()[:, None])
     weights = (logits - norm[..., None]).exp().nan_to_num(0.0)  # a row that sees nothing gives nothing
-    weights = edited_among(weights, call.edits, view.row, places, call.key.shape[2] - call.query.shape[2])
+    offset, here = call.key.shape[2] - call.query.shape[2], slice(0, count)
+    edits = among(call.edits, view.row, places - offset, places)
+    weights = edited(weights[None], weights[None, ..., 0], edits, here, here)[0][0]
     found = nothing.clone(), nothing.clone()
     found[0][:count, :count] = weights.mean(0)
     found[1][:count, :count] = torch.where(seen.all(0), logits.mean(0), float("nan"))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sinklens.inputs.spans import Kind, ModalitySpans
 from sinklens.kernels.blocked import attention_sweep
+from sinklens.kernels.edits import among
 from sinklens.kernels.shapes import four_axes
 from sinklens.kernels.spec import AttentionCall, Stat, Want
 
@@ -133,6 +134,7 @@ def only_queries(view: PromptView, queries: Int[Tensor, " query"]) -> AttentionC
         causal=False,
         mask=mask,
         counted=None,
+        edits=among(call.edits, view.row, rows, places),
     )
 
 

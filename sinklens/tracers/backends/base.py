@@ -162,7 +162,9 @@ def own_path(opened: OpenedModel, plan: TracePlan) -> str:
         return "the model's eager attention; statistics from its weights, one layer at a time"
     own = implementation_of(opened.module.config) or "own"
     if editors_of(sites(opened.module, opened.anatomy.main, "attention")):
-        return f"edited: the model's own {own} kernel, then the mitigations, a blocked sweep of the edited map"
+        return (
+            f"edited: the model's own {own} kernel, then the mitigations, a blocked sweep of the edited map"
+        )
     if plan.mode is Mode.FUSED:
         return f"fused: one blocked pass gives output and statistics (in place of {own})"
     return f"faithful: the model's own {own} kernel gives the output, a blocked sweep the statistics"
