@@ -129,7 +129,8 @@ bins of [0, 1]; `reference` the two reference positions; `entry` traced entries 
 of layer; `part` the parts of a feed-forward block; `row`, `col` the first tokens; `large` entries that are large for
 their state, over all layers; `key_class`, `floor`, `share_bin` classes of keys, and bins, of what text reads from
 pictures. Everything counts from 0. A layer without the quantity holds NaN, or -1 where the values are indices.
-Of prompts with pictures only: `visual` the visual tokens in order; `reason` why a row of the vocabulary is left out;
+Of prompts with pictures only: `vision_layer`, `vision_head` blocks and heads of the vision tower; `patch` places in
+its own sequence; `visual` the visual tokens in order; `reason` why a row of the vocabulary is left out;
 `sublayer` attention, feed-forward part; `query_set` text after the first picture, last token, generated; `pair_set`
 text, visual queries; `trace` as it is, and divided by its sum.
 """
@@ -139,6 +140,7 @@ _SOURCES = {
     "residual": "In the residual stream",
     "down_proj": "At the down projection",
     "experts": "At the experts",
+    "vision": "In the vision tower",
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,20 @@ class Visual:
         inputs: What the model's forward needs besides `input_ids` and `attention_mask`, for this prompt alone
             (`pixel_values`, `image_grid_thw`, `token_type_ids`, ...). Inputs per token are `[1, token]`.
         thumbnails: Each picture, small, RGB, for reports.
+        objects: Per token the part of its cell that shows an object, by the masks of the pictures; NaN where there is
+            no mask, for tokens that are no part of a picture, and for cells outside theirs. None without any mask.
+        question, answer: What is asked, and what is known to be right; `answer` is not fed unless the text has it.
+        painted: `painted(picture, box)` gives `inputs` again with that box of the picture inverted (left, top, right,
+            bottom, in pixels of the original). None where the pictures are not at hand any more.
     """
 
     spans: ModalitySpans
     inputs: Mapping[str, Tensor]
     thumbnails: tuple[np.ndarray, ...] = ()
+    objects: np.ndarray | None = None
+    question: str | None = None
+    answer: str | None = None
+    painted: Callable[[int, tuple[int, int, int, int]], Mapping[str, Tensor]] | None = None
 
 
 @dataclass(frozen=True)

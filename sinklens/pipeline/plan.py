@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sinklens.tracers import signals as sig
 from sinklens.tracers.executor import TracePlan, partition
+from sinklens.tracers.record_vision import vision_tower
 from sinklens.tracers.signals import LISTED, PLACED, POSITIONED, Signal, Source
 from sinklens.tracers.signals_visual import KEY_CLASSES, MASS_FLOORS, SHARE_BINS
 
@@ -16,7 +17,7 @@ from .options import ProfileOptions
 from .prepare import EFFECTS, READERS, SENSITIVITY, analyzers_for, plan_for, read_prompts
 
 if TYPE_CHECKING:
-    from sinklens.inputs.spec import PromptSet
+    from sinklens.inputs.spec import Prompt, PromptSet
     from sinklens.models.opening import ModelDescription
 
 BYTES = 4
@@ -109,9 +110,11 @@ def prediction(
     tokens = sum(len(batch) * len(batch[0]) for batch in batches)
     return Prediction(
         weights=described.loaded_bytes,
-        working=working_bytes(described, widest, plan),
+        working=working_bytes(described, widest, plan) + picture_bytes(described, prompts, plan),
         available=available_memory(),
-        disk=sum(record_bytes(described, len(prompt), plan) for prompt in prompts.prompts),
+        disk=sum(
+            record_bytes(described, len(prompt), plan, patches_of(prompt)) for prompt in prompts.prompts
+        ),
         seconds=_seconds(described, tokens) if on_cpu else None,
         batches=len(batches),
         signals=tuple(
@@ -121,9 +124,15 @@ def prediction(
     )
 
 
-def record_bytes(described: ModelDescription, length: int, plan: TracePlan) -> int:
+def patches_of(prompt: Prompt) -> int:
+    """Places that a prompt's pictures take in the vision tower's sequence, 0 for text alone."""
+    grids = () if prompt.visual is None else prompt.visual.spans.grids
+    return max((int(grid.members.max()) + 1 for grid in grids if grid.members is not None), default=0)
+
+
+def record_bytes(described: ModelDescription, length: int, plan: TracePlan, patches: int = 0) -> int:
     """Size of one prompt's record on disk, at most: as many positions are kept as may be."""
-    tower = described.anatomy.main
+    tower, vision = described.anatomy.main, vision_tower(described.anatomy)
     sizes = {
         "layer": len(tower.blocks),
         "head": tower.heads,
@@ -147,9 +156,13 @@ def record_bytes(described: ModelDescription, length: int, plan: TracePlan) -> i
         "floor": len(MASS_FLOORS),
         "key_class": len(KEY_CLASSES),
         **dict.fromkeys(AXES_OF_PICTURES, 0),
+        "vision_layer": 0 if vision is None else len(vision.blocks),
+        "vision_head": 0 if vision is None else vision.heads,
+        "patch": patches,
     }
     dense = any(block.down_proj or block.shared_down_proj for block in tower.blocks)
-    kept = [signal for signal in plan.signals if dense or signal.source is not Source.DOWN_PROJ]
+    absent = {*([] if dense else [Source.DOWN_PROJ]), *([] if patches else [Source.VISION])}
+    kept = [signal for signal in plan.signals if signal.source not in absent]
     return sum(_elements(signal, sizes) * BYTES * _arrays(signal) for signal in kept)
 
 
@@ -165,6 +178,18 @@ def working_bytes(described: ModelDescription, tokens: int, plan: TracePlan) -> 
     hidden = tokens * tower.hidden_size * BYTES * (6 + 2 * 4)
     per_key = tokens * tower.heads * len(tower.blocks) * BYTES * 3
     return hidden + per_key + plan.blocks.scores * BYTES * 4
+
+
+def picture_bytes(described: ModelDescription, prompts: PromptSet, plan: TracePlan) -> int:
+    """Peak in the vision tower for the prompt with most patches, and the pixels of the prompt."""
+    vision = vision_tower(described.anatomy)
+    visual = [prompt for prompt in prompts.prompts if prompt.visual is not None]
+    if vision is None or not visual:
+        return 0
+    patches = max(map(patches_of, visual))
+    pixels = max(sum(v.nbytes for v in prompt.visual.inputs.values()) for prompt in visual if prompt.visual)
+    per_key = patches * vision.heads * len(vision.blocks) * BYTES
+    return patches * vision.hidden_size * BYTES * (6 + 2 * 4) + per_key + 2 * pixels
 
 
 def _elements(signal: Signal, sizes: dict[str, int]) -> int:

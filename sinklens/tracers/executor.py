@@ -24,6 +24,7 @@ from .batch import Batch, collate, forward, shortened
 from .experts import ExpertsTap, router_tap
 from .record_experts import ROUTER_SIGNALS
 from .record_vectors import OF_PROJECTION, projection_tap
+from .record_vision import vision_tap
 from .recorder import Limits, Recorder
 from .signals import ALL_SIGNALS, Signal, Source
 from .signals_visual import OF_CONTRIBUTIONS
@@ -75,12 +76,17 @@ class TracePlan:
 
 @dataclass
 class Pass:
-    """One traced forward pass: the records, the model's output, and what the taps counted."""
+    """One traced forward pass: the records, the model's output, and what the taps counted.
+
+    Attributes:
+        vision_blocks: Blocks of the vision tower whose attention was seen over all patches; None without pictures.
+    """
 
     records: list[PromptRecord]
     output: Any
     attention_calls: int
     routed_rows: int
+    vision_blocks: int | None = None
 
 
 def trace_batch(opened: OpenedModel, batch: Batch, plan: TracePlan, *, logits: bool = True) -> Pass:
@@ -119,9 +125,15 @@ def trace_batch(opened: OpenedModel, batch: Batch, plan: TracePlan, *, logits: b
                 lookup=recorder.experts.lookup,
             )
             stack.enter_context(experts.attached())
+        vision = stack.enter_context(vision_tap(opened, batch, plan))
         output = backend.forward(opened, batch, logits=logits)
     calls = attention.calls if attention is not None else 0
-    return Pass(recorder.records(), output, calls, recorder.experts.routed_rows)
+    records = recorder.records()
+    if vision is not None:
+        visual = batch.prompts[0].visual
+        records[0].arrays.update(vision.arrays(None if visual is None else visual.objects))
+    seen = None if vision is None else vision.blocks_seen
+    return Pass(records, output, calls, recorder.experts.routed_rows, seen)
 
 
 def edited_output(opened: OpenedModel, batch: Batch, edit: Edit) -> Any:

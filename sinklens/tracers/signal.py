@@ -13,6 +13,7 @@ class Source(StrEnum):
     RESIDUAL = "residual"
     DOWN_PROJ = "down_proj"
     EXPERTS = "experts"
+    VISION = "vision"
 
 
 @dataclass(frozen=True)

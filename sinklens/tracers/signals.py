@@ -4,7 +4,8 @@ Axes: `layer` blocks of the tower; `head` query heads; `pos` all tokens of one p
 real token; `kept` the positions listed in `kept_positions`; `rank` strongest first; `expert` routed experts;
 `slot` the experts chosen for one token; `bin` equal bins of [0, 1]; `reference` the two reference positions;
 `entry` traced entries of a block; `birth` alignments in order of layer; `part` see `PARTS`; `row`, `col` the first
-tokens; `variant` see the signal.
+tokens; `variant` see the signal; `vision_layer`, `vision_head` blocks and heads of the vision tower; `patch` places in
+the vision tower's own sequence, in which `PatchGrid.members` counts (several tiles or pictures follow each other).
 
 Each prompt has its own arrays. Nothing is averaged over prompts before an analyzer asks for it, because
 thresholds apply per prompt. A layer that lacks the quantity holds NaN (floats) or -1 (integers), and so does what
@@ -19,6 +20,12 @@ from __future__ import annotations
 from . import signals_pictures
 from .signal import Signal as Signal
 from .signal import Source as Source
+from .signals_vision import EMBEDDED_NORM as EMBEDDED_NORM
+from .signals_vision import OBJECT_SHARE as OBJECT_SHARE
+from .signals_vision import VISION_NORM as VISION_NORM
+from .signals_vision import VISION_RECEIVED as VISION_RECEIVED
+from .signals_vision import VISION_RECEIVED_PEAK as VISION_RECEIVED_PEAK
+from .signals_vision import VISION_VISIBLE as VISION_VISIBLE
 from .signals_visual import CLASS_VALUE_NORM as CLASS_VALUE_NORM
 from .signals_visual import CONTRIBUTION as CONTRIBUTION
 from .signals_visual import INPUT_LARGE as INPUT_LARGE
@@ -308,6 +315,6 @@ BY_NAME = {signal.name: signal for signal in ALL_SIGNALS}
 # A ranked signal is stored as three arrays: `<name>` (values), `<name>_pos` and `<name>_dim`.
 PLACED = frozenset({RESIDUAL_TOP, DOWN_PROJ_TOP, EXPERT_MAX, RESIDUAL_AFTER, INPUT_LARGE})
 # Of these only the position is stored besides, as `<name>_pos`.
-POSITIONED = frozenset({COLUMN_ENTROPY_PEAK, TAIL_PEAK, INPUT_REFERENCE})
+POSITIONED = frozenset({COLUMN_ENTROPY_PEAK, TAIL_PEAK, INPUT_REFERENCE, VISION_RECEIVED_PEAK})
 # Lists of no fixed length over all layers; the layer is stored too, as `<name>_layer`.
 LISTED = frozenset({INPUT_LARGE})

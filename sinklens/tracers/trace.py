@@ -136,8 +136,8 @@ class Trace:
         return min((len(record) for record in self.records), default=0)
 
     def stack(self, signal: Signal) -> np.ndarray:
-        """`[prompt, ...]` for signals without a `pos` or `kept` axis."""
-        ragged = {"pos", "kept", "large", "visual", "value"} & set(signal.axes)
+        """`[prompt, ...]` for signals without an axis that differs in length by prompt."""
+        ragged = {"pos", "kept", "large", "visual", "value", "patch"} & set(signal.axes)
         if ragged:
             raise ValueError(f"{signal.name} has a ragged axis {ragged}; read it prompt by prompt")
         return np.stack([record[signal] for record in self.records])

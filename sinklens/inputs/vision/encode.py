@@ -16,7 +16,8 @@ from ..spec import Prompt, Visual
 from .assemble import assemble, image_token_id, marks_around
 from .documents import VisualDocument
 from .layouts import lay_out
-from .pictures import thumbnail
+from .masks import object_shares, read_mask
+from .pictures import Decoded, thumbnail
 
 GENERIC = "<image>"
 """Stands for a picture in a question whatever the model's own placeholder is."""
@@ -98,9 +99,34 @@ class PictureEncoder:
         sizes = [(one.pixels.shape[0], one.pixels.shape[1]) for one in decoded]
         layout = lay_out(self.config, self.processor, features, sizes, sum(i == token for i in ids))
         spans = assemble(ids, layout, [one.picture for one in decoded], image_token=token, around=self.around)
-        visual = Visual(spans, features, tuple(map(thumbnail, decoded)))
+        masks = [read_mask(mask, one) for mask, one in zip(document.masks, decoded, strict=False)]
+        masks += [None] * (len(decoded) - len(masks))
+        visual = Visual(
+            spans,
+            features,
+            tuple(map(thumbnail, decoded)),
+            object_shares(spans, masks),
+            document.question,
+            document.answer,
+            lambda picture, box: self._painted(document, text, picture, box),
+        )
         pieces = piece_reader(self.tokenizer)(ids)
         return Prompt(index, ids, pieces, document.source, document.domain, visual)
+
+    def _painted(
+        self, document: VisualDocument, text: str, picture: int, box: tuple[int, int, int, int]
+    ) -> dict[str, Any]:
+        """The inputs of a prompt again, with a box of one of its pictures inverted."""
+        images = []
+        for index, reference in enumerate(document.pictures):
+            pixels = reference.open().pixels.copy()
+            if index == picture:
+                left, top, right, bottom = box
+                pixels[top:bottom, left:right] = 255 - pixels[top:bottom, left:right]
+            images.append(Decoded(reference.name, pixels).image())
+        features = self.process(text, images, document.source)
+        ids = tuple(features.pop("input_ids")[0].tolist())
+        return self._with_bos(ids, features)[1]
 
     def text(self, document: VisualDocument) -> str:
         """The text for the processor, one placeholder per picture."""
