@@ -62,7 +62,8 @@ def _overview(classes: list[Any]) -> str:
     rows = ["| Analyzer | What it finds | Runs by default |", "|---|---|---|"]
     for cls in classes:
         method = (cls.__doc__ or "").split("\n", 1)[0]
-        default = "yes" if cls.default else "with `--analyzers all` or by name"
+        always = "with pictures" if cls.of_pictures else "yes"
+        default = always if cls.default else "with `--analyzers all` or by name"
         rows.append(f"| [`{cls.name}`](#{cls.name}) | {_cell(method)} | {default} |")
     return "\n".join([*rows, ""])
 

@@ -26,6 +26,7 @@ from .secondary_sinks import SecondarySinks
 from .sensitivity import Sensitivity
 from .sink_geometry import SinkGeometry
 from .super_experts import SuperExperts
+from .visual_sinks import VisualSinks
 from .waad import Waad
 from .window_shares import WindowShares
 from .writers import Writers
@@ -51,6 +52,7 @@ __all__ = [
     "SinkGeometry",
     "Status",
     "SuperExperts",
+    "VisualSinks",
     "Waad",
     "WindowShares",
     "Writers",

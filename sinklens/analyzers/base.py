@@ -101,6 +101,9 @@ class Analyzer(ABC):
     default: ClassVar[bool] = True
     """Whether `profile` runs it unless analyzers are named; `--analyzers all` runs the others too."""
 
+    of_pictures: ClassVar[bool] = False
+    """Whether it speaks of pictures: without any, `profile` runs it only if it is named."""
+
     headline: ClassVar[bool] = False
     """Whether it is a link of the chain (sink, massive activations, writers) that the run's main sentence tells."""
 

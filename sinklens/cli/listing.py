@@ -54,7 +54,7 @@ def analyzers() -> Rows:
     return [
         {
             "name": name,
-            "runs": "by default" if cls.default else "if named",
+            "runs": ("with pictures" if cls.of_pictures else "by default") if cls.default else "if named",
             "source": cls.reference.label,
             "finds": first_line(cls),
         }

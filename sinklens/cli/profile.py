@@ -60,6 +60,13 @@ Pack = Annotated[bool, typer.Option("--pack", help="Join documents into windows 
 Seed = Annotated[int, typer.Option(help="Seed of the prompt sample, controls and random tokens.")]
 BatchSize = Annotated[int | None, typer.Option(help="Most prompts in a batch.")]
 Keep = Annotated[int, typer.Option(help="Strongest positions kept per prompt.")]
+SinkDimsOf = Annotated[
+    str | None,
+    typer.Option(
+        "--sink-dims",
+        help="Of visual sinks: published, third-party, or numbers as in 1415,2533. [default: found on the model]",
+    ),
+]
 Verify = Annotated[
     bool | None,
     typer.Option(
@@ -106,6 +113,7 @@ def command(
     seed: Seed = 0,
     batch_size: BatchSize = None,
     keep_positions: Keep = 48,
+    sink_dims: SinkDimsOf = None,
     verify: Verify = None,
     sensitivity: Sensitive = False,
     dtype: Dtype = "auto",

@@ -58,3 +58,12 @@ SINK_PROFILER = Reference(
     section="profile_attention_sink.py and experiment 3 of advanced_experiments.py",
     code="https://github.com/JohnScheuer/attention-sink-profiler",
 )
+VISUAL_SINKS = Reference(
+    key="kang2025see",
+    title="See What You Are Told: Visual Attention Sink in Large Multimodal Models",
+    authors="Seil Kang and Jinyeong Kim and Junhyeok Kim and Seong Jae Hwang",
+    year=2025,
+    arxiv="2503.03321",
+    code="https://github.com/seilk/VisAttnSink",
+    venue="International Conference on Learning Representations",
+)

@@ -26,6 +26,8 @@ class ProfileOptions:
             predicts that it takes under about a minute.
         sensitivity: Take the same measurement with and without BOS and chat template, on random and repeated tokens,
             at several lengths and in several dtypes.
+        sink_dims: Dims of the hidden state in which sinks of prompts with pictures are large: `published`,
+            `third-party` or `1415,2533`; None searches for them.
         keep_positions: Strongest positions kept per head and prompt, besides the first 16.
     """
 
@@ -40,6 +42,7 @@ class ProfileOptions:
     mode: str = "faithful"
     batch_size: int | None = None
     keep_positions: int = 48
+    sink_dims: str | None = None
     verify: bool | None = None
     sensitivity: bool = False
     dtype: str = "auto"

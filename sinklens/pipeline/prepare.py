@@ -24,6 +24,7 @@ from sinklens.tracers.selfcheck import Check, self_check
 
 from .listener import Listener
 from .options import ProfileOptions
+from .sinks import with_sinks
 
 DEFAULT_PROMPTS, DEFAULT_SEQ_LEN = 32, 512
 RESERVED_POSITIONS = 2
@@ -81,10 +82,24 @@ def prepare(model: Any, tokenizer: Any, options: ProfileOptions, listener: Liste
     listener.opened(opened)
     _reads_text(opened)
     prompts = read_prompts(options, opened.tokenizer, opened.default_prompts, opened.module.config)
+    analyzers = those_that_apply(options, analyzers, prompts)
     refuse_short(options, analyzers, prompts)
     _within_reach(opened, prompts)
     listener.planned(prompts, analyzers)
-    return Prepared(opened, prompts, analyzers, plan_for(options, analyzers), reopen)
+    plan = with_sinks(plan_for(options, analyzers), options.sink_dims, opened, prompts, analyzers)
+    return Prepared(opened, prompts, analyzers, plan, reopen)
+
+
+def those_that_apply(
+    options: ProfileOptions, analyzers: tuple[Analyzer, ...], prompts: PromptSet
+) -> tuple[Analyzer, ...]:
+    """Without pictures, analyzers of pictures take part only where they were asked for by name."""
+    if any(prompt.visual is not None for prompt in prompts.prompts):
+        return analyzers
+    asked = options.analyzers.split(",") if isinstance(options.analyzers, str) else options.analyzers
+    items = [item for item in asked if item not in ("all", "")]
+    named = {analyzer.name for analyzer in (chosen_analyzers(items) if items else ())}
+    return tuple(a for a in analyzers if not a.of_pictures or a.name in named)
 
 
 def copied(opened: OpenedModel, dtype: str) -> OpenedModel:
