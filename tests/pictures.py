@@ -117,3 +117,22 @@ def _cut(name: str, value: Any, rows: Tensor) -> Any:
     if name in ("position_ids", "cache_position") and value is not None:
         return value[..., rows]
     return value
+
+
+def processed(name: str, *, eager: bool = False) -> tuple[OpenedModel, Batch]:
+    """A tiny model of a class, and a picture with a question through its real processor."""
+    from sinklens.inputs.vision.load import load_pictures
+    from tests import vlms
+
+    model = vlms.build(name)
+    if eager:
+        model.set_attn_implementation("eager")
+    picture = np.random.default_rng(0).integers(0, 255, (48, 80, 3), dtype=np.uint8)
+    question = "how many things are in the picture ?"
+    prompts = load_pictures([picture], vlms.processor(name), model.config, question=question)
+    anatomy = find_anatomy(model)
+    main = anatomy.main
+    info = ModelInfo(
+        name, None, name, len(main.blocks), main.heads, main.kv_heads, main.hidden_size, 0, "float32"
+    )
+    return OpenedModel(model, None, anatomy, info), collate(prompts.prompts)

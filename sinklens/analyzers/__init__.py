@@ -14,6 +14,7 @@ from .attention_entropy import AttentionEntropy
 from .base import Analyzer, Finding, Reference, Status, registry
 from .bos_alignment import BosAlignment
 from .causal_effects import CausalEffects
+from .embed_lens import EmbedLens
 from .expert_cascade import ExpertCascade
 from .fai import Fai
 from .head_classes import HeadClasses
@@ -27,6 +28,7 @@ from .sensitivity import Sensitivity
 from .sink_geometry import SinkGeometry
 from .super_experts import SuperExperts
 from .visual_sinks import VisualSinks
+from .visual_tokens import VisualTokens
 from .waad import Waad
 from .window_shares import WindowShares
 from .writers import Writers
@@ -37,6 +39,7 @@ __all__ = [
     "AttentionEntropy",
     "BosAlignment",
     "CausalEffects",
+    "EmbedLens",
     "ExpertCascade",
     "Fai",
     "Finding",
@@ -53,6 +56,7 @@ __all__ = [
     "Status",
     "SuperExperts",
     "VisualSinks",
+    "VisualTokens",
     "Waad",
     "WindowShares",
     "Writers",

@@ -67,3 +67,12 @@ VISUAL_SINKS = Reference(
     code="https://github.com/seilk/VisAttnSink",
     venue="International Conference on Learning Representations",
 )
+EMBED_LENS = Reference(
+    key="fan2026what",
+    title="What Do Visual Tokens Really Encode? Uncovering Sparsity and Redundancy in Multimodal Large Language "
+    "Models",
+    authors="Yingqi Fan and Junlong Tong and Anhao Zhao and Xiaoyu Shen",
+    year=2026,
+    arxiv="2603.00510",
+    code="https://github.com/EIT-NLP/EmbedLens",
+)

@@ -80,7 +80,7 @@ class PicturesRecorder:
             visual = x[mine].float()
             if layer == 0:
                 self._entered[row] = torch.nn.functional.normalize(visual, dim=-1)
-                self._at_entry(row, x, visual, spans)
+                self._at_entry(row, x, spans)
             unit = torch.nn.functional.normalize(visual, dim=-1)
             self._put(row, pic.VISUAL_DRIFT, layer, (unit * self._entered[row]).sum(-1))
             first = first_text(spans)
@@ -93,9 +93,8 @@ class PicturesRecorder:
                 self._put(row, pic.LENS_COSINE, layer, cosine)
                 self._put(row, pic.LENS_ID, layer, ids.int())
 
-    def _at_entry(self, row: int, x: Tensor, visual: Tensor, spans: ModalitySpans) -> None:
+    def _at_entry(self, row: int, x: Tensor, spans: ModalitySpans) -> None:
         """What has no layer axis is kept under layer 0 and unstacked at the end."""
-        self._put(row, pic.ENTRY_NORM, 0, torch.linalg.vector_norm(x.float(), dim=-1))
         self._put(row, pic.VISUAL_UNIT, 0, self._entered[row].half())
         if pic.LENS_EXCLUDED in self.wanted and self.words is not None:
             self._put(row, pic.LENS_EXCLUDED, 0, torch.tensor(self.words.counts, dtype=torch.int32))
@@ -146,7 +145,7 @@ class PicturesRecorder:
 
     def finish(self, row: int, arrays: dict[str, Any]) -> None:
         """Take the layer axis off what has none."""
-        for signal in (pic.ENTRY_NORM, pic.VISUAL_UNIT, pic.LENS_EXCLUDED, pic.VISUAL_SPECTRUM):
+        for signal in (pic.VISUAL_UNIT, pic.LENS_EXCLUDED, pic.VISUAL_SPECTRUM):
             if signal.name in arrays:
                 arrays[signal.name] = arrays[signal.name][0]
 

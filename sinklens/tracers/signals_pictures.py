@@ -32,7 +32,6 @@ LENS_EXCLUDED = Signal(
     "count",
     "rows of the vocabulary that were left out, by the first reason",
 )
-ENTRY_NORM = Signal("entry_norm", _R, ("pos",), "L2 norm", "norm of the state that enters the first block")
 VISUAL_UNIT = Signal(
     "visual_unit", _R, ("visual", "dim"), "ratio",
     "direction of a visual token's state where it enters the first block (half precision)",
@@ -78,7 +77,7 @@ QUERY_ENTROPY = Signal(
 )  # fmt: skip
 
 LENS = frozenset({LENS_ID, LENS_COSINE, LENS_EXCLUDED})
-OF_ENTRY = LENS | {ENTRY_NORM, VISUAL_UNIT, VISUAL_DRIFT, VISUAL_FIRST_COSINE, VISUAL_SPECTRUM}
+OF_ENTRY = LENS | {VISUAL_UNIT, VISUAL_DRIFT, VISUAL_FIRST_COSINE, VISUAL_SPECTRUM}
 OF_TRANSITIONS = frozenset({TRANSITION_RATIO, TRANSITION_COSINE})
 OF_QUERIES = frozenset({QUERIES_RECEIVED, QUERIES_VISIBLE, HEAD_MAX_RECEIVED, GAZE_SHIFT, QUERY_ENTROPY})
 PICTURE_SIGNALS = OF_ENTRY | OF_TRANSITIONS | OF_QUERIES

@@ -24,8 +24,9 @@ from sinklens.tracers.visual_interventions import (
     VisualKeysBlocked,
     sublayer_writers,
 )
-from tests.pictures import VLMS, ByHand, batch_for, opened_vlm, picture_prompt
+from tests.pictures import VLMS, ByHand, batch_for, opened_vlm, picture_prompt, processed
 from tests.tracers.test_families import batch_of, opened, settings
+from tests.vlms import VLMS as CLASSES
 
 families = pytest.mark.parametrize("family", VLMS)
 IMPLEMENTATIONS = ("eager", "sdpa")
@@ -283,3 +284,28 @@ def test_probes_of_other_shapes_are_left_alone() -> None:
     with VisualExit(0).applied(model, batch) as acted:
         assert torch.equal(forward(model.module, other).logits[0], usual)
     assert acted.edited == 0
+
+
+@pytest.mark.parametrize("name", list(CLASSES))
+def test_every_class_of_models_with_its_real_processor(name: str) -> None:
+    """Tiles, newline tokens, pictures before BOS, two-way prefixes: injection, exit, removal by hand and by mask."""
+    model, batch = processed(name, eager=True)
+    hand = ByHand(model, batch)
+    prompt = batch.prompts[0]
+    assert prompt.visual is not None
+    visual = torch.from_numpy(prompt.visual.spans.visual)
+    every = torch.ones_like(visual)
+    close(hand.run(lambda layer: every), logits(model, batch))
+    kept = every.clone()
+    kept[visual.nonzero()[1::2, 0]] = False
+    gone = Chosen.at((~kept).nonzero()[:, 0].tolist())
+    module: Any = model.module
+    for implementation in IMPLEMENTATIONS:
+        module.set_attn_implementation(implementation)
+        inside = hand.run(lambda layer: every if layer >= 2 else ~visual)[~visual]
+        close(logits(model, batch, VisualInjected(2))[~visual], inside)
+        close(
+            logits(model, batch, VisualExit(2))[~visual],
+            hand.run(lambda layer: every if layer < 2 else ~visual),
+        )
+        close(logits(model, batch, TokensRemoved(gone))[kept], hand.run(lambda layer: kept))

@@ -97,7 +97,7 @@ def read_documents(images: object, prompts: object, question: str | None) -> Vis
             return _with_question(_read_jsonl(Path(text)), question)
         return _with_question(_read_path(text), question)
     items = list(source) if isinstance(source, list | tuple) else [source]
-    if not items or items == [None]:
+    if all(item is None for item in items):
         raise DataError("The list of pictures is empty.", detail="images=[] asks for nothing.")
     documents = [_from_memory(item, index) for index, item in enumerate(items)]
     return _with_question(VisualSource("memory", documents), question)
