@@ -96,7 +96,9 @@ def test_a_direction_of_few_pictures_is_no_class() -> None:
     for lacking, share in ((2, 2 / 20 * 10 / 12), (3, 0.0)):
         records = [planted(i) for i in range(12)]
         for one in records[:lacking]:
-            one.arrays["visual_unit"][SINKS] = unit(np.random.default_rng(900 + one.index).normal(size=(2, DIM)))
+            one.arrays["visual_unit"][SINKS] = unit(
+                np.random.default_rng(900 + one.index).normal(size=(2, DIM))
+            )
         assert VisualTokens().analyze(trace(records)).summary["share_sink"] == pytest.approx(share)
 
 
