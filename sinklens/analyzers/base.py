@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -98,6 +99,9 @@ class Analyzer(ABC):
     formula: ClassVar[str]
     needs: ClassVar[frozenset[Signal]]
     reference: ClassVar[Reference]
+    optional: ClassVar[frozenset[Signal]] = frozenset()
+    """Of `needs`, signals without which it still answers, with less."""
+
     default: ClassVar[bool] = True
     """Whether `profile` runs it unless analyzers are named; `--analyzers all` runs the others too."""
 
@@ -110,6 +114,22 @@ class Analyzer(ABC):
     @abstractmethod
     def analyze(self, trace: Trace) -> Finding:
         """Read the trace, never the model."""
+
+    def lacking(self, missing: Collection[str]) -> list[str]:
+        """Names of signals that it cannot do without, among those that are missing."""
+        return sorted(signal.name for signal in self.needs - self.optional if signal.name in missing)
+
+    def read(self, trace: Trace) -> Finding:
+        """What it finds, or, where the library that ran the model cannot show what it needs, which and why."""
+        missing = trace.tracing.get("missing", {})
+        lacking = self.lacking(missing)
+        if not lacking:
+            return self.analyze(trace)
+        others = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        backend = trace.tracing.get("backend", "hf")
+        return self.not_applicable(
+            f"it reads {lacking[0]}{others}, which the {backend} backend cannot give: {missing[lacking[0]]}."
+        )
 
     @property
     def parameters(self) -> dict[str, Any]:

@@ -98,6 +98,7 @@ class HeadRoles(Analyzer):
         "<mrow><mi>q</mi><mo>,</mo><mi>s</mi></mrow><mrow><mi>l</mi><mo>,</mo><mi>h</mi></mrow></msubsup>"
         "<mo>&gt;</mo><mn>0.9</mn></math>"
     )
+    optional = PrimarySinks.optional
     needs = PrimarySinks.needs | {sig.REFERENCE_POSITION, sig.REFERENCE_MASS}
     reference = ACTIVE_DORMANT.at("active-dormant mechanism in pretrained language models")
 

@@ -58,6 +58,7 @@ class MeanMaps(Analyzer):
         "<mo>≤</mo><mi>q</mi><mo>&lt;</mo><mn>16</mn></math>"
     )
     needs = frozenset({sig.PREFIX_MAP, sig.PREFIX_LOGITS})
+    optional = frozenset({sig.PREFIX_LOGITS})
     reference = Reference(
         key="xiao2023efficient",
         title="Efficient Streaming Language Models with Attention Sinks",

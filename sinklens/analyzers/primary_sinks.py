@@ -68,6 +68,7 @@ class PrimarySinks(Analyzer):
         "<mi>k</mi></mrow></msub></mrow><mrow><msub><mi>n</mi><mi>vis</mi></msub><mo>(</mo><mi>k</mi><mo>)</mo></mrow>"
         "</mfrac><mo>&gt;</mo><mi>ε</mi><mo>]</mo></mrow></math>"
     )
+    optional = frozenset({sig.VALUE_NORM, sig.VALUE_NORM_MEAN})
     needs = frozenset(
         {
             sig.ATTENTION_RECEIVED,

@@ -6,7 +6,19 @@ from typing import Annotated
 
 import typer
 
-from .profile import Device, DeviceMap, Dtype, Model, Offline, Prompts, Revision, SeqLen, Trust
+from .profile import (
+    Backend,
+    Device,
+    DeviceMap,
+    Dtype,
+    Model,
+    Offline,
+    Prompts,
+    Remote,
+    Revision,
+    SeqLen,
+    Trust,
+)
 
 NAME = "doctor"
 HELP = "Run the self-check on a model and print what was found; exit code 5 if a check fails."
@@ -23,6 +35,8 @@ def command(
     device_map: DeviceMap = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    backend: Backend = None,
+    remote: Remote = False,
     offline: Offline = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -43,6 +57,8 @@ def command(
         device_map=device_map,
         revision=revision,
         trust_remote_code=trust_remote_code,
+        backend=backend,
+        remote=remote,
     )
     listener = ConsoleListener(quiet=as_json)
     diagnosis = examine(model, options, listener)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 NAME = "ls"
-HELP = "List analyzers, models, corpora, presets, signals or published reference values."
+HELP = "List analyzers, models, corpora, presets, signals, backends or published reference values."
 EXAMPLES = "Examples:  sinklens ls analyzers  ·  sinklens ls models  ·  sinklens ls references -m llama-2-7b"
 
 Rows = list[dict[str, str]]
@@ -16,7 +16,7 @@ Rows = list[dict[str, str]]
 
 def command(
     what: Annotated[
-        str, typer.Argument(help="analyzers, models, corpora, presets, signals or references.")
+        str, typer.Argument(help="analyzers, models, corpora, presets, signals, backends or references.")
     ] = "analyzers",
     model: Annotated[
         str | None, typer.Option("-m", "--model", help="references: of this model or its family only.")
@@ -117,6 +117,13 @@ def signals() -> Rows:
     ]
 
 
+def backends() -> Rows:
+    from sinklens.pipeline.backends import backend_rows
+
+    return backend_rows()
+
+
 LISTS: dict[str, Callable[[], Rows]] = {
-    function.__name__: function for function in (analyzers, models, corpora, presets, signals, references)
+    function.__name__: function
+    for function in (analyzers, models, corpora, presets, signals, backends, references)
 }

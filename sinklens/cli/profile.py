@@ -51,6 +51,15 @@ DeviceMap = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option("--revision", help="Commit, branch or tag on the hub.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
+Backend = Annotated[
+    str | None,
+    typer.Option(
+        "--backend", help="hf, transformer-lens or nnsight; see `sinklens ls backends`. [default: hf]"
+    ),
+]
+Remote = Annotated[
+    bool, typer.Option("--remote", help="Run on NDIF through nnsight; nothing is loaded here.")
+]
 Offline = Annotated[bool, typer.Option("--offline", help="Use local files only.")]
 Preset = Annotated[str | None, typer.Option(help="A paper's protocol; see `sinklens ls presets`.")]
 Mode = Annotated[str, typer.Option(help="faithful: logits bit-identical; fused: one pass, faster.")]
@@ -121,6 +130,8 @@ def command(
     device_map: DeviceMap = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
+    backend: Backend = None,
+    remote: Remote = False,
     offline: Offline = False,
     out: Out = None,
     force: Force = False,
@@ -147,6 +158,7 @@ def chosen_options(given: dict[str, Any]) -> ProfileOptions:
     """The options of the command line, all of them checked before anything is opened."""
     from dataclasses import fields
 
+    from sinklens.pipeline.backends import chosen_backend
     from sinklens.pipeline.gate import check_path, parse_gate
     from sinklens.pipeline.options import ProfileOptions, with_preset
     from sinklens.pipeline.prepare import analyzers_for
@@ -161,6 +173,7 @@ def chosen_options(given: dict[str, Any]) -> ProfileOptions:
     options = ProfileOptions(**settings)
     if given["preset"] is not None:
         options = with_preset(options, given["preset"], given_options(settings))
+    chosen_backend(options)
     names = [analyzer.name for analyzer in analyzers_for(options)]
     for expression in given["fail_if"] or []:
         check_path(parse_gate(expression)[0], names)

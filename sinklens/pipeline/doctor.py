@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sinklens.models.spec import Anatomy, ModelInfo
 from sinklens.tracers.executor import attention_path
 from sinklens.tracers.selfcheck import Check
 
+from .backends import described
 from .listener import Listener
 from .options import ProfileOptions
 from .prepare import checked_plan, prepare
@@ -23,6 +24,7 @@ class Diagnosis:
     attention_path: str
     checks: list[Check]
     versions: dict[str, str]
+    backend: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -31,6 +33,7 @@ class Diagnosis:
             "attention_path": self.attention_path,
             "checks": [check.to_json() for check in self.checks],
             "versions": self.versions,
+            "backend": self.backend,
         }
 
     def __str__(self) -> str:
@@ -42,6 +45,7 @@ class Diagnosis:
             if value and key not in ("index", "norms", "sum")
         }
         lines = [
+            *_backend_lines(self.backend),
             f"{'Attention':<11}{self.attention_path}",
             f"{'Towers':<11}{', '.join(map(_tower, self.anatomy.towers))}",
         ]
@@ -62,7 +66,18 @@ def examine(model: Any, options: ProfileOptions, listener: Listener) -> Diagnosi
     plan, checks = checked_plan(prepared)
     opened = prepared.opened
     versions = {name: version for name in PACKAGES if (version := package_version(name)) is not None}
-    return Diagnosis(opened.info, opened.anatomy, attention_path(opened, plan), checks, versions)
+    path, backend = attention_path(opened, plan), described(opened)
+    return Diagnosis(opened.info, opened.anatomy, path, checks, versions, backend)
+
+
+def _backend_lines(backend: dict[str, Any]) -> list[str]:
+    if not backend:
+        return []
+    gives = f"{backend['name']} ({backend['library']}) gives {backend['signals']} of {backend['of']} signals"
+    lines = [f"{'Backend':<11}{gives}"]
+    for why, names in backend["missing"].items():
+        lines.append(f"{'':<11}not {', '.join(names)}: {why}")
+    return lines
 
 
 def _tower(tower: Any) -> str:

@@ -24,6 +24,9 @@ class ProfileOptions:
         mode: `faithful` or `fused`, see `sinklens.tracers.attention`.
         verify: Look again at a few prompts with the causes removed that were found. None does so if the main pass
             predicts that it takes under about a minute.
+        backend: The library that runs the model, see `sinklens ls backends`. None takes the one whose object the
+            model is, else transformers.
+        remote: Run on NDIF through nnsight; nothing is loaded here.
         sensitivity: Take the same measurement with and without BOS and chat template, on random and repeated tokens,
             at several lengths and in several dtypes.
         sink_dims: Dims of the hidden state in which sinks of prompts with pictures are large: `published`,
@@ -50,6 +53,8 @@ class ProfileOptions:
     device_map: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    backend: str | None = None
+    remote: bool = False
     preset: str | None = None
 
     def __post_init__(self) -> None:

@@ -17,11 +17,13 @@ from sinklens.inputs.spec import PromptSet
 from sinklens.models.spec import OpenedModel
 from sinklens.tracers.announced import announced_on
 from sinklens.tracers.attention import Mode
+from sinklens.tracers.backends import backend_of, open_with
 from sinklens.tracers.batch import Batch, forward
 from sinklens.tracers.executor import TracePlan
 from sinklens.tracers.recorder import Limits
 from sinklens.tracers.selfcheck import Check, self_check
 
+from .backends import chosen_backend, named_analyzers, refuse_lacking
 from .listener import Listener
 from .options import ProfileOptions
 from .sinks import with_sinks
@@ -62,8 +64,6 @@ def analyzers_for(options: ProfileOptions) -> tuple[Analyzer, ...]:
 
 def prepare(model: Any, tokenizer: Any, options: ProfileOptions, listener: Listener) -> Prepared:
     """Open the model and read the prompts."""
-    from sinklens.models.opening import open_model
-
     analyzers = analyzers_for(options)
     source = {
         "tokenizer": tokenizer,
@@ -72,12 +72,14 @@ def prepare(model: Any, tokenizer: Any, options: ProfileOptions, listener: Liste
         "device_map": options.device_map,
         "trust_remote_code": options.trust_remote_code,
     }
-    opened = open_model(model, dtype=options.dtype, **source)
+    backend = chosen_backend(options)
+    opened = open_with(model, backend=backend, dtype=options.dtype, **source)
+    refuse_lacking(options, opened)
 
     def reopen(dtype: str) -> OpenedModel:
-        if isinstance(model, OpenedModel | nn.Module):
-            return copied(opened, dtype)
-        return open_model(model, dtype=dtype, **source)
+        if opened.backend != "hf" or isinstance(model, OpenedModel | nn.Module):
+            return copied(backend_of(opened).for_experiments(opened), dtype)
+        return open_with(model, backend=backend, dtype=dtype, **source)
 
     listener.opened(opened)
     _reads_text(opened)
@@ -87,6 +89,7 @@ def prepare(model: Any, tokenizer: Any, options: ProfileOptions, listener: Liste
     _within_reach(opened, prompts)
     listener.planned(prompts, analyzers)
     plan = with_sinks(plan_for(options, analyzers), options.sink_dims, opened, prompts, analyzers)
+    plan = replace(plan, signals=plan.signals - set(backend_of(opened).missing(opened)))
     return Prepared(opened, prompts, analyzers, plan, reopen)
 
 
@@ -160,18 +163,20 @@ def _reads_text(opened: OpenedModel) -> None:
     Raises:
         ModelError: Its forward pass needs other inputs, pictures most often.
     """
-    device = next(opened.module.parameters()).device
+    device = next(opened.plain.parameters()).device
+    if device.type == "meta":  # the model is elsewhere
+        return
     ids = torch.arange(4, device=device)[None]
     try:
-        forward(opened.module, Batch({"input_ids": ids}, torch.ones_like(ids, dtype=torch.bool)))
+        forward(opened.plain, Batch({"input_ids": ids}, torch.ones_like(ids, dtype=torch.bool)))
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:
         # Whatever a model raises when its inputs are missing: types and words differ by family.
         said = (str(error).splitlines() or [""])[0]
-        inputs = list(inspect.signature(opened.module.forward).parameters)
+        inputs = list(inspect.signature(opened.plain.forward).parameters)
         raise ModelError(
-            f"{type(opened.module).__name__} cannot be run on text alone: {type(error).__name__}: {said[:160]}",
+            f"{type(opened.plain).__name__} cannot be run on text alone: {type(error).__name__}: {said[:160]}",
             detail=f"Its forward pass takes: {', '.join(inputs[:4])}.",
             hint="Give the part of it that reads text, for instance model.text_model.",
         ) from error
@@ -185,9 +190,7 @@ def refuse_short(options: ProfileOptions, analyzers: tuple[Analyzer, ...], promp
     Raises:
         DataError: Before anything is run.
     """
-    asked = options.analyzers
-    items = asked.split(",") if isinstance(asked, str) else asked
-    named = [item for item in items if item not in ("all", "")]
+    named = named_analyzers(options)
     longest = max(len(prompt) for prompt in prompts.prompts)
     short = [analyzer for analyzer in analyzers if getattr(analyzer, "min_tokens", 0) > longest]
     names = {analyzer.name for analyzer in (chosen_analyzers(named) if named else ())}
@@ -202,7 +205,7 @@ def refuse_short(options: ProfileOptions, analyzers: tuple[Analyzer, ...], promp
 
 def _within_reach(opened: OpenedModel, prompts: PromptSet) -> None:
     """Refuse prompts with tokens or positions that the model has no embedding for, before it fails on them."""
-    module: Any = opened.module
+    module: Any = opened.plain
     tokens = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
     largest = max(max(prompt.token_ids) for prompt in prompts.prompts)
     if isinstance(tokens, nn.Embedding) and largest >= tokens.num_embeddings:
@@ -211,9 +214,9 @@ def _within_reach(opened: OpenedModel, prompts: PromptSet) -> None:
             detail="The tokenizer does not belong to this model, or the token ids do not.",
             hint="Give the model's own tokenizer.",
         )
-    limit = position_limit(opened.module.config)
+    limit = position_limit(opened.plain.config)
     longest = max(len(prompt) for prompt in prompts.prompts)
-    if limit is not None and longest > limit and _learns_positions(opened.module, tokens, limit):
+    if limit is not None and longest > limit and _learns_positions(opened.plain, tokens, limit):
         raise DataError(
             f"The longest prompt has {longest} tokens; this model has learned positions for {limit}.",
             hint=f"Cut the prompts: --seq-len {limit - RESERVED_POSITIONS}",
@@ -235,7 +238,7 @@ def position_limit(config: Any) -> int | None:
 
 def longest_input(opened: OpenedModel) -> int | None:
     """The longest prompt the model is made for, None if its config names none."""
-    module: Any = opened.module
+    module: Any = opened.plain
     limit = position_limit(module.config)
     tokens = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
     learned = limit is not None and _learns_positions(module, tokens, limit)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from sinklens.analyzers import chosen_analyzers
 from sinklens.core.errors import UsageError
+from sinklens.tracers.backends import modes_restored
 from sinklens.tracers.store import RunStore
 
+from .backends import chosen_backend
 from .listener import Listener, Silent
 from .options import ProfileOptions
 from .prepare import model_request, prepare
@@ -35,8 +33,8 @@ def profile(
     """Profile a model: does it have attention sinks, massive activations, Super Experts?
 
     Args:
-        model: Alias, `org/name@revision`, local folder, `bundled:NAME`, or a transformers model in memory (then give
-            its `tokenizer`). None takes the bundled checkpoint.
+        model: Alias, `org/name@revision`, local folder, `bundled:NAME`, or a model in memory: of transformers (then
+            give its `tokenizer`), a TransformerBridge, or a model of nnsight. None takes the bundled checkpoint.
         out: Run folder to write; None keeps everything in memory.
         force: Replace a run that is already in `out`.
         resume: Run folder of an interrupted run; model and options come from its manifest.
@@ -59,21 +57,8 @@ def profile(
             )
         return resume_run(Path(resume), model, tokenizer, listener, argv)
     options = options or ProfileOptions(**settings)
-    if isinstance(model, nn.Module):
-        with modes_restored(model):
-            return _start(model, tokenizer, out, force, listener, argv, options)
-    return _start(model, tokenizer, out, force, listener, argv, options)
-
-
-@contextmanager
-def modes_restored(model: nn.Module) -> Iterator[None]:
-    """Measuring needs eval mode; a caller's model gets back the mode each of its modules was in."""
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
+    with modes_restored(model):
+        return _start(model, tokenizer, out, force, listener, argv, options)
 
 
 def _start(
@@ -86,6 +71,7 @@ def _start(
     options: ProfileOptions,
 ) -> Run:
     chosen_analyzers(options.analyzers)  # a misspelt analyzer is told before a large model is loaded
+    chosen_backend(options)
     if out is None:
         prepared = prepare(model, tokenizer, options, listener)
         return Session(prepared, options, None, listener, argv, None).run()

@@ -52,7 +52,7 @@ class Run:
 
     def __post_init__(self) -> None:
         if self.findings is None:
-            self.findings = {analyzer.name: analyzer.analyze(self.trace) for analyzer in self.analyzers}
+            self.findings = {analyzer.name: analyzer.read(self.trace) for analyzer in self.analyzers}
 
     @property
     def verdict(self) -> Verdict:

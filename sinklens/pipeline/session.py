@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from sinklens.core.canonical import plain
 from sinklens.core.errors import DataError, InterruptedRun, SelfCheckError, UsageError
 from sinklens.core.manifest import Clock, build_manifest
+from sinklens.tracers.backends import backend_of
 from sinklens.tracers.executor import TracePlan, empty_trace, trace
 from sinklens.tracers.selfcheck import Check
 from sinklens.tracers.store import RunStore
@@ -74,7 +75,9 @@ class Session:
         self._describe(result, checks, "complete")
         note_words(result, self.prepared.opened.tokenizer)
         run = Run(result, self.prepared.analyzers, checks)
-        run = run_experiments(Setting(self.prepared, plan, self.options, self.listener), run)
+        opened = self.prepared.opened
+        prepared = replace(self.prepared, opened=backend_of(opened).for_experiments(opened))
+        run = run_experiments(Setting(prepared, plan, self.options, self.listener), run)
         run.trace.manifest["time"]["wall_s"] = round(self.clock.seconds, 3)
         return run
 

@@ -16,9 +16,7 @@ from .svg import tag
 Shape = Callable[[float, float, float], str]
 
 SHAPES: dict[str, Shape] = {
-    "ring": lambda x, y, r: (
-        f"M{x - r:.1f} {y:.1f}a{r:.1f} {r:.1f} 0 1 0 {2 * r:.1f} 0a{r:.1f} {r:.1f} 0 1 0 {-2 * r:.1f} 0z"
-    ),
+    "ring": lambda x, y, r: f"M{x - r:.1f} {y:.1f}{_half(r, 1)}{_half(r, -1)}z",
     "cross": lambda x, y, r: (
         f"M{x - r:.1f} {y - r:.1f}l{2 * r:.1f} {2 * r:.1f}m0 {-2 * r:.1f}l{-2 * r:.1f} {2 * r:.1f}"
     ),
@@ -28,6 +26,12 @@ SHAPES: dict[str, Shape] = {
     "plus": lambda x, y, r: f"M{x - r:.1f} {y:.1f}h{2 * r:.1f}m{-r:.1f} {-r:.1f}v{2 * r:.1f}",
 }
 """Path of a shape around a point; the dot is a line of no length with a round end."""
+
+
+def _half(r: float, way: int) -> str:
+    """Half a circle; its ends lie exactly two of the written radii apart, else it would be drawn as an egg."""
+    written = round(r, 1)
+    return f"a{written:g} {written:g} 0 0 0 {way * 2 * written:g} 0"
 
 
 def marks(

@@ -211,10 +211,25 @@ def _group(
         bar = _colour_bar(scale, quantity, place)
         flip = quantity.scale if shared.count(quantity.scale) > 1 else ""
         panels.append(Panel(quantity.title, _panel(place, over, spoken, data, bar), flip))
+    said += _without_value(group, figure.quantities)
     flips = tuple(dict.fromkeys(panel.flip for panel in panels if panel.flip))
     words = [f"{group.title} of {describe(figure, page)}."]
     words += [_spoken(group, i, q) for i, q in enumerate(figure.quantities)]
     return GroupView(group.title, tuple(panels), tuple(said), " ".join(words), flips)
+
+
+def _without_value(group: Group, quantities: Sequence[Quantity]) -> list[str]:
+    """A sentence per map in which tokens have no number."""
+    said = []
+    for i, quantity in enumerate(quantities):
+        empty = sum(
+            int((~np.isfinite(g.values[i]) & (np.asarray(g.positions) >= 0)).sum()) for g in group.grids
+        )
+        if empty and quantity.drawn:
+            said.append(
+                f"{quantity.title}: {empty} patch{'es have' if empty > 1 else ' has'} no value (hatched)."
+            )
+    return said
 
 
 def _side(group: Group) -> float:

@@ -88,14 +88,20 @@ def forward(model: nn.Module, batch: Batch, *, logits: bool = True) -> Any:
         logits: With False, heads that can are asked for the last position only; no signal needs logits, and a
             large vocabulary makes them the largest tensor of the pass.
     """
-    accepted = inspect.signature(model.forward).parameters
+    with torch.no_grad():
+        return model(**forward_inputs(model, batch, logits=logits))
+
+
+def forward_inputs(model: nn.Module, batch: Batch, *, logits: bool = True) -> dict[str, Any]:
+    """The keyword arguments of that forward pass."""
+    # The class's own: a library may have put something in the place of an instance's forward.
+    accepted = inspect.signature(type(model).forward).parameters
     inputs = {k: v for k, v in batch.inputs.items() if k in accepted or k not in ("position_ids",)}
     if "use_cache" in accepted:
         inputs["use_cache"] = False
     if not logits and "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = 1
-    with torch.no_grad():
-        return model(**inputs)
+    return inputs
 
 
 def first_tensor(output: Any) -> Tensor:

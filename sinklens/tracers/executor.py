@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from sinklens.models.sums import find_sums
 from .announced import announced_on
 from .attention import Edit, Mode
 from .attention import sites as sites
-from .backends import backend_of
+from .backends import backend_of, modes_restored, open_with
 from .batch import Batch, collate, forward, shortened
 from .experts import ExpertsTap, router_tap
 from .record_experts import ROUTER_SIGNALS
@@ -155,7 +155,7 @@ def partition(prompts: Sequence[Prompt], *, most: int, tokens: int) -> list[list
 
 
 def trace(
-    opened: OpenedModel,
+    model: Any,
     prompts: PromptSet | Iterable[Prompt],
     plan: TracePlan | None = None,
     *,
@@ -165,13 +165,20 @@ def trace(
     """Trace prompts through the main tower of a model.
 
     Args:
+        model: An `OpenedModel`, or what `profile` takes: a name, a folder, a transformers model, a TransformerBridge, a
+            model of nnsight.
         store: Where finished batches are kept; batches it already has are not run again.
         progress: Called with (prompts done, prompts in all) after each batch.
 
     Raises:
         ResourceError: Memory ran out; finished batches are in the store.
     """
-    plan = plan or TracePlan()
+    if not isinstance(model, OpenedModel):
+        with modes_restored(model):
+            return trace(open_with(model), prompts, plan, store=store, progress=progress)
+    opened, plan = model, plan or TracePlan()
+    if missing := backend_of(opened).missing(opened):
+        plan = replace(plan, signals=plan.signals - set(missing))
     everything = tuple(prompts.prompts if isinstance(prompts, PromptSet) else prompts)
     result = empty_trace(opened, plan)
     result.records = store.load_records() if store else []
@@ -197,6 +204,10 @@ def empty_trace(opened: OpenedModel, plan: TracePlan) -> Trace:
     on = announced_on(opened.module, opened.anatomy.main)
     if on:
         tracing["mitigations"] = on
+    if opened.backend != "hf":
+        missing = backend_of(opened).missing(opened)
+        tracing["backend"] = opened.backend
+        tracing["missing"] = {signal.name: why for signal, why in missing.items()}
     return Trace(opened.info, layer_table(opened.anatomy.main), [], tracing)
 
 

@@ -35,6 +35,8 @@ _KEY_NORMS = frozenset({sig.KEY_NORM, sig.KEY_NORM_MEAN})
 _VALUE_NORMS = frozenset({sig.VALUE_NORM, sig.VALUE_NORM_MEAN})
 _VALUES_OUT = frozenset({sig.VALUE_OUT_NORM, sig.VALUE_OUT_NORM_MEAN})
 _PREFIXES = frozenset({sig.PREFIX_MAP, sig.PREFIX_LOGITS})
+OF_VECTORS = _COSINES | _KEY_NORMS | _VALUE_NORMS | _VALUES_OUT | {sig.PREFIX_LOGITS}
+"""Signals that are left out where queries, keys and values are not known."""
 
 
 class VectorsRecorder:

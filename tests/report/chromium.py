@@ -39,12 +39,43 @@ class Browser:
         assert found is not None, dom[-2000:]
         return json.loads(markup.unescape(found.group(1)))
 
-    def _dom(self, address: str, width: int) -> str:
+    def run_later(self, page: str, library: str, driver: str, width: int = 1280) -> dict[str, Any]:
+        """Like `run` for a driver that awaits something; `library` is loaded before it."""
+        report = "document.body.dataset.answer = JSON.stringify(answer);"
+        last = f"(async () => {{ const answer = {{}};\n{driver}\n{report} }})();"
+        allowed = " ".join(f"'{embed.script_hash(source)}'" for source in (library, last))
+        page = page.replace("script-src ", f"script-src {allowed} ", 1)
+        head, end, tail = page.rpartition("</body>")
+        place = self.folder / "page.html"
+        place.write_text(
+            f"{head}<script>{library}</script><script>{last}</script>{end}{tail}", encoding="utf-8"
+        )
+        dom = self._dom(place.as_uri(), width, "--virtual-time-budget=60000")
+        found = re.search(r'data-answer="([^"]*)"', dom)
+        assert found is not None, dom[-2000:]
+        return json.loads(markup.unescape(found.group(1)))
+
+    def screenshot(self, page: str, target: Path, width: int, height: int) -> Path:
+        """The first screen at this size, as PNG."""
+        place = self.folder / "page.html"
+        place.write_text(page, encoding="utf-8")
+        self._call(place.as_uri(), width, f"--screenshot={target}", "--hide-scrollbars", height=height)
+        return target
+
+    def pdf(self, page: str, target: Path) -> Path:
+        """The page as it is printed."""
+        place = self.folder / "page.html"
+        place.write_text(page, encoding="utf-8")
+        self._call(place.as_uri(), 1280, f"--print-to-pdf={target}", "--no-pdf-header-footer")
+        return target
+
+    def _dom(self, address: str, width: int, *more: str) -> str:
+        return self._call(address, width, "--dump-dom", *more)
+
+    def _call(self, address: str, width: int, *more: str, height: int = 800) -> str:
         options = (
             "--headless --no-sandbox --disable-gpu --no-first-run --disable-background-networking --disable-sync "
-            f"--disable-component-update --window-size={width},800 --user-data-dir={self.folder / 'profile'} --dump-dom"
+            f"--disable-component-update --window-size={width},{height} --user-data-dir={self.folder / 'profile'}"
         )
-        done = subprocess.run(
-            [self.program, *options.split(), address], capture_output=True, text=True, timeout=120, check=True
-        )
-        return done.stdout
+        command = [self.program, *options.split(), *more, address]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout

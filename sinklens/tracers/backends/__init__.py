@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from sinklens.core.errors import UsageError
@@ -10,9 +12,11 @@ from sinklens.models.spec import OpenedModel
 
 from .base import Backend
 from .hf import Transformers
+from .nnsight import NNsight
+from .transformer_lens import TransformerLens
 
 backends: Registry[Backend] = Registry("backend", "sinklens ls backends")
-for _backend in (Transformers(),):
+for _backend in (Transformers(), TransformerLens(), NNsight()):
     backends.register(_backend.name)(_backend)
 
 
@@ -45,3 +49,16 @@ def open_with(
         )
     asked.require()
     return asked.open(model, tokenizer, **source)
+
+
+@contextmanager
+def modes_restored(model: Any) -> Iterator[None]:
+    """Measuring needs eval mode; a caller's model gets back the mode each of its modules was in."""
+    owner = owner_of(model)
+    module = owner.module_of(model) if owner is not None else None
+    before = [(part, part.training) for part in module.modules()] if module is not None else []
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training

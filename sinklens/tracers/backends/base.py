@@ -81,6 +81,10 @@ class Backend(ABC):
             ModelError: The model cannot be used through this library; the message says why.
         """
 
+    def module_of(self, model: Any) -> nn.Module | None:
+        """The module inside an object of this library, as its holder sees it."""
+        return model if isinstance(model, nn.Module) else None
+
     @property
     def installed(self) -> bool:
         return self.package is None or find_spec(self.package) is not None
