@@ -11,14 +11,17 @@ from sinklens.core.suggest import did_you_mean
 
 from .attention_concentration import AttentionConcentration
 from .attention_entropy import AttentionEntropy
+from .background_share import BackgroundShare
 from .base import Analyzer, Finding, Reference, Status, registry
 from .bos_alignment import BosAlignment
 from .causal_effects import CausalEffects
+from .contribution_norm import ContributionNorm
 from .embed_lens import EmbedLens
 from .expert_cascade import ExpertCascade
 from .fai import Fai
 from .head_classes import HeadClasses
 from .head_roles import HeadRoles
+from .image_centric_heads import ImageCentricHeads
 from .massive_activations import MassiveActivations
 from .mean_maps import MeanMaps
 from .normalised_attention import NormalisedAttention
@@ -27,6 +30,7 @@ from .secondary_sinks import SecondarySinks
 from .sensitivity import Sensitivity
 from .sink_geometry import SinkGeometry
 from .super_experts import SuperExperts
+from .vision_tower_sinks import VisionTowerSinks
 from .visual_sinks import VisualSinks
 from .visual_tokens import VisualTokens
 from .waad import Waad
@@ -37,14 +41,17 @@ __all__ = [
     "Analyzer",
     "AttentionConcentration",
     "AttentionEntropy",
+    "BackgroundShare",
     "BosAlignment",
     "CausalEffects",
+    "ContributionNorm",
     "EmbedLens",
     "ExpertCascade",
     "Fai",
     "Finding",
     "HeadClasses",
     "HeadRoles",
+    "ImageCentricHeads",
     "MassiveActivations",
     "MeanMaps",
     "NormalisedAttention",
@@ -55,6 +62,7 @@ __all__ = [
     "SinkGeometry",
     "Status",
     "SuperExperts",
+    "VisionTowerSinks",
     "VisualSinks",
     "VisualTokens",
     "Waad",

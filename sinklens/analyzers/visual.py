@@ -49,6 +49,10 @@ class Pictured:
     def visual_sinks(self) -> Bool[np.ndarray, "layer pos"]:
         return self.sinks & self.visual
 
+    def sink_somewhere(self) -> Bool[np.ndarray, " pos"]:
+        """Visual tokens that are a sink of some layer."""
+        return np.asarray(self.visual_sinks().any(axis=0))
+
     def text_sinks(self) -> Bool[np.ndarray, "layer pos"]:
         return self.sinks & ~self.visual
 

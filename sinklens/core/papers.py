@@ -76,3 +76,12 @@ EMBED_LENS = Reference(
     arxiv="2603.00510",
     code="https://github.com/EIT-NLP/EmbedLens",
 )
+VISION_SINKS = Reference(
+    key="luo2025sink",
+    title="To Sink or Not to Sink: Visual Information Pathways in Large Vision-Language Models",
+    authors="Jiayun Luo and Wan-Cyuan Fan and Lyuyang Wang and Xiangteng He and Tanzila Rahman and "
+    "Purang Abolmaesumi and Leonid Sigal",
+    year=2025,
+    arxiv="2510.08510",
+    venue="International Conference on Learning Representations",
+)

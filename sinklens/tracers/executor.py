@@ -201,6 +201,9 @@ def trace(
 def empty_trace(opened: OpenedModel, plan: TracePlan) -> Trace:
     """A trace of the main tower without prompts yet; what changes the model right now is said as `mitigations`."""
     tracing = {**plan.describe(), "attention_path": attention_path(opened, plan)}
+    feature = vision_feature_layer(opened.module)
+    if feature is not None:
+        tracing["vision_feature_layer"] = feature
     on = announced_on(opened.module, opened.anatomy.main)
     if on:
         tracing["mitigations"] = on
@@ -225,6 +228,21 @@ def _run(
             detail="The finished prompts are saved.",
             hint=f"Try: --batch-size 1, or --seq-len {max(32, longest // 2)}, or --resume with --device-map auto",
         ) from error
+
+
+def vision_feature_layer(model: Any) -> int | None:
+    """The block of the vision tower, counted from its end (-1), whose output the language model is given.
+
+    Models that take several are known by the last of them; None where the config does not say.
+    """
+    config = getattr(model, "config", None)
+    asked = getattr(config, "vision_feature_layer", None)
+    asked = asked[-1] if isinstance(asked, (list, tuple)) and asked else asked
+    if not isinstance(asked, int) or isinstance(asked, bool):
+        return None
+    blocks = getattr(getattr(config, "vision_config", None), "num_hidden_layers", None)
+    # Hidden states begin with the embedding, so from the end both count alike.
+    return asked if asked < 0 else None if not isinstance(blocks, int) else asked - 1 - blocks
 
 
 def attention_path(opened: OpenedModel, plan: TracePlan) -> str:

@@ -102,6 +102,10 @@ class TextQueriesRecorder:
         self._put(view.row, sig.VISUAL_SINK_MASS, view.layer, share_histogram(mass[..., VISUAL_SINK]))
         ratio = mass[..., VISUAL] / visual
         self._put(view.row, sig.NONSINK_RATIO, view.layer, ratio_histogram(visual, ratio))
+        floors = torch.tensor(MASS_FLOORS, device=visual.device)
+        taken = ((visual > 0) & (visual >= floors[:, None, None])).float()
+        mean = (ratio.nan_to_num(0.0) * taken).sum(-1) / taken.sum(-1)
+        self._put(view.row, sig.NONSINK_RATIO_MEAN, view.layer, mean.mT)
 
     def _put(self, row: int, signal: sig.Signal, layer: int, value: Tensor) -> None:
         if signal in self.ledger.wanted:

@@ -34,6 +34,7 @@ from .signals_visual import INPUT_TYPICAL as INPUT_TYPICAL
 from .signals_visual import KEY_CLASS_COUNT as KEY_CLASS_COUNT
 from .signals_visual import KEY_CLASS_MASS as KEY_CLASS_MASS
 from .signals_visual import NONSINK_RATIO as NONSINK_RATIO
+from .signals_visual import NONSINK_RATIO_MEAN as NONSINK_RATIO_MEAN
 from .signals_visual import PHI as PHI
 from .signals_visual import TEXT_RECEIVED as TEXT_RECEIVED
 from .signals_visual import VISUAL_MASS as VISUAL_MASS

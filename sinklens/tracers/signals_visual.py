@@ -53,6 +53,10 @@ NONSINK_RATIO = Signal(
     "histogram over the text queries, by mass on visual tokens (from 0, 0.1, 0.2, 0.3, 0.5 on), of the share of that "
     "mass on visual tokens that are no sinks; queries that put nothing on visual tokens are left out",
 )  # fmt: skip
+NONSINK_RATIO_MEAN = Signal(
+    "nonsink_ratio_mean", _A, ("layer", "head", "floor"), "share",
+    "the same share, mean over the text queries that put at least this much on visual tokens; NaN if none does",
+)  # fmt: skip
 KEY_CLASS_MASS = Signal(
     "key_class_mass", _A, ("layer", "head", "key_class"), "share",
     "mean mass of the text queries on visual tokens, visual sinks, text sinks, delimiters, other text",
@@ -80,8 +84,8 @@ CLASS_VALUE_NORM = Signal(
 
 OF_INPUTS = frozenset({INPUT_LARGE, INPUT_TYPICAL, INPUT_REFERENCE, PHI})
 OF_TEXT_QUERIES = frozenset({
-    VISUAL_MASS, VISUAL_SINK_MASS, NONSINK_RATIO, KEY_CLASS_MASS, KEY_CLASS_COUNT, TEXT_RECEIVED, CONTRIBUTION,
-    CLASS_VALUE_NORM,
+    VISUAL_MASS, VISUAL_SINK_MASS, NONSINK_RATIO, NONSINK_RATIO_MEAN, KEY_CLASS_MASS, KEY_CLASS_COUNT, TEXT_RECEIVED,
+    CONTRIBUTION, CLASS_VALUE_NORM,
 })  # fmt: skip
 OF_CONTRIBUTIONS = frozenset({CONTRIBUTION, CLASS_VALUE_NORM})
 OF_PICTURES = OF_TEXT_QUERIES | {INPUT_LARGE, PHI}

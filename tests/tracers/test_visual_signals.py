@@ -97,7 +97,11 @@ def test_sinks_ratios_and_selected_rows_are_those_of_the_definition(family: str,
         assert sinks.tolist() == dense.sinks[layer].tolist()
         some += int((sinks & dense.visual.numpy()).sum())
         mass, ratio = dense.ratio(layer)
-        for floor in MASS_FLOORS:
+        for place, floor in enumerate(MASS_FLOORS):
+            taken = ((mass >= floor) & (mass > 0)).double()
+            mean = (ratio.nan_to_num(0.0) * taken).sum(-1) / taken.sum(-1)
+            found = record[sig.NONSINK_RATIO_MEAN][layer, :, place]
+            np.testing.assert_allclose(found, mean, atol=1e-5)
             for rho in (0.1, 0.5, 0.8, 0.9):
                 selected = ((mass >= floor) & (mass > 0) & (ratio >= rho)).sum(-1)
                 table = record[sig.NONSINK_RATIO][layer][:, MASS_FLOORS.index(floor) :, round(20 * rho) :]
