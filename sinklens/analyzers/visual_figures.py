@@ -1,24 +1,25 @@
-"""What visual-sinks draws: sinks per layer, the histogram of φ, and maps of φ over pictures."""
+"""What visual-sinks draws: the pictures with their sinks, sinks per layer, and the histogram of φ."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from sinklens.core.figures import Figure, Heatmap, Lines, Series
+from sinklens.core.figures import Figure, Lines, Series
 from sinklens.tracers.sink_dims import Cut
 
 from .visual import Pictured
+from .visual_map import patches
 
-BINS, MAPS = 40, 3
+BINS = 40
 
 
 def draw(seen: list[Pictured], cut: Cut, layer: int) -> list[Figure]:
     """Everything that is drawn of visual sinks.
 
     Args:
-        layer: The one with the most visual sinks, which the maps show.
+        layer: The one with the most visual sinks, which the pictures show.
     """
-    return [_counts(seen, cut), _histogram(seen, cut), *_maps(seen, cut, layer)]
+    return [patches(seen, cut, layer), _counts(seen, cut), _histogram(seen, cut)]
 
 
 def _counts(seen: list[Pictured], cut: Cut) -> Lines:
@@ -54,27 +55,3 @@ def _histogram(seen: list[Pictured], cut: Cut) -> Lines:
         bars=True,
         marks=((cut.tau, f"τ = {cut.tau:.3g}"),),
     )
-
-
-def _maps(seen: list[Pictured], cut: Cut, layer: int) -> list[Heatmap]:
-    """φ over the views of the pictures with the most sinks; each picture alone, nothing is averaged."""
-    ranked = sorted(seen, key=lambda item: -int(item.visual_sinks()[layer].sum()))[:MAPS]
-    maps = []
-    for item in ranked:
-        for index, grid in enumerate(item.spans.grids):
-            name = item.spans.pictures[grid.picture].name
-            sinks = grid.spread(item.sinks[layer], fill=0.0) > 0
-            maps.append(
-                Heatmap(
-                    f"phi_{item.record.index}_{index}",
-                    f"φ over {name}, layer {layer}",
-                    f"φ of the visual tokens of prompt {item.record.index} ({grid.view}) where layer {layer} begins, "
-                    f"laid out on the picture; rings: sinks (φ of at least {cut.tau:.3g}).",
-                    grid.spread(item.phi[layer]),
-                    "ratio",
-                    y_label="row",
-                    x_label="column",
-                    marks=tuple((int(r), int(c)) for r, c in np.argwhere(sinks)),
-                )
-            )
-    return maps

@@ -9,11 +9,11 @@ import pytest
 
 from sinklens.analyzers import Status, VisualSinks
 from sinklens.core.errors import UsageError
-from sinklens.core.figures import Heatmap, Lines
+from sinklens.core.figures import Lines, PictureMap
 from sinklens.tracers.sink_dims import SinkDim, SinkDims
 from sinklens.tracers.trace import Trace
 
-from .made_pictures import COLS, FOUND, LENGTH, ROWS, SIZE, made, phi_record
+from .made_pictures import COLS, FOUND, HEADS, LAYERS, LENGTH, ROWS, SIZE, made, phi_record
 
 
 def trace() -> Trace:
@@ -121,16 +121,61 @@ def test_published_dims_stand_beside_those_found() -> None:
 
 
 def test_what_is_drawn() -> None:
-    counts, histogram, *maps = VisualSinks().analyze(trace()).figures
+    pictures, counts, histogram = VisualSinks().analyze(trace()).figures
     assert isinstance(counts, Lines)
     assert counts.series[0].y.tolist() == [0, 0.5, 0.5, 1.0, 0]
     assert isinstance(histogram, Lines)
     assert histogram.marks == ((20.0, "τ = 20"),)
     assert np.nansum(histogram.series[0].y) == 2 * 5 * 8
-    first = maps[0]
-    assert isinstance(first, Heatmap)
-    assert first.values.shape == (ROWS, COLS)
-    assert first.marks == ((0, 3), (1, 3))
+    assert isinstance(pictures, PictureMap)
+    assert [page.ref.name for page in pictures.pages] == ["cat0.png", "cat1.png"]
+    first = pictures.pages[0].grids[0]
+    assert first.classes is not None
+    assert np.argwhere(first.classes == 0).tolist() == [[0, 3], [1, 3]]
+    attention, without, phi = first.values
+    shares = np.full((ROWS, COLS), 0.05)
+    shares[:, 3] = 0.4
+    assert attention == pytest.approx(shares / shares.sum())
+    shares[:, 3] = np.nan
+    assert without == pytest.approx(shares / np.nansum(shares), nan_ok=True)
+    assert phi[:, 3].tolist() == [31.0, 22.0]
+    assert pictures.pages[0].sentence == (
+        "Attention sticks to 2 of 8 patches; they are visual sinks (φ ≥ 20). They hold 72.7 % of the attention on this "
+        "picture and are 25.0 % of its patches."
+    )
+    assert pictures.pages[1].sentence == "No visual sink: none of the 8 patches has φ ≥ 20."
+    assert pictures.pages[0].bars == (), "the masses by class were not recorded"
+
+
+def test_parts_of_the_attention_are_shown_if_they_are_of_the_same_sinks() -> None:
+    run = trace()
+    for item in run.records:
+        mass = np.tile(np.array([0.2, 0.3, 0.25, 0.05, 0.1], dtype=np.float32), (LAYERS, HEADS, 1))
+        item.arrays["key_class_mass"] = mass
+        item.arrays["key_class_count"] = np.tile(np.array([6, 2, 1, 1, 3]), (LAYERS, 1))
+    first, second = [page.bars for page in _pictures(VisualSinks(), run).pages]
+    assert [name for name, _ in first] == [
+        "visual sinks", "other visual tokens", "sinks of the text", "delimiters", "other text",
+        "no token (learned sink)",
+    ]  # fmt: skip
+    assert [value for _, value in first] == pytest.approx([0.3, 0.2, 0.25, 0.05, 0.1, 0.1])
+    assert second == (), "the second picture has no sinks, the recorded count says two"
+    assert _pictures(VisualSinks(tau=30.0), run).pages[0].bars == ()
+
+
+def test_pictures_without_recorded_attention_show_phi_alone() -> None:
+    run = trace()
+    for item in run.records:
+        item.arrays.pop("text_received")
+    drawn = _pictures(VisualSinks(recipe="code"), run)
+    assert [quantity.key for quantity in drawn.quantities] == ["phi"]
+    assert drawn.pages[0].sentence == "2 of 8 patches are visual sinks (φ > 20)."
+
+
+def _pictures(analyzer: VisualSinks, run: Trace) -> PictureMap:
+    drawn = analyzer.analyze(run).figures[0]
+    assert isinstance(drawn, PictureMap)
+    return drawn
 
 
 def test_it_says_why_it_does_not_apply() -> None:

@@ -45,7 +45,8 @@ const silent = ["SCRIPT", "STYLE", "TITLE", "OPTION"];
 const worded = all.filter((node) => !silent.includes(node.tagName)
   && Array.from(node.childNodes).some((child) => child.nodeType === 3 && child.textContent.trim()));
 answer.words = worded.length;
-answer.faint = worded.filter((node) => contrast(node) < 4.5).map((node) => `${name(node)} ${contrast(node).toFixed(2)}`);
+const faint = worded.filter((node) => contrast(node) < 4.5);
+answer.faint = faint.map((node) => `${name(node)} ${contrast(node).toFixed(2)}`);
 
 const spoken = (node) => (node.getAttribute("aria-label") || node.textContent
   || Array.from(node.labels || [], (label) => label.textContent).join("")).trim();
