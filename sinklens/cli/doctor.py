@@ -11,9 +11,11 @@ from .profile import (
     Device,
     DeviceMap,
     Dtype,
+    Images,
     Model,
     Offline,
     Prompts,
+    Question,
     Remote,
     Revision,
     SeqLen,
@@ -28,6 +30,8 @@ EXAMPLES = "Examples:  sinklens doctor  ·  sinklens doctor -m ./checkpoint --mo
 def command(
     model: Model = None,
     prompts: Prompts = None,
+    images: Images = None,
+    question: Question = None,
     seq_len: SeqLen = None,
     mode: Annotated[str, typer.Option(help="faithful or fused.")] = "faithful",
     dtype: Dtype = "auto",
@@ -50,6 +54,8 @@ def command(
     quiet_libraries(offline=offline)
     options = ProfileOptions(
         prompts=prompts,
+        images=images,
+        question=question,
         seq_len=seq_len,
         mode=mode,
         dtype=dtype,

@@ -18,6 +18,7 @@ HELP = "Profile a model: sinks, massive activations, Super Experts, and whether 
 EXAMPLES = (
     "Examples:  sinklens profile  ·  sinklens profile -m gpt2 --prompts data.jsonl:text -n 200  ·  "
     "sinklens profile -m ./checkpoint --fail-if 'primary-sinks.sink_rate > 90'  ·  "
+    "sinklens profile -m ./vlm --images photos --question 'What is this?'  ·  "
     "sinklens profile --resume runs/gpt2-..."
 )
 
@@ -30,9 +31,17 @@ Model = Annotated[
 Prompts = Annotated[
     str | None,
     typer.Option(
-        "--prompts", help="corpus:NAME, file.txt, file.jsonl[:field] or hf:dataset[:config[:split[:field]]]."
+        "--prompts",
+        help="corpus:NAME, file.txt, file.jsonl[:field] (with pictures if its lines have image) or hf:dataset[...].",
     ),
 ]
+Images = Annotated[
+    str | None,
+    typer.Option(
+        "--images", help="A picture, a folder of pictures, or file.jsonl with image and question per line."
+    ),
+]
+Question = Annotated[str | None, typer.Option(help="Asked about every picture that comes without one.")]
 Count = Annotated[int | None, typer.Option("-n", "--n", help="Number of prompts.")]
 SeqLen = Annotated[
     int | None, typer.Option("--seq-len", help="Cut prompts to this many tokens. [default: 512]")
@@ -111,6 +120,8 @@ def command(
     context: typer.Context,
     model: Model = None,
     prompts: Prompts = None,
+    images: Images = None,
+    question: Question = None,
     n: Count = None,
     seq_len: SeqLen = None,
     analyzers: Analyzers = None,

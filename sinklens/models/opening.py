@@ -28,9 +28,12 @@ from .loading import (
     quantisation,
     without_weights,
 )
+from .processors import load_processor
 from .spec import Anatomy, ModelInfo, OpenedModel
 
 PROMPTS = "sinklens_prompts.jsonl"
+PICTURES = "sinklens_pictures.jsonl"
+"""Prompts with pictures that came with a checkpoint; they go before texts that came with it."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,7 @@ def open_model(
     spec: Any = None,
     *,
     tokenizer: Any = None,
+    processor: Any = None,
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
@@ -67,6 +71,7 @@ def open_model(
         spec: None for the default bundled checkpoint, `bundled:name`, an alias (`qwen3-30b-a3b`), `org/name`, both
             also with `@revision`, a folder, or a transformers model in memory.
         tokenizer: For a model in memory, or instead of the model's own: an object, a folder or an id.
+        processor: The same for pictures: an object of transformers. Its tokenizer is taken if there is no other.
         dtype: `auto` for the checkpoint's own, or `bf16`, `fp16`, `fp32`, `fp64`.
         device: Where to put the model; by default the first GPU if there is one.
         device_map: As in transformers, instead of `device`.
@@ -84,7 +89,7 @@ def open_model(
         _only_in_memory(
             dtype=dtype, device=device, device_map=device_map, revision=revision, quantization=quantization
         )
-        return _in_memory(spec, tokenizer)
+        return _in_memory(spec, tokenizer, processor)
     source = locate(_name(spec), revision)
     wanted, where, quantised = parse_dtype(dtype), placement(device, device_map), quantisation(quantization)
     config = load_config(source, trust_remote_code)
@@ -103,10 +108,21 @@ def open_model(
     check_finite(module, source.id)
     commit = _commit(source)
     info = _info(module, anatomy, source.id, commit, _hashes(source, commit))
-    prompts = source.folder / PROMPTS if source.folder is not None else None
     return OpenedModel(
-        module, own_tokenizer, anatomy, info, str(prompts) if prompts and prompts.is_file() else None
+        module,
+        own_tokenizer,
+        anatomy,
+        info,
+        own_prompts(source),
+        processor=processor,
+        load_processor=lambda: load_processor(source, trust_remote_code),
     )
+
+
+def own_prompts(source: Source) -> str | None:
+    """Path of the prompts that came with a checkpoint, those with pictures first; None if it has none."""
+    paths = [] if source.folder is None else [source.folder / name for name in (PICTURES, PROMPTS)]
+    return next((str(path) for path in paths if path.is_file()), None)
 
 
 def describe_model(
@@ -160,14 +176,17 @@ def _only_in_memory(**given: Any) -> None:
         )
 
 
-def _in_memory(module: nn.Module, tokenizer: Any) -> OpenedModel:
+def _in_memory(module: nn.Module, tokenizer: Any, processor: Any) -> OpenedModel:
     """A module of the user: it is put into eval mode and otherwise left alone."""
     anatomy = find_anatomy(module)
     name = getattr(module.config, "_name_or_path", "") or type(module).__name__
     check_finite(module, name)
     source = Source(name, name)
+    tokenizer = getattr(processor, "tokenizer", None) if tokenizer is None else tokenizer
     own = load_tokenizer(source, tokenizer, wanted=False, trust_remote_code=False)
-    return OpenedModel(module.eval(), own, anatomy, _info(module, anatomy, name, None, {}))
+    return OpenedModel(
+        module.eval(), own, anatomy, _info(module, anatomy, name, None, {}), processor=processor
+    )
 
 
 def _shell(source: Source, config: Any, trust_remote_code: bool) -> nn.Module:

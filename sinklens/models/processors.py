@@ -8,6 +8,7 @@ from typing import Any
 from sinklens.core.errors import ModelError, SinklensError
 
 from .catalog import Source
+from .spec import OpenedModel
 
 NEEDS = {"PIL": "pillow", "torchvision": "torchvision"}
 """What processors import, and the package that has it."""
@@ -32,6 +33,24 @@ def load_processor(source: Source, trust_remote_code: bool) -> Any:
         raise
     except Exception as error:
         raise _explained(error, source.id) from error
+
+
+def processor_of(opened: OpenedModel) -> Any:
+    """What reads pictures for a model: the processor that was given with it, else the one beside its checkpoint.
+
+    Raises:
+        ModelError: There is none, or it cannot be loaded.
+    """
+    require_pillow()
+    if opened.processor is None and opened.load_processor is not None:
+        opened.processor = opened.load_processor()
+    if opened.processor is None:
+        raise ModelError(
+            "The prompts have pictures, but the model came without a processor.",
+            detail="A model in memory does not know how its pictures were made into inputs.",
+            hint="Give it: sl.profile(model, images=..., processor=AutoProcessor.from_pretrained(...))",
+        )
+    return check_processor(opened.processor, opened.info.id)
 
 
 def require_pillow() -> None:

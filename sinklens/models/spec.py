@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,6 +173,8 @@ class OpenedModel:
         backend: Name of the library that runs it (`sinklens ls backends`).
         handle: What that library holds it by; None for plain transformers models.
         twin: The same weights in a plain transformers model, where the library has changed `module`.
+        processor: What turns pictures and text into inputs, if it was given.
+        load_processor: Loads the one that came with the checkpoint; see `models.processors.processor_of`.
     """
 
     module: nn.Module
@@ -183,6 +186,8 @@ class OpenedModel:
     backend: str = "hf"
     handle: Any = None
     twin: nn.Module | None = None
+    processor: Any = None
+    load_processor: Callable[[], Any] | None = None
 
     @property
     def plain(self) -> nn.Module:

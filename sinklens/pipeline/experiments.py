@@ -9,11 +9,13 @@ from typing import Any
 
 from sinklens.analyzers import PrimarySinks
 from sinklens.core.errors import DataError, ResourceError
+from sinklens.inputs.cutting import cut_prompt
 from sinklens.tracers.executor import TracePlan, trace
 
 from .cost import duration
 from .listener import Listener
 from .options import ProfileOptions
+from .picture_prompts import has_pictures
 from .prepare import EFFECTS, READERS, SENSITIVITY, Prepared
 from .run import Run
 from .sensitivity import sensitivity
@@ -66,6 +68,8 @@ def run_experiments(setting: Setting, run: Run) -> Run:
 
 def why_not(setting: Setting, run: Run, name: str, wanted: bool | None) -> str | None:
     """Why an experiment is not run, as a sentence; None if it is."""
+    if name == SENSITIVITY and has_pictures(setting.prepared.prompts):
+        return "Its variants (without BOS, random tokens, other lengths) are of texts, and these prompts have pictures."
     if wanted:
         return None
     if name == SENSITIVITY:
@@ -88,7 +92,7 @@ def measured_pace(setting: Setting) -> float:
     threads work. Elsewhere than on a CPU it is the wall time.
     """
     prompt = setting.prepared.prompts.prompts[0]
-    short = replace(prompt, token_ids=prompt.token_ids[:PROBE_TOKENS], pieces=prompt.pieces[:PROBE_TOKENS])
+    short = cut_prompt(prompt, PROBE_TOKENS)
     light = replace(setting.plan, signals=PrimarySinks.needs)
     seconds = []
     for _ in range(2):

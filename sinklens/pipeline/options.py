@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
+from os import PathLike, fspath
 from typing import Any
 
 from sinklens.core.errors import UsageError
@@ -18,6 +19,8 @@ class ProfileOptions:
     Attributes:
         prompts: `corpus:NAME`, a `.txt` or `.jsonl` file (with `:field`), `hf:dataset`, or a list of strings; None
             takes the prompts that came with the checkpoint, else the bundled corpus.
+        images: Pictures: a file, a folder, a JSONL file, or pictures in memory (see `load_pictures`).
+        question: Asked about every picture that comes without one.
         n: Number of prompts; None takes the default of the source.
         seq_len: Prompts are cut to this many tokens.
         bos: `auto` (as the tokenizer does), `on` or `off`.
@@ -35,6 +38,8 @@ class ProfileOptions:
     """
 
     prompts: str | Sequence[Any] | None = None
+    images: Any = None
+    question: str | None = None
     n: int | None = None
     seq_len: int | None = None
     bos: Bos = "auto"
@@ -60,6 +65,11 @@ class ProfileOptions:
     def __post_init__(self) -> None:
         if self.mode not in ("faithful", "fused"):
             raise UsageError(f"Unknown mode {self.mode!r}.", detail="It is faithful or fused.")
+        if self.images is not None and self.prompts is not None:
+            raise UsageError(
+                "Give --images or --prompts, not both.",
+                detail="Prompts with pictures of their own are a JSONL file for either.",
+            )
         if self.bos not in ("auto", "on", "off"):
             raise UsageError(f"Unknown BOS policy {self.bos!r}.", detail="It is auto, on or off.")
         for name in ("n", "seq_len", "batch_size", "keep_positions"):
@@ -68,8 +78,14 @@ class ProfileOptions:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
 
     def request(self) -> dict[str, Any]:
-        """As JSON for the manifest. Prompts given as a list are named, not repeated."""
-        request = asdict(self)
+        """As JSON for the manifest. Prompts and pictures given as objects are named, not repeated."""
+        request = {field.name: getattr(self, field.name) for field in fields(self)}
+        if self.images is not None and not isinstance(self.images, str | PathLike):
+            count = len(self.images) if isinstance(self.images, list | tuple) else 1
+            request["images"] = None
+            request["prompts_given"] = f"{count} {'picture' if count == 1 else 'pictures'} from memory"
+        elif self.images is not None:
+            request["images"] = fspath(self.images)
         if self.prompts is not None and not isinstance(self.prompts, str):
             request["prompts"] = None
             request["prompts_given"] = f"{len(self.prompts)} prompts from memory"

@@ -14,7 +14,8 @@ from sinklens.tracers.signals_visual import KEY_CLASSES, MASS_FLOORS, SHARE_BINS
 
 from .cost import available_memory
 from .options import ProfileOptions
-from .prepare import EFFECTS, READERS, SENSITIVITY, analyzers_for, plan_for, read_prompts
+from .picture_prompts import has_pictures, refuse_without_pictures
+from .prepare import EFFECTS, READERS, SENSITIVITY, analyzers_for, plan_for, read_prompts, those_that_apply
 
 if TYPE_CHECKING:
     from sinklens.inputs.spec import Prompt, PromptSet
@@ -63,7 +64,8 @@ def predict(model: str | None, options: ProfileOptions) -> tuple[ModelDescriptio
     """Plan a run of a model by name, without loading its weights."""
     from sinklens.models.catalog import locate
     from sinklens.models.loading import load_config, load_tokenizer
-    from sinklens.models.opening import PROMPTS, describe_model
+    from sinklens.models.opening import describe_model, own_prompts
+    from sinklens.models.processors import load_processor
 
     analyzers = analyzers_for(options)
     described = describe_model(
@@ -71,9 +73,16 @@ def predict(model: str | None, options: ProfileOptions) -> tuple[ModelDescriptio
     )
     source = locate(model, options.revision)
     tokenizer = load_tokenizer(source, None, True, options.trust_remote_code)
-    own = source.folder / PROMPTS if source.folder is not None else None
     config = load_config(source, options.trust_remote_code)
-    prompts = read_prompts(options, tokenizer, str(own) if own and own.is_file() else None, config)
+    prompts = read_prompts(
+        options,
+        tokenizer,
+        own_prompts(source),
+        config,
+        lambda: load_processor(source, options.trust_remote_code),
+    )
+    refuse_without_pictures(options.analyzers, prompts)
+    analyzers = those_that_apply(options, analyzers, prompts)
     plan = plan_for(options, analyzers)
     on_cpu = options.device in (None, "cpu")
     found = prediction(described, prompts, plan, on_cpu=on_cpu)
@@ -94,7 +103,7 @@ def experiments_of(
     if options.verify is not False and analyzers & set(READERS[EFFECTS]):
         tokens = VERIFY_PASSES * sum(map(len, cut(prompts, 0)))
         found[EFFECTS] = {"passes": VERIFY_PASSES, "tokens": tokens, "if_short": options.verify is None}
-    if options.sensitivity:
+    if options.sensitivity and not has_pictures(prompts):
         passes, tokens = planned_tokens(prompts.prompts)
         found[SENSITIVITY] = {"passes": passes, "tokens": tokens, "if_short": False}
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import nn
 
 from sinklens.analyzers import Analyzer, chosen_analyzers, registry
 from sinklens.core.errors import DataError, ModelError
-from sinklens.inputs.spec import PromptSet
+from sinklens.inputs.spans import Kind
+from sinklens.inputs.spec import Prompt, PromptSet
 from sinklens.models.spec import OpenedModel
 from sinklens.tracers.announced import announced_on
 from sinklens.tracers.attention import Mode
@@ -26,6 +27,7 @@ from sinklens.tracers.selfcheck import Check, self_check
 from .backends import chosen_backend, named_analyzers, refuse_lacking
 from .listener import Listener
 from .options import ProfileOptions
+from .picture_prompts import has_pictures, read_pictures, refuse_without_pictures, wants_pictures
 from .sinks import with_sinks
 
 DEFAULT_PROMPTS, DEFAULT_SEQ_LEN = 32, 512
@@ -62,11 +64,14 @@ def analyzers_for(options: ProfileOptions) -> tuple[Analyzer, ...]:
     return tuple(sorted((*chosen, *added), key=lambda analyzer: analyzer.place))
 
 
-def prepare(model: Any, tokenizer: Any, options: ProfileOptions, listener: Listener) -> Prepared:
+def prepare(
+    model: Any, tokenizer: Any, options: ProfileOptions, listener: Listener, processor: Any = None
+) -> Prepared:
     """Open the model and read the prompts."""
     analyzers = analyzers_for(options)
     source = {
         "tokenizer": tokenizer,
+        "processor": processor,
         "revision": options.revision,
         "device": options.device,
         "device_map": options.device_map,
@@ -82,8 +87,10 @@ def prepare(model: Any, tokenizer: Any, options: ProfileOptions, listener: Liste
         return open_with(model, backend=backend, dtype=dtype, **source)
 
     listener.opened(opened)
-    _reads_text(opened)
-    prompts = read_prompts(options, opened.tokenizer, opened.default_prompts, opened.module.config)
+    if not wants_pictures(options, opened.default_prompts):
+        _reads_text(opened)
+    prompts = prompts_for(options, opened)
+    refuse_without_pictures(options.analyzers, prompts)
     analyzers = those_that_apply(options, analyzers, prompts)
     refuse_short(options, analyzers, prompts)
     _within_reach(opened, prompts)
@@ -97,7 +104,7 @@ def those_that_apply(
     options: ProfileOptions, analyzers: tuple[Analyzer, ...], prompts: PromptSet
 ) -> tuple[Analyzer, ...]:
     """Without pictures, analyzers of pictures take part only where they were asked for by name."""
-    if any(prompt.visual is not None for prompt in prompts.prompts):
+    if has_pictures(prompts):
         return analyzers
     asked = options.analyzers.split(",") if isinstance(options.analyzers, str) else options.analyzers
     items = [item for item in asked if item not in ("all", "")]
@@ -132,15 +139,28 @@ def copied(opened: OpenedModel, dtype: str) -> OpenedModel:
     return replace(opened, module=module, info=replace(opened.info, dtype=dtype))
 
 
-def read_prompts(options: ProfileOptions, tokenizer: Any, own: str | None, config: Any) -> PromptSet:
+def prompts_for(options: ProfileOptions, opened: OpenedModel) -> PromptSet:
+    """The prompts of a run of an opened model."""
+    from sinklens.models.processors import processor_of
+
+    own, config = opened.default_prompts, opened.module.config
+    return read_prompts(options, opened.tokenizer, own, config, lambda: processor_of(opened))
+
+
+def read_prompts(
+    options: ProfileOptions, tokenizer: Any, own: str | None, config: Any, processor: Callable[[], Any]
+) -> PromptSet:
     """The prompts that were asked for, else those that came with the checkpoint, else the bundled corpus.
 
     Args:
         own: Path of the checkpoint's own prompts, if it has any.
         config: The model's config, for the longest input it takes.
+        processor: Gives what reads pictures; not called for texts.
     """
     from sinklens.inputs import load_prompts
 
+    if wants_pictures(options, own):
+        return read_pictures(options, own, config, processor)
     chosen = options.prompts if options.prompts is not None else own
     prompts = load_prompts(
         chosen,
@@ -207,7 +227,7 @@ def _within_reach(opened: OpenedModel, prompts: PromptSet) -> None:
     """Refuse prompts with tokens or positions that the model has no embedding for, before it fails on them."""
     module: Any = opened.plain
     tokens = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
-    largest = max(max(prompt.token_ids) for prompt in prompts.prompts)
+    largest = max(max(looked_up(prompt)) for prompt in prompts.prompts)
     if isinstance(tokens, nn.Embedding) and largest >= tokens.num_embeddings:
         raise DataError(
             f"The prompts have token id {largest}, but the model has embeddings for {tokens.num_embeddings} tokens.",
@@ -221,6 +241,14 @@ def _within_reach(opened: OpenedModel, prompts: PromptSet) -> None:
             f"The longest prompt has {longest} tokens; this model has learned positions for {limit}.",
             hint=f"Cut the prompts: --seq-len {limit - RESERVED_POSITIONS}",
         )
+
+
+def looked_up(prompt: Prompt) -> Sequence[int]:
+    """The ids that a model looks up: those that stand for pictures are replaced, and may lie beyond its table."""
+    if prompt.visual is None:
+        return prompt.token_ids
+    pairs = zip(prompt.token_ids, prompt.visual.spans.kinds, strict=True)
+    return [token_id for token_id, kind in pairs if kind not in (Kind.VISUAL, Kind.DELIMITER)] or [0]
 
 
 def _learns_positions(model: nn.Module, tokens: Any, limit: int) -> bool:

@@ -22,6 +22,7 @@ def profile(
     model: Any = None,
     *,
     tokenizer: Any = None,
+    processor: Any = None,
     out: str | Path | None = None,
     force: bool = False,
     resume: str | Path | None = None,
@@ -34,11 +35,12 @@ def profile(
 
     Args:
         model: Alias, `org/name@revision`, local folder, `bundled:NAME`, or a model in memory: of transformers (then
-            give its `tokenizer`), a TransformerBridge, or a model of nnsight. None takes the bundled checkpoint.
+            give its `tokenizer`, or its `processor` if it reads pictures), a TransformerBridge, or a model of nnsight.
+            None takes the bundled checkpoint.
         out: Run folder to write; None keeps everything in memory.
         force: Replace a run that is already in `out`.
         resume: Run folder of an interrupted run; model and options come from its manifest.
-        options: All options at once; or give them as keywords (`prompts`, `n`, `seq_len`, `analyzers`, ...).
+        options: All options at once; or give them as keywords (`prompts`, `images`, `question`, `n`, `analyzers`, ...).
 
     Returns:
         The run: findings as attributes, `.document`, `.report(path)`, `.save(folder)`.
@@ -55,15 +57,16 @@ def profile(
                 f"A resumed run takes model and options from its manifest; {', '.join(changed) or 'model'} was given.",
                 hint="Leave it out, or start another run with --out.",
             )
-        return resume_run(Path(resume), model, tokenizer, listener, argv)
+        return resume_run(Path(resume), model, tokenizer, listener, argv, processor)
     options = options or ProfileOptions(**settings)
     with modes_restored(model):
-        return _start(model, tokenizer, out, force, listener, argv, options)
+        return _start(model, tokenizer, processor, out, force, listener, argv, options)
 
 
 def _start(
     model: Any,
     tokenizer: Any,
+    processor: Any,
     out: str | Path | None,
     force: bool,
     listener: Listener,
@@ -73,10 +76,10 @@ def _start(
     chosen_analyzers(options.analyzers)  # a misspelt analyzer is told before a large model is loaded
     chosen_backend(options)
     if out is None:
-        prepared = prepare(model, tokenizer, options, listener)
+        prepared = prepare(model, tokenizer, options, listener, processor)
         return Session(prepared, options, None, listener, argv, None).run()
     store = RunStore(out)
     with store.created(force=force), store.locked():
-        prepared = prepare(model, tokenizer, options, listener)
+        prepared = prepare(model, tokenizer, options, listener, processor)
         request = model_request(model, prepared.opened)
         return Session(prepared, options, store, listener, argv, request).run()

@@ -125,7 +125,14 @@ def _untrusted(failed: list[Check], store: RunStore | None) -> SelfCheckError:
     )
 
 
-def resume_run(folder: Path, model: Any, tokenizer: Any, listener: Listener, argv: list[str] | None) -> Run:
+def resume_run(
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    listener: Listener,
+    argv: list[str] | None,
+    processor: Any = None,
+) -> Run:
     """Continue an interrupted run with the model and options of its manifest."""
     store = RunStore(folder)
     before = store.read_manifest()
@@ -142,7 +149,8 @@ def resume_run(folder: Path, model: Any, tokenizer: Any, listener: Listener, arg
     request["analyzers"] = tuple(request["analyzers"])
     options = ProfileOptions(**request)
     with store.locked():
-        prepared = prepare(model if model is not None else asked, tokenizer, options, listener)
+        opens = model if model is not None else asked
+        prepared = prepare(opens, tokenizer, options, listener, processor)
         return Session(prepared, options, store, listener, argv, asked).run(before)
 
 

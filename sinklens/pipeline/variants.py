@@ -16,7 +16,7 @@ from sinklens.models.spec import OpenedModel
 
 from .cost import available_memory, size
 from .options import ProfileOptions
-from .prepare import Prepared, longest_input, read_prompts
+from .prepare import Prepared, longest_input, prompts_for
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -59,7 +59,7 @@ class Material:
 
     def _read(self, options: ProfileOptions) -> Prompts:
         opened = self.prepared.opened
-        return read_prompts(options, opened.tokenizer, opened.default_prompts, opened.module.config).prompts
+        return prompts_for(options, opened).prompts
 
     @property
     def special(self) -> set[int]:

@@ -7,7 +7,7 @@ compared within a prompt. The result is plain JSON for `trace.manifest["experime
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from sinklens.evaluation.effects import (
 )
 from sinklens.evaluation.paired import mean_interval, paired_difference
 from sinklens.evaluation.predictions import next_token_loss
+from sinklens.inputs.cutting import cut_prompt
 from sinklens.inputs.spec import Prompt, PromptSet
 from sinklens.models.spec import OpenedModel
 from sinklens.tracers import signals as sig
@@ -128,7 +129,7 @@ def cut(prompts: PromptSet | Sequence[Prompt], position: int | None) -> list[Pro
     needed = (position or 0) + 2
     length = max(TOKENS, (position or 0) + BEHIND)
     few = [prompt for prompt in everything if len(prompt) >= needed][:PROMPTS]
-    return [replace(p, token_ids=p.token_ids[:length], pieces=p.pieces[:length]) for p in few]
+    return [cut_prompt(prompt, length) for prompt in few]
 
 
 def _nothing(reason: str) -> dict[str, Any]:

@@ -167,6 +167,16 @@ class ShapesTask:
         """Which cells are empty."""
         return (scenes.cells[:, :, None] != np.arange(self.patches)).all(1)
 
+    def object_pixels(self, scenes: Scenes) -> Bool[np.ndarray, "picture side side"]:
+        """The pixels that show an object; half of a cell's for all shapes but the square."""
+        found = np.zeros((len(scenes), self.side, self.side), dtype=bool)
+        masks = self.masks()
+        for picture, place in np.argwhere(scenes.cells >= 0):
+            row, column = divmod(int(scenes.cells[picture, place]), self.grid)
+            y, x = row * self.cell, column * self.cell
+            found[picture, y : y + self.cell, x : x + self.cell] = masks[scenes.shapes[picture, place]]
+        return found
+
     def caption(self, scenes: Scenes, picture: int) -> list[str]:
         """The words of the answer, the end token included."""
         words, names = [NUMBERS[scenes.counts[picture] - 1]], tuple(COLOURS)

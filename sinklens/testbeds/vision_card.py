@@ -72,6 +72,8 @@ def _recipe_lines(recipe: VisionRecipe, parameters: int) -> list[str]:
         f"{task.cell} pixels is one patch and one image token. The processor beside this card does that "
         "(`AutoProcessor`, with Pillow); `samples/` has held-out pictures with their captions.",
         "- Prompt: `<image> how many ?`; answer, for instance: `two red bar cyan post`.",
+        "- `sinklens_pictures.jsonl` names the held-out pictures in `pictures/`, each with its caption and the mask of "
+        "its objects: what `sinklens profile` looks at if nothing else is asked for.",
         "- `sinklens_prompts.jsonl` holds captions without a picture, which the model was not trained on: a "
         "profile from texts says how the language tower behaves on such input, not how it reads pictures.",
         "- `<unk>` never occurs in training.",

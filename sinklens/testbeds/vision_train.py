@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 CHUNK = 2048
 """Pictures drawn at a time; part of what makes a run reproducible."""
 SAMPLES = 4
-"""Held-out pictures that are stored beside the weights."""
+"""Held-out pictures that are stored beside the weights, with their captions."""
+PICTURES = 32
+"""Held-out pictures that a profile of the checkpoint looks at; the first of them are the samples."""
 
 
 def build_vision_model(recipe: VisionRecipe, seed: int | None = None) -> LlavaForConditionalGeneration:
@@ -132,9 +134,31 @@ def save_vision_checkpoint(
     lines = "".join(json.dumps({"text": text}) + "\n" for text in captions)
     (folder / "sinklens_prompts.jsonl").write_text(lines, encoding="utf-8")
     _save_samples(scenes.part(slice(0, SAMPLES)), captions, folder / "samples")
+    save_pictures(recipe, scenes.part(slice(0, PICTURES)), folder)
     if card is not None:
         (folder / "card.md").write_text(card, encoding="utf-8")
     return folder
+
+
+def save_pictures(recipe: VisionRecipe, scenes: Scenes, folder: Path) -> None:
+    """Writes what `sinklens profile` looks at by default: pictures with question, answer and object mask.
+
+    The text that is fed is the whole caption: it names the objects, so that tokens read what they speak of.
+    """
+    from PIL import Image
+
+    masks = recipe.task.object_pixels(scenes)
+    (folder / "pictures").mkdir(exist_ok=True)
+    question, lines = " ".join(QUESTION), []
+    for picture, pixels in enumerate(scenes.pixels):
+        name, mask = f"pictures/{picture:02d}.png", f"pictures/{picture:02d}.mask.png"
+        Image.fromarray(pixels.transpose(1, 2, 0).copy()).save(folder / name)
+        Image.fromarray(masks[picture]).save(folder / mask)
+        text = caption_text(recipe, scenes, picture)
+        answer = text.removeprefix(question).strip()
+        lines.append({"image": name, "text": text, "question": question, "answer": answer, "mask": mask})
+    written = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "sinklens_pictures.jsonl").write_text(written, encoding="utf-8")
 
 
 def caption_text(recipe: VisionRecipe, scenes: Scenes, picture: int) -> str:

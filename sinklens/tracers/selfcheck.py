@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +46,17 @@ class Check:
         return asdict(self)
 
 
+class Asking(Protocol):
+    """Who says which statistics of a call are wanted."""
+
+    def asks(self, site: Site, call: AttentionCall) -> Want: ...
+
+
 @dataclass
 class Agreement:
-    """Compares the blocked statistics with the dense reference inside a running model, layer by layer."""
+    """Compares the blocked statistics that `seen` asks for with the dense reference inside a running model."""
 
-    recorder: Recorder
+    seen: Asking
     worst: float = 0.0
     where: str = ""
     mass: float = 0.0
@@ -58,7 +64,7 @@ class Agreement:
     layers: set[int] = field(default_factory=set)
 
     def asks(self, site: Site, call: AttentionCall) -> Want:
-        return self.recorder.attention.asks(site, call)
+        return self.seen.asks(site, call)
 
     def on_attention(self, site: Site, call: AttentionCall, statistics: AttentionStatistics) -> None:
         want = self.asks(site, call)
@@ -93,17 +99,38 @@ def self_check(opened: OpenedModel, prompts: Iterable[Prompt], plan: TracePlan) 
         prompts: The first two are used: a short cut of one, and both together as a padded batch that is longer
             than any sliding window that engages in the run.
     """
-    chosen = list(prompts)[:2]
+    from .check_pictures import dense_batch, picture_batch
+
+    everything = list(prompts)
+    chosen = everything[:2]
     window = sliding_window(opened.module)
     longest = max(len(prompt) for prompt in chosen)
+    device = next(opened.module.parameters()).device
+    pictures = picture_batch(everything, device)
+    if pictures is not None:
+        short = dense_batch(pictures, opened.anatomy.main.heads, device)
+        return _run_checks(opened, short, [short], pictures, plan, window, max(map(len, everything)))
     short = _batch(opened, [_cut(chosen[0], 12)])
     batches = [short]
     if window is not None and longest > window:
         batches.append(_batch(opened, [_cut(prompt, window + 8) for prompt in chosen]))
     elif len(chosen) > 1:
         batches.append(_batch(opened, [_cut(chosen[0], 24), _cut(chosen[1], 17)]))
+    return _run_checks(opened, short, batches, batches[-1], plan, window, longest)
+
+
+def _run_checks(
+    opened: OpenedModel,
+    short: Batch,
+    batches: list[Batch],
+    whole: Batch,
+    plan: TracePlan,
+    window: int | None,
+    longest: int,
+) -> list[Check]:
+    """All checks: statistics on `batches`, the output with and without tracing on `whole`."""
     checks = [_eval_mode(opened.module), _parts(opened, short)]
-    checks += _tracing_checks(opened, batches[-1], plan)
+    checks += _tracing_checks(opened, whole, plan)
     if opened.anatomy.routed and Source.ATTENTION in plan.sources():
         checks += [_agreement(opened, batch, plan) for batch in batches[:1]]
         if len(batches) > 1:
@@ -156,7 +183,17 @@ def _tracing_checks(opened: OpenedModel, batch: Batch, plan: TracePlan) -> list[
         )
     if Source.EXPERTS in plan.sources() and opened.anatomy.main.n_experts:
         checks.append(_experts_seen(opened, batch, traced))
-    return checks
+    return checks + _picture_checks(opened, batch, traced, plan)
+
+
+def _picture_checks(opened: OpenedModel, batch: Batch, traced: Pass, plan: TracePlan) -> list[Check]:
+    from .check_pictures import painted_check, vision_checks
+    from .record_vision import shows_pictures
+
+    if not shows_pictures(batch):
+        return []
+    painted = painted_check(opened, batch)
+    return vision_checks(opened, batch, traced, plan) + ([] if painted is None else [painted])
 
 
 def _same_output(plain: Tensor, traced: Tensor, batch: Batch, plan: TracePlan, opened: OpenedModel) -> Check:
@@ -249,7 +286,7 @@ def _kernel_agrees(opened: OpenedModel, batch: Batch, plan: TracePlan) -> list[C
 
 def _observe(opened: OpenedModel, batch: Batch, plan: TracePlan) -> Agreement:
     recorder = Recorder(batch, len(opened.anatomy.main.blocks), plan.signals, plan.limits, plan.sinks)
-    agreement = Agreement(recorder)
+    agreement = Agreement(recorder.attention)
     backend = backend_of(opened)
     with backend.attention(opened, batch, agreement, plan):
         backend.forward(opened, batch)

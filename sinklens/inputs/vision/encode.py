@@ -23,6 +23,19 @@ GENERIC = "<image>"
 """Stands for a picture in a question whatever the model's own placeholder is."""
 
 
+def require_vision(config: Any) -> None:
+    """Refuse a model that reads no pictures.
+
+    Raises:
+        ModelError: Its config has no vision tower, or no token that stands for a picture.
+    """
+    if image_token_id(config) is None or not hasattr(config, "vision_config"):
+        raise ModelError(
+            f"This model reads no pictures: {getattr(config, 'model_type', 'it')!r} has no image token.",
+            hint="Leave the pictures out, or choose a vision-language model.",
+        )
+
+
 @dataclass(frozen=True)
 class PictureEncoder:
     """A model's processor with everything that decides about the tokens."""
@@ -34,11 +47,7 @@ class PictureEncoder:
     notes: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if image_token_id(self.config) is None or not hasattr(self.config, "vision_config"):
-            raise ModelError(
-                f"This model reads no pictures: a {getattr(self.config, 'model_type', 'model')!r} has no image token.",
-                hint="Leave --images out, or choose a vision-language model.",
-            )
+        require_vision(self.config)
         if self.bos not in ("auto", "on", "off"):
             raise UsageError(f"Unknown BOS policy {self.bos!r}.", hint="Use auto, on or off.")
         if self.bos == "on" and self.bos_id is None:

@@ -73,7 +73,13 @@ class TransformerLens(Backend):
         opened = open_model(model, tokenizer=tokenizer, **source)
         module = copy.deepcopy(opened.module) if in_memory(model) else opened.module
         found = held_bridge(bridge_around(module), opened.tokenizer)
-        return replace(found, info=opened.info, default_prompts=opened.default_prompts)
+        return replace(
+            found,
+            info=opened.info,
+            default_prompts=opened.default_prompts,
+            processor=opened.processor,
+            load_processor=opened.load_processor,
+        )
 
     def attention(
         self, opened: OpenedModel, batch: Batch, seen: Seen, plan: TracePlan
