@@ -16,6 +16,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from sinklens import analyzers as analyzers
     from sinklens import mitigations as mitigations
+    from sinklens.pipeline import nns as nns
+    from sinklens.pipeline import tl as tl
     from sinklens.pipeline.cite import cite as cite
     from sinklens.pipeline.compare import compare as compare
     from sinklens.pipeline.export import export as export
@@ -35,6 +37,12 @@ _PUBLIC = {
     "profile": "sinklens.pipeline.profile",
     "trace": "sinklens.tracers.executor",
 }
+_MODULES = {
+    "analyzers": "sinklens.analyzers",
+    "mitigations": "sinklens.mitigations",
+    "nns": "sinklens.pipeline.nns",
+    "tl": "sinklens.pipeline.tl",
+}
 __all__ = [
     "Run",
     "Trace",
@@ -44,7 +52,9 @@ __all__ = [
     "export",
     "load",
     "mitigations",
+    "nns",
     "profile",
+    "tl",
     "trace",
 ]
 
@@ -52,8 +62,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
-    if name in ("analyzers", "mitigations"):
-        return import_module(f"sinklens.{name}")
+    if name in _MODULES:
+        return import_module(_MODULES[name])
     raise AttributeError(f"module 'sinklens' has no attribute {name!r}")
 
 

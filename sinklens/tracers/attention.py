@@ -346,6 +346,17 @@ def editors_of(modules: Iterable[nn.Module]) -> list[AttentionTap]:
     return [tap for tap in taps if tap.edits_map]
 
 
+def rewritten(module: nn.Module, call: AttentionCall, output: Tensor) -> Tensor:
+    """The output `[batch, query, head, value_dim]` of a call computed elsewhere, after the edits on `module`."""
+    attended, taps = Attended(call, output, None, None, 0.0), editors_of([module])
+    for tap in (tap for tap in taps if not tap.paused):
+        tap.calls += 1
+        attended = tap.rewrite(
+            tap.sites[id(module)], replace(attended, remember=len(taps) > 1 and tap is not taps[-1])
+        )
+    return attended.output
+
+
 @contextmanager
 def unedited(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Run these attention modules without what edits their maps, for questions about the model itself."""

@@ -26,7 +26,7 @@ from sinklens.kernels.spec import AttentionCall, BlockPlan
 from sinklens.models.parts import unwrapped
 from sinklens.models.spec import Block, Tower
 
-from ..attention import AttentionTap, Site, ignore, no_statistics, sites
+from ..attention import AttentionTap, Site, editors_of, ignore, no_statistics, sites
 from ..batch import Batch
 from ..fallback import weights_as_call
 from .base import Seen, counted_rows
@@ -90,11 +90,13 @@ def _point(root: nn.Module, block: Block, name: str) -> nn.Module | None:
 
 @dataclass(frozen=True)
 class Vectors:
-    """How queries and keys of a layer are read: the hooks, and whether the rotation was left to us."""
+    """How queries and keys of a layer are read: hooks, whether they are yet to be rotated, how scores follow."""
 
     query: str
     key: str
     rotated_here: bool = False
+    scale: float = 1.0
+    cap: float | None = None
 
 
 @dataclass
@@ -124,6 +126,14 @@ class BridgeTap:
                     stack.callback(point.register_forward_hook(hook).remove)
             stack.callback(self._held.clear)
             yield self
+
+    def __post_init__(self) -> None:
+        if editors_of(sites(self.root, self.tower, "attention")):
+            raise ModelError(
+                "A bridge cannot be measured while a mitigation is on it.",
+                detail="Its hooks show attention before the edit.",
+                hint="Measure the transformers model: with mitigation(model): sinklens.trace(model, prompts)",
+            )
 
     def _hold(self, name: str) -> Callable[..., None]:
         def hook(point: nn.Module, args: Any, value: Any) -> None:
@@ -208,8 +218,8 @@ def find_vectors(scores: Tensor, held: dict[str, Tensor], component: Any) -> Vec
                 query, key = read_vectors(way, held, scores)
             except (RuntimeError, ValueError):
                 continue
-            if _gives(query, key, scores, unwrapped(component)):
-                return way
+            if (found := _factors(query, key, scores, unwrapped(component))) is not None:
+                return replace(way, scale=found[0], cap=found[1])
     return None
 
 
@@ -244,10 +254,12 @@ def rotated(x: Float[Tensor, "batch head pos dim"], cos: Tensor, sin: Tensor) ->
     return torch.cat([turned * cos + torch.cat([-second, first], -1) * sin, rest], -1)
 
 
-def _gives(query: Tensor, key: Tensor, scores: Tensor, module: nn.Module) -> bool:
-    """Whether the scores are the product of these, for the scale that fits best and the cap of the module."""
+def _factors(
+    query: Tensor, key: Tensor, scores: Tensor, module: nn.Module
+) -> tuple[float, float | None] | None:
+    """Scale and cap with which the scores are the product of these; None if they are not."""
     if query.shape[1] % key.shape[1] or query.shape[-1] != key.shape[-1]:
-        return False
+        return None
     seen = visible(scores)
     product = query.float() @ key.float().repeat_interleave(query.shape[1] // key.shape[1], 1).mT
     product, target = product[seen], scores.float()[seen]
@@ -257,4 +269,5 @@ def _gives(query: Tensor, key: Tensor, scores: Tensor, module: nn.Module) -> boo
         scale = float((product * target).sum() / product.square().sum().clamp_min(1e-30))
     found = product * scale if cap is None else cap * torch.tanh(product * scale / cap)
     limit = TOLERANCE if scores.dtype == torch.float32 else 30 * torch.finfo(scores.dtype).eps
-    return float((found - target).abs().max()) <= limit * float(target.abs().max().clamp_min(1e-30))
+    error, size = float((found - target).abs().max()), float(target.abs().max().clamp_min(1e-30))
+    return (float(scale), cap) if error <= limit * size else None
