@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sinklens.core.card import card
 from sinklens.core.figures import Figure, Tile
 from sinklens.core.reference import Reference
 from sinklens.core.registry import Registry
@@ -82,6 +83,9 @@ class Finding:
 
     def __repr__(self) -> str:
         return f"{self.title}: {self.verdict} [{self.status}, {len(self.rows)} rows]"
+
+    def _repr_html_(self) -> str:
+        return card(self.title, self.verdict, self.notes, self.rows, self.units)
 
 
 class Analyzer(ABC):

@@ -8,6 +8,7 @@ from typing import Self
 
 from torch import Tensor
 
+from sinklens.core.card import card
 from sinklens.core.errors import ModelError
 from sinklens.kernels.transfer import Transferred
 
@@ -49,6 +50,11 @@ class Outcome(ABC):
     @abstractmethod
     def verdict(self) -> str:
         """One sentence."""
+
+    def _repr_html_(self) -> str:
+        return card(
+            self.name, self.verdict, [] if self.acted else ["It did not act; there is no effect to report."]
+        )
 
     def require(self) -> Self:
         """This outcome, if there is one.

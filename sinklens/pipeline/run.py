@@ -20,6 +20,7 @@ from sinklens.tracers.store import SCHEMA, RunStore, describe_trace
 from sinklens.tracers.trace import Trace
 
 from .references import references
+from .shown import RunFinding, Shown, show_picture, show_prompt
 from .verdict import Verdict, judge
 
 # What a document that is passed on says of its run; the folder's own manifest also has what resuming needs.
@@ -58,11 +59,11 @@ class Run:
     def verdict(self) -> Verdict:
         return judge(self.findings, self.checks)
 
-    def __getattr__(self, name: str) -> Finding:
+    def __getattr__(self, name: str) -> RunFinding:
         findings = self.__dict__.get("findings", {})
         key = name.replace("_", "-")
         if key in findings:
-            return findings[key]
+            return RunFinding.of(findings[key], self.pictures)
         known = did_you_mean(key, findings) or f"Its findings are: {', '.join(findings) or 'none'}."
         raise AttributeError(f"A run has no {name!r}. {known}")
 
@@ -127,6 +128,30 @@ class Run:
                 if copy is not None:
                     found.setdefault(picture.sha256, copy)
         return found
+
+    def view(self, prompt: int = 0) -> Shown:
+        """A prompt to look at in a notebook: its tokens with the attention they receive, and its pictures.
+
+        Args:
+            prompt: Its index.
+
+        Raises:
+            UsageError: There is no such prompt.
+        """
+        return show_prompt(self, prompt)
+
+    def picture(self, prompt: int = 0, image: int = 0, finding: str | None = None) -> Shown:
+        """A picture of a prompt to look at in a notebook, with what was measured on its patches.
+
+        Args:
+            prompt, image: Which picture of which prompt.
+            finding: The analyzer that draws, `visual-sinks` for instance; by default the first that has this picture,
+                else the attention that the patches receive.
+
+        Raises:
+            UsageError: There is no such prompt or picture, or the finding draws nothing on it.
+        """
+        return show_picture(self, prompt, image, finding)
 
     def report(self, path: str | Path | None = None, *, include_text: bool = True) -> Path:
         """Write the HTML report, by default into the run folder.

@@ -27,6 +27,7 @@ _PLOTLY = {
     "diamond": "diamond-open",
     "plus": "cross-thin-open",
 }
+GLYPHS = {"ring": "○", "cross": "×", "dot": "•", "square": "□", "diamond": "◇", "plus": "+"}
 COLOURS = ("#b04a09", "#5b2c83", "#0a5c80", "#1d6a45", "#7c5300", "#3c4650")
 _PANEL = 1.65
 """Width in inches that a panel takes at least."""

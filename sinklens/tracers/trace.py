@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sinklens.core.card import card
 from sinklens.core.errors import DataError
 from sinklens.inputs.spans import ModalitySpans
 from sinklens.models.spec import ModelInfo, Tower
@@ -121,6 +122,14 @@ class Trace:
     def __repr__(self) -> str:
         tokens = sum(len(record) for record in self.records)
         return f"Trace({self.info.id}: {len(self)} prompts, {tokens} tokens, {len(self.layers)} layers)"
+
+    def _repr_html_(self) -> str:
+        recorded = sorted(self.signals, key=lambda signal: signal.name)
+        rows = [
+            {"signal": s.name, "axes": " × ".join(s.axes), "unit": s.unit, "meaning": s.meaning}
+            for s in recorded
+        ]
+        return card("Trace", repr(self), rows=rows, most=len(rows))
 
     @property
     def signals(self) -> frozenset[Signal]:
