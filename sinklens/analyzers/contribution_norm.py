@@ -29,13 +29,14 @@ class ContributionNorm(Analyzer):
     key's value through the head's slice of the output projection. Per head and token it is averaged over the queries
     of the text after the picture, which needs the mean attention and the norm of v_j W_O and no map; then over the
     visual sinks of the layer, and over the other visual tokens. A prompt's ratios (sinks over others) of attention,
-    value norm and contribution are formed per layer and head, and only then is the median taken over prompts and heads.
-    Found means that over the layers with visual sinks the median ratio of attention is above 1 and that of the
-    contribution below 1.
+    value norm and contribution are formed per layer and head. Only heads that attend to sinks take part: where the
+    ratio of attention is above 1. The median is taken over these heads and the prompts; found means that in the median
+    a sink adds less than another visual token, although it gets more attention.
 
     Compared with the paper: Kang et al. compare the norm of α x W_V W_O of visual sinks and of other visual tokens and
     find the sinks' far smaller although their attention is large; their program does not compute it, so there is one
-    recipe. Biases of the value projection are part of v here. The medians and the rule for "found" are ours.
+    recipe. Biases of the value projection are part of v here. The medians, the choice of heads and the rule for
+    "found" are ours.
 
     When not to trust it: contributions of several keys may cancel or add up, norms do not say. Sinks are those of the
     run. A layer's few sinks decide its ratios, so read how many there are. In a model whose output projection is
@@ -74,7 +75,7 @@ class ContributionNorm(Analyzer):
             )
         rows = _rows(records, ratios)
         summary = _summary(records, ratios, rows)
-        found = summary["attention_ratio"] > 1 > summary["contribution_ratio"]
+        found = summary["attending"] > 0 and (summary["contribution_ratio"] or 0.0) < 1
         return self.finding(
             Status.FOUND if found else Status.NOT_FOUND,
             _verdict(summary, found),
@@ -83,22 +84,17 @@ class ContributionNorm(Analyzer):
             units=UNITS,
             labels=LABELS,
             figures=_figures(ratios, rows),
-            tiles=[
-                Tile(
-                    self.title,
-                    f"{summary['contribution_ratio']:.2g} ×",
-                    "other visual tokens",
-                    link=self.name,
-                )
-            ],
+            tiles=[_tile(self.title, self.name, summary)],
         )
 
 
 UNITS = {
-    "attention_ratio": "attention per visual sink over that per other visual token, median over prompts and heads",
+    "attention_ratio": "attention per visual sink over that per other visual token, median over prompts and "
+    "heads that attend",
     "value_ratio": "the same of the norm of v W_O",
     "contribution_ratio": "the same of the norm of α v W_O",
-    "less": "share of prompts and heads in which a visual sink adds less than another visual token",
+    "attending": "share of prompts and heads that attend to visual sinks more than to other visual tokens",
+    "less": "share of those in which a visual sink adds less than another visual token",
     "visual_sinks": "visual sinks of the layer, mean over prompts",
     "n_prompts": "prompts with a visual sink in the layer",
 }
@@ -106,7 +102,8 @@ LABELS = {
     "attention_ratio": "attention, sinks over others",
     "value_ratio": "value norm, sinks over others",
     "contribution_ratio": "contribution, sinks over others",
-    "less": "heads in which sinks add less",
+    "attending": "heads that attend to sinks",
+    "less": "of them, heads in which sinks add less",
     "n_layers": "layers with visual sinks",
 }
 
@@ -126,9 +123,21 @@ def _ratios(record: PromptRecord) -> dict[str, PerHead]:
     return ratios
 
 
-def _median(values: np.ndarray) -> float:
+def _median(values: np.ndarray) -> float | None:
     known = values[~np.isnan(values)]
-    return float(np.median(known)) if len(known) else float("nan")
+    return float(np.median(known)) if len(known) else None
+
+
+def _medians(stacked: dict[str, np.ndarray]) -> dict[str, float | None]:
+    """Medians over the heads that attend to sinks, how many of all do, and in how many of them sinks add less."""
+    known = ~np.isnan(stacked["attention"])
+    attending = known & (np.nan_to_num(stacked["attention"]) > 1)
+    added = stacked["contribution"][attending]
+    return {
+        **{f"{name}_ratio": _median(values[attending]) for name, values in stacked.items()},
+        "attending": float(attending.sum() / max(known.sum(), 1)),
+        "less": float((added < 1).mean()) if len(added) else None,
+    }
 
 
 def _rows(records: list[PromptRecord], ratios: list[dict[str, PerHead]]) -> list[dict[str, Any]]:
@@ -136,47 +145,50 @@ def _rows(records: list[PromptRecord], ratios: list[dict[str, PerHead]]) -> list
     sinks = np.array([record[sig.KEY_CLASS_COUNT][:, VISUAL_SINK] for record in records])
     rows = []
     for layer in range(sinks.shape[1]):
-        contribution = stacked["contribution"][:, layer]
-        known = ~np.isnan(contribution)
+        known = ~np.isnan(stacked["attention"][:, layer])
         if known.any():
             rows.append(
                 {
                     "layer": layer,
-                    **{f"{name}_ratio": _median(values[:, layer]) for name, values in stacked.items()},
-                    "less": float((contribution[known] < 1).mean()),
+                    **_medians({name: values[:, layer] for name, values in stacked.items()}),
                     "visual_sinks": float(sinks[:, layer].mean()),
                     "n_prompts": int(known.any(1).sum()),
                 }
             )
-    return sorted(rows, key=lambda row: (row["contribution_ratio"], row["layer"]))
+    return sorted(
+        rows, key=lambda row: (not row["attending"], row["contribution_ratio"] or 0.0, row["layer"])
+    )
 
 
 def _summary(
     records: list[PromptRecord], ratios: list[dict[str, PerHead]], rows: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    pooled = {name: np.concatenate([ratio[name].ravel() for ratio in ratios]) for name in ratios[0]}
-    known = pooled["contribution"][~np.isnan(pooled["contribution"])]
-    return {
-        "n_prompts": len(records),
-        "n_layers": len(rows),
-        **{f"{name}_ratio": _median(values) for name, values in pooled.items()},
-        "less": float((known < 1).mean()),
-    }
+    pooled = {name: np.array([ratio[name] for ratio in ratios]) for name in ratios[0]}
+    return {"n_prompts": len(records), "n_layers": len(rows), **_medians(pooled)}
 
 
 def _verdict(summary: dict[str, Any], found: bool) -> str:
+    layers = f"{summary['n_layers']} layer{'s' * (summary['n_layers'] > 1)} with visual sinks"
+    if not summary["attending"]:
+        return f"Visual sinks get no more attention than other visual tokens in any head of {layers}."
     begin = (
-        "Visual sinks get much attention and add little"
-        if found
-        else "Visual sinks do not get more attention and add less at once"
+        "Visual sinks get much attention and add little" if found else "Visual sinks add as much as they get"
     )
     return (
-        f"{begin}: in the median head of {summary['n_layers']} layers a visual sink gets "
-        f"{summary['attention_ratio']:.3g} times the attention of another visual token, its value is "
-        f"{summary['value_ratio']:.2g} times as long, and it adds {summary['contribution_ratio']:.2g} times "
-        "as much; it "
-        f"adds less in {100 * summary['less']:.0f} % of the heads."
+        f"{begin}: in {100 * summary['attending']:.0f} % of the heads of {layers} a visual sink gets more "
+        "attention from the "
+        f"text than another visual token, in the median {summary['attention_ratio']:.3g} times as much; its value is "
+        f"{summary['value_ratio']:.2g} times as long, and it adds {summary['contribution_ratio']:.2g} times as "
+        "much. It adds "
+        f"less in {100 * summary['less']:.0f} % of these heads."
     )
+
+
+def _tile(title: str, name: str, summary: dict[str, Any]) -> Tile:
+    ratio = summary["contribution_ratio"]
+    if ratio is None:
+        return Tile(title, "none attended", "no head prefers visual sinks", link=name)
+    return Tile(title, f"{ratio:.2g} ×", "another visual token, where attended", link=name)
 
 
 def _figures(ratios: list[dict[str, PerHead]], rows: list[dict[str, Any]]) -> list[Figure]:
@@ -184,7 +196,10 @@ def _figures(ratios: list[dict[str, PerHead]], rows: list[dict[str, Any]]) -> li
     layers = np.array([row["layer"] for row in in_order])
     lines = [
         Series(
-            label, layers, np.array([row[f"{key}_ratio"] for row in in_order]), emphasis=key == "contribution"
+            label,
+            layers,
+            np.array([row[f"{key}_ratio"] for row in in_order], dtype=np.float64),
+            emphasis=key == "contribution",
         )
         for key, label in (
             ("contribution", "contribution"),

@@ -29,14 +29,14 @@ class VisionTowerSinks(Analyzer):
     """Patches whose norm in the vision tower is far out, and how many of them are sinks of the language model too.
 
     How it is computed: after each block of the vision tower, patches whose norm exceeds the median over the patches of
-    the prompt's pictures by `mads` median absolute deviations are its sinks (rule="mad"), or those above the widest
-    step in the sorted norms, if it is at least `gap` times and leaves at most a tenth above (rule="gap"). A fixed
-    `tau_vit` replaces both. Class token and registers are no patches: they take no part, and a note says how large they
-    are. A token of the language model is a vision-tower sink if any of the patches merged into it is; `members` says
-    how many are. The main figures are those of the block whose output the language model is given, as far as the
-    config names it, else of the last; a row says in which blocks a token is one. Whether they propagate is a table:
-    tokens that are a sink of the tower, of the language model (any layer), of both, of neither, beside the number that
-    would be both if sinks of the language model fell on the tokens of their picture at random.
+    the prompt's pictures by `mads` median absolute deviations, and `least` times, are its sinks (rule="mad"), or
+    those above the widest step in the sorted norms, if it is at least `gap` times and leaves at most a tenth above
+    (rule="gap"). A fixed `tau_vit` replaces both. Class token and registers are no patches: they take no part, and a
+    note says how large they are. A token of the language model is a vision-tower sink if any of the patches merged
+    into it is; `members` says how many are. The main figures are those of the block whose output the language model is
+    given, as far as the config names it, else of the last; a row says in which blocks a token is one. Whether they
+    propagate is a table: tokens that are a sink of the tower, of the language model (any layer), of both, of neither,
+    beside the number that would be both if sinks of the language model fell on the tokens of their picture at random.
 
     Compared with the paper: its threshold of 100 holds for the CLIP encoder of LLaVA-1.5-7B; norms of other encoders
     are of another size, so the rules here set it by the tower itself, and tau_vit=100 repeats the paper. It reports 3
@@ -50,12 +50,14 @@ class VisionTowerSinks(Analyzer):
 
     Args:
         mads: Median absolute deviations above the median.
+        least: Least norm in units of the median.
         gap: Least step between the norms of sinks and of others.
         tau_vit: Absolute threshold; 0 leaves it to the rule.
     """
 
     rule: Literal["mad", "gap"] = "mad"
     mads: float = 10.0
+    least: float = 2.0
     gap: float = 1.5
     tau_vit: float = 0.0
 
@@ -74,10 +76,10 @@ class VisionTowerSinks(Analyzer):
     def __post_init__(self) -> None:
         if self.rule not in ("mad", "gap"):
             raise UsageError(f"Unknown rule {self.rule!r} of vision-tower-sinks.", detail="It has: mad, gap.")
-        if self.mads <= 0 or self.gap <= 1 or self.tau_vit < 0:
+        if self.mads <= 0 or self.gap <= 1 or self.least < 1 or self.tau_vit < 0:
             raise UsageError(
-                "vision-tower-sinks takes mads above 0, gap above 1 and tau_vit of 0 or more.",
-                detail=f"Got mads={self.mads:g}, gap={self.gap:g}, tau_vit={self.tau_vit:g}.",
+                "vision-tower-sinks takes mads above 0, least of 1 or more, gap above 1 and tau_vit of 0 or more.",
+                detail=f"Got mads={self.mads:g}, least={self.least:g}, gap={self.gap:g}, tau_vit={self.tau_vit:g}.",
             )
 
     def analyze(self, trace: Trace) -> Finding:
@@ -124,7 +126,7 @@ class VisionTowerSinks(Analyzer):
             return f"norm of at least {self.tau_vit:g}"
         if self.rule == "gap":
             return f"norm above a step of at least {self.gap:g} times"
-        return f"norm {self.mads:g} MAD above the median"
+        return f"norm {self.mads:g} MAD above the median and {self.least:g} times as large"
 
     def _tower(self, record: PromptRecord, block: int) -> Tower:
         assert record.spans is not None
@@ -146,7 +148,7 @@ class VisionTowerSinks(Analyzer):
         median = float(np.median(norm))
         # Patches that are all alike have no spread to measure by; a thousandth of the median stands in for it.
         spread = max(float(np.median(abs(norm - median))), 1e-3 * median)
-        return norm > median + self.mads * spread
+        return norm > max(median + self.mads * spread, self.least * median)
 
 
 UNITS = {
@@ -179,6 +181,7 @@ LABELS = {
     "attention_ratio_max": "attention of the text, sinks over others, largest layer",
     "attention_ratio_layer": "in layer",
     "mads": "MADs above the median",
+    "least": "least norm over the median",
     "tau_vit": "absolute threshold, 0 for none",
 }
 

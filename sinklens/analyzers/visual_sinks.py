@@ -32,6 +32,8 @@ from .visual import (
 )
 from .visual_figures import draw
 
+BY_CHANCE = 0.05
+
 
 @registry.register("visual-sinks")
 @dataclass(frozen=True)
@@ -48,8 +50,8 @@ class VisualSinks(Analyzer):
 
     Compared with the paper: recipe="paper" takes φ of at least tau, in every layer; recipe="code" is the official
     program, which takes φ above tau, and from layer 2 on. The paper and the code know the dims of a few base models;
-    their search is ours, and so is the rule for "found": some layer has more visual sinks than three times what as
-    many states of normal random numbers would show, which matters in narrow models only.
+    their search is ours, and so is the rule for "found": the largest φ is one that as many states of normal random
+    numbers would show with a probability below 0.05, which matters in narrow models only.
 
     When not to trust it: φ depends on which dims are taken, so read where they come from, and compare with published
     ones where there are any. A model without massive activations (learned sink logits, gated attention) has no sink
@@ -110,7 +112,7 @@ class VisualSinks(Analyzer):
         rows = [row for item in seen for row in _rows(item)]
         rows.sort(key=lambda row: (-row["phi"], row["prompt"], row["position"]))
         summary = _summary(trace, seen, rule, n_pictures(records))
-        found = bool(rows) and summary["most_per_picture"] > 3 * summary["by_chance_per_picture"]
+        found = bool(rows) and summary["largest_by_chance"] < BY_CHANCE
         return self.finding(
             Status.FOUND if found else Status.NOT_FOUND,
             _verdict(summary, rule, found),
@@ -180,6 +182,7 @@ LABELS = {
     "by_chance_per_picture": "of normal random states",
     "largest_phi": "largest φ of a visual token",
     "largest_phi_layer": "in layer",
+    "largest_by_chance": "as large in normal random states",
     "part_of_visual": "part of the visual tokens",
     "part_of_attention": "part of the attention on the pictures",
     "searched_on": "sink dims searched on",
@@ -247,6 +250,7 @@ def _summary(trace: Trace, seen: list[Pictured], rule: SinkRule, pictures: int) 
         "most_layer": most,
         "most_per_picture": float(counts[most] / pictures),
         "by_chance_per_picture": chance_per_token(cut, len(dims.indices)) * visual / pictures,
+        "largest_by_chance": _by_chance(float(tops.max()), len(dims.indices), visual * len(counts)),
         "part_of_visual": float(counts[most] / visual),
         "part_of_attention": _held(seen, most),
         "text_sinks_per_prompt": float(np.mean([item.text_sinks()[most].sum() for item in seen])),
@@ -254,6 +258,11 @@ def _summary(trace: Trace, seen: list[Pictured], rule: SinkRule, pictures: int) 
         "largest_phi_layer": int(tops.max(0).argmax()),
         "published": _published(trace),
     }
+
+
+def _by_chance(phi: float, dims: int, states: int) -> float:
+    """How many of so many states of normal random numbers would have at least this φ."""
+    return states * chance_per_token(Cut(phi, 1.0), dims) if phi > 0 else float(states)
 
 
 def _held(seen: list[Pictured], layer: int) -> float | None:
@@ -283,11 +292,12 @@ def _verdict(summary: dict[str, Any], rule: SinkRule, found: bool) -> str:
             f"{rule.cut.tau:.3g} in any layer; the largest is {summary['largest_phi']:.3g} (layer "
             f"{summary['largest_phi_layer']}). {where}"
         )
-    counted = f"{summary['most_per_picture']:.3g} per picture in layer {summary['most_layer']}"
     if not found:
         return (
-            f"No visual sink beyond chance: {counted} with φ of at least {rule.cut.tau:.3g}, where normal random "
-            f"states of this width would show {summary['by_chance_per_picture']:.3g}. {where}"
+            f"No visual sink beyond chance: {summary['most_per_picture']:.3g} per picture in layer "
+            f"{summary['most_layer']} have a φ of at least {rule.cut.tau:.3g}, but the largest is "
+            f"{summary['largest_phi']:.3g}, and of as many normal random states of this width "
+            f"{summary['largest_by_chance']:.2g} would have that. {where}"
         )
     held = summary["part_of_attention"]
     attention = "" if held is None else f" and hold {100 * held:.1f} % of the attention on the pictures"

@@ -95,7 +95,7 @@ def prepare(
     refuse_short(options, analyzers, prompts)
     _within_reach(opened, prompts)
     listener.planned(prompts, analyzers)
-    plan = with_sinks(plan_for(options, analyzers), options.sink_dims, opened, prompts, analyzers)
+    plan = with_sinks(plan_for(options, analyzers), options, opened, prompts, analyzers)
     plan = replace(plan, signals=plan.signals - set(backend_of(opened).missing(opened)))
     return Prepared(opened, prompts, analyzers, plan, reopen)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from sinklens.analyzers import Analyzer
 from sinklens.analyzers.visual import parse_dims
+from sinklens.inputs.encode import Bos
 from sinklens.inputs.spec import Prompt, PromptSet
 from sinklens.models.spec import OpenedModel
 from sinklens.tracers.calibrate_dims import search_sink_dims
@@ -14,6 +15,8 @@ from sinklens.tracers.executor import TracePlan
 from sinklens.tracers.signals import INPUT_TYPICAL, PHI
 from sinklens.tracers.signals_visual import OF_PICTURES, OF_TEXT_QUERIES
 from sinklens.tracers.sink_dims import THIRD_PARTY, SinkDims, SinkRule, known
+
+from .options import ProfileOptions
 
 SEARCHED = 8
 """Prompts of text, and as many with pictures, that sink dims are searched on."""
@@ -23,7 +26,7 @@ PUBLISHED, NOTES = "published", THIRD_PARTY.replace(" ", "-")
 
 def with_sinks(
     plan: TracePlan,
-    asked: str | None,
+    options: ProfileOptions,
     opened: OpenedModel,
     prompts: PromptSet,
     analyzers: tuple[Analyzer, ...],
@@ -31,12 +34,13 @@ def with_sinks(
     """The plan with the rule by which tokens are sinks; without what only pictures have if no prompt has any.
 
     Args:
-        asked: None searches for the sink dims on the model, `published` takes bundled ones that a paper stands for,
-            `third-party` also takes others', and `1415,2533` names them.
+        options: `sink_dims` of None searches for the sink dims on the model, `published` takes bundled ones that a
+            paper stands for, `third-party` also takes others', and `1415,2533` names them.
 
     Raises:
         UsageError: Published dims that are not known or not this model's, or dims it does not have.
     """
+    asked = options.sink_dims
     pictured = [prompt for prompt in prompts.prompts if prompt.visual is not None]
     if not pictured:
         return replace(plan, signals=plan.signals - OF_PICTURES - {INPUT_TYPICAL})
@@ -48,7 +52,7 @@ def with_sinks(
     elif asked is not None:
         dims = SinkDims.given(parse_dims(asked), size)
     else:
-        dims = search_sink_dims(opened, [*texts(opened), *pictured[:SEARCHED]], plan)
+        dims = search_sink_dims(opened, [*texts(opened, options.bos), *pictured[:SEARCHED]], plan)
     return replace(plan, sinks=SinkRule(dims, **_threshold(analyzers)))
 
 
@@ -62,14 +66,14 @@ def _threshold(analyzers: tuple[Analyzer, ...]) -> dict[str, Any]:
     return {}
 
 
-def texts(opened: OpenedModel) -> list[Prompt]:
+def texts(opened: OpenedModel, bos: Bos = "auto") -> list[Prompt]:
     """Short prompts of the bundled corpus; none where the model has no words for it."""
     from sinklens.inputs import load_prompts
 
     tokenizer: Any = opened.tokenizer
     if tokenizer is None:
         return []
-    found = load_prompts("corpus:mixed", tokenizer, n=SEARCHED, seq_len=SEARCH_LENGTH).prompts
+    found = load_prompts("corpus:mixed", tokenizer, n=SEARCHED, seq_len=SEARCH_LENGTH, bos=bos).prompts
     unknown = getattr(tokenizer, "unk_token_id", None)
     tokens = [token for prompt in found for token in prompt.token_ids]
     if unknown is not None and tokens.count(unknown) > len(tokens) / 2:

@@ -21,6 +21,8 @@ Part: TypeAlias = Any
 """A module of transformers; which attributes it has is known from its family only."""
 
 GATED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma2")
+DECODERS = ("qwen2_vl_text", "qwen2_5_vl_text", "qwen3_vl_text")
+"""Decoders of vision-language models that are not a family of their own."""
 FAMILIES = (*GATED_FAMILIES, "gpt2")
 
 
@@ -131,7 +133,7 @@ class Layer:
 def check_family(model: PreTrainedModel) -> str:
     """The family of a supported decoder, else ModelError."""
     family = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    if family not in FAMILIES:
+    if family not in (*FAMILIES, *DECODERS):
         raise ModelError(
             f"Planting does not know the family {family!r}.",
             detail=f"It knows: {', '.join(FAMILIES)}.",

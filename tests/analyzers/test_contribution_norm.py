@@ -43,8 +43,11 @@ def test_sinks_that_get_much_and_add_little() -> None:
     assert row["value_ratio"] == pytest.approx(0.02, rel=1e-5)
     assert row["contribution_ratio"] == pytest.approx(0.2, rel=1e-5)
     assert (row["less"], row["visual_sinks"], row["n_prompts"]) == (1.0, 1.5, 2)
-    assert "gets 10 times the attention of another visual token" in finding.verdict
-    assert "it adds 0.2 times as much; it adds less in 100 % of the heads" in finding.verdict
+    assert "in 100 % of the heads of 2 layers with visual sinks" in finding.verdict
+    assert (
+        "in the median 10 times as much; its value is 0.02 times as long, and it adds 0.2 times"
+        in finding.verdict
+    )
 
 
 def test_sinks_that_add_as_much_as_they_get() -> None:
@@ -58,6 +61,19 @@ def test_only_prompts_with_sinks_count_and_the_median_is_over_prompts_and_heads(
     finding = ContributionNorm().analyze(trace)
     assert finding.summary["attention_ratio"] == pytest.approx(6.0, rel=1e-5)
     assert finding.rows[0]["n_prompts"] == 2
+
+
+def test_heads_that_do_not_attend_to_sinks_have_no_say() -> None:
+    item = measured(0, 10.0, 0.02)
+    for name in ("key_class_mass", "contribution"):
+        item.arrays[name][:, 2, 1] /= 100
+    finding = ContributionNorm().analyze(made([item]))
+    assert finding.summary["attending"] == pytest.approx(2 / 3)
+    assert finding.summary["contribution_ratio"] == pytest.approx(0.2, rel=1e-5)
+    nowhere = ContributionNorm().analyze(made([measured(0, 0.5, 0.02)]))
+    assert nowhere.status is Status.NOT_FOUND
+    assert nowhere.summary["contribution_ratio"] is None
+    assert "no more attention than other visual tokens in any head of 2 layers" in nowhere.verdict
 
 
 def test_what_is_drawn() -> None:

@@ -105,6 +105,7 @@ def test_without_sink_dims_the_tower_still_speaks() -> None:
 def test_rules_and_thresholds() -> None:
     norms = np.array([1.0, 1.1, 0.9, 1.2, 1.0, 0.95, 1.05, 1.1, 0.9, 1.0, 1.0, 5.0])
     assert VisionTowerSinks().outliers(norms).nonzero()[0].tolist() == [11]
+    assert not VisionTowerSinks(least=6.0).outliers(norms).any()
     assert above_gap(norms, 1.5).nonzero()[0].tolist() == [11]
     assert not above_gap(np.linspace(1, 2, 30), 1.5).any()
     half = np.r_[np.ones(10), np.full(10, 9.0)]
@@ -113,7 +114,7 @@ def test_rules_and_thresholds() -> None:
     assert VisionTowerSinks(tau_vit=1.1).outliers(norms).sum() == 4
     random = abs(np.random.default_rng(1).normal(20, 2, size=400))
     assert not VisionTowerSinks().outliers(random).any()
-    for wrong in ({"rule": "neither"}, {"mads": 0.0}, {"gap": 1.0}, {"tau_vit": -1.0}):
+    for wrong in ({"rule": "neither"}, {"mads": 0.0}, {"least": 0.5}, {"gap": 1.0}, {"tau_vit": -1.0}):
         with pytest.raises(UsageError):
             VisionTowerSinks(**wrong)  # type: ignore[arg-type]
 

@@ -104,6 +104,7 @@ def test_a_threshold_out_of_reach_is_replaced_and_chance_is_named() -> None:
     assert any("cannot be reached with 64 dims" in note for note in finding.notes)
     assert any("normal random states reach this φ too" in note for note in finding.notes)
     assert finding.summary["by_chance_per_picture"] == pytest.approx(8 * 0.01242, rel=1e-3)
+    assert finding.summary["largest_by_chance"] == pytest.approx(5 * 8 * 2.56e-12, rel=1e-2)
     many = {(layer, 1 + layer): 2.6 for layer in range(5)}
     noise = made([phi_record(0, many)] + [phi_record(i, {}) for i in range(1, 6)], dims)
     finding = VisualSinks().analyze(noise)
