@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from sinklens.analyzers import registry
 from sinklens.core.errors import GateError, UsageError
 from sinklens.core.suggest import did_you_mean
 
@@ -78,6 +79,13 @@ def _lookup(path: str, document: dict[str, Any]) -> Any:
         places = [finding["summary"], finding]
     elif head in ("verdict", "model"):
         places = [document[head]]
+    elif head in registry:
+        raise UsageError(
+            f"--fail-if: {head} took no part in this run.",
+            hint="Name it in --analyzers; analyzers of pictures need prompts with pictures."
+            if registry[head].of_pictures
+            else "Name it in --analyzers.",
+        )
     else:
         raise UsageError(
             f"--fail-if: there is no {head!r}.", detail=did_you_mean(head, known) or f"There are: {known}."
