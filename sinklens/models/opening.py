@@ -189,6 +189,15 @@ def _in_memory(module: nn.Module, tokenizer: Any, processor: Any) -> OpenedModel
     )
 
 
+def described_module(
+    module: nn.Module, tokenizer: Any, name: str, commit: str | None, *, backend: str, handle: Any
+) -> OpenedModel:
+    """A model whose weights are elsewhere: what its structure tells."""
+    anatomy = find_anatomy(module)
+    info = _info(module, anatomy, name, commit, {})
+    return OpenedModel(module, tokenizer, anatomy, info, backend=backend, handle=handle)
+
+
 def _shell(source: Source, config: Any, trust_remote_code: bool) -> nn.Module:
     """The model without weights, or a message why its config cannot be built."""
     try:

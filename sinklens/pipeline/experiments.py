@@ -66,6 +66,17 @@ def run_experiments(setting: Setting, run: Run) -> Run:
     return Run(run.trace, run.analyzers, run.checks) if results or skipped else run
 
 
+def without_experiments(run: Run, why: str) -> Run:
+    """The run, saying why no experiment was made.
+
+    Args:
+        why: A sentence.
+    """
+    run.trace.manifest["experiments"] = {}
+    run.trace.manifest["experiments_skipped"] = {EFFECTS: why, SENSITIVITY: why}
+    return Run(run.trace, run.analyzers, run.checks)
+
+
 def why_not(setting: Setting, run: Run, name: str, wanted: bool | None) -> str | None:
     """Why an experiment is not run, as a sentence; None if it is."""
     if name == SENSITIVITY and has_pictures(setting.prepared.prompts):

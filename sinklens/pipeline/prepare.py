@@ -83,7 +83,7 @@ def prepare(
 
     def reopen(dtype: str) -> OpenedModel:
         if opened.backend != "hf" or isinstance(model, OpenedModel | nn.Module):
-            return copied(backend_of(opened).for_experiments(opened), dtype)
+            return copied(backend_of(opened).for_experiments(opened) or opened, dtype)
         return open_with(model, backend=backend, dtype=dtype, **source)
 
     listener.opened(opened)

@@ -15,7 +15,7 @@ from sinklens.tracers.selfcheck import Check
 from sinklens.tracers.store import RunStore
 from sinklens.tracers.trace import Trace
 
-from .experiments import Setting, run_experiments
+from .experiments import Setting, run_experiments, without_experiments
 from .listener import Listener
 from .options import ProfileOptions
 from .prepare import Prepared, checked_plan, prepare
@@ -76,8 +76,14 @@ class Session:
         note_words(result, self.prepared.opened.tokenizer)
         run = Run(result, self.prepared.analyzers, checks)
         opened = self.prepared.opened
-        prepared = replace(self.prepared, opened=backend_of(opened).for_experiments(opened))
-        run = run_experiments(Setting(prepared, plan, self.options, self.listener), run)
+        changed = backend_of(opened).for_experiments(opened)
+        if changed is None:
+            run = without_experiments(
+                run, "The model runs on other machines, where nothing is taken away from it."
+            )
+        else:
+            prepared = replace(self.prepared, opened=changed)
+            run = run_experiments(Setting(prepared, plan, self.options, self.listener), run)
         run.trace.manifest["time"]["wall_s"] = round(self.clock.seconds, 3)
         return run
 

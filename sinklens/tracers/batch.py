@@ -12,6 +12,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from sinklens.inputs.spec import Prompt
+from sinklens.models.spec import OpenedModel
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,12 @@ def forward_inputs(model: nn.Module, batch: Batch, *, logits: bool = True) -> di
     if not logits and "logits_to_keep" in accepted:
         inputs["logits_to_keep"] = 1
     return inputs
+
+
+def device_of(opened: OpenedModel) -> torch.device:
+    """Where inputs of the model belong; the CPU for a model whose weights are elsewhere."""
+    device = next(opened.module.parameters()).device
+    return torch.device("cpu") if device.type == "meta" else device
 
 
 def first_tensor(output: Any) -> Tensor:

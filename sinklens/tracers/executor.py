@@ -20,7 +20,7 @@ from .announced import announced_on
 from .attention import Edit, Mode
 from .attention import sites as sites
 from .backends import backend_of, modes_restored, open_with
-from .batch import Batch, collate, forward, shortened
+from .batch import Batch, collate, device_of, forward, shortened
 from .experts import ExpertsTap, router_tap
 from .record_experts import ROUTER_SIGNALS
 from .record_vectors import OF_PROJECTION, projection_tap
@@ -183,7 +183,7 @@ def trace(
     result = empty_trace(opened, plan)
     result.records = store.load_records() if store else []
     done = {record.index for record in result.records}
-    device = next(opened.module.parameters()).device
+    device = device_of(opened)
     for group in partition(everything, most=plan.batch_prompts, tokens=plan.batch_tokens):
         if all(prompt.index in done for prompt in group):
             continue

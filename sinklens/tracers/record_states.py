@@ -54,7 +54,7 @@ class StatesRecorder:
 
     def on_down_proj(self, layer: int, output: Tensor) -> None:
         for row, x in self.ledger.rows(output):
-            self._put_largest(row, sig.DOWN_PROJ_TOP, layer, largest_magnitudes(x, self.ledger.limits.ranks))
+            self.put_largest(row, sig.DOWN_PROJ_TOP, layer, largest_magnitudes(x, self.ledger.limits.ranks))
 
     def arrays(self, row: int) -> Arrays:
         """What has no layer axis."""
@@ -73,10 +73,11 @@ class StatesRecorder:
         count = max(self.ledger.limits.ranks if stored else 0, sig.ENTRIES // 2 if traced else 0)
         top = largest_magnitudes(x, count)
         if stored:
-            self._put_largest(row, sig.RESIDUAL_TOP, layer, top)
+            self.put_largest(row, sig.RESIDUAL_TOP, layer, top)
         return top
 
-    def _put_largest(self, row: int, signal: Signal, layer: int, top: Largest) -> None:
+    def put_largest(self, row: int, signal: Signal, layer: int, top: Largest) -> None:
+        """Store the strongest entries of a layer, padded to the ranks that are kept."""
         ranks = self.ledger.limits.ranks
         missing = max(0, ranks - len(top.value))
         pad = torch.nn.functional.pad

@@ -22,7 +22,7 @@ from sinklens.models.verify import verify_anatomy
 
 from .attention import AttentionTap, Mode, Site, ignore, unedited
 from .backends import backend_of
-from .batch import Batch, collate, first_tensor, forward, text_config
+from .batch import Batch, collate, device_of, first_tensor, forward, text_config
 from .executor import Pass, TracePlan, edited_output, sites, trace_batch
 from .fallback import calls_kernel_directly
 from .recorder import Recorder
@@ -103,6 +103,8 @@ def self_check(opened: OpenedModel, prompts: Iterable[Prompt], plan: TracePlan) 
 
     everything = list(prompts)
     chosen = everything[:2]
+    if (hosted := backend_of(opened).self_checks(opened, chosen, plan)) is not None:
+        return hosted
     window = sliding_window(opened.module)
     longest = max(len(prompt) for prompt in chosen)
     device = next(opened.module.parameters()).device
@@ -344,7 +346,7 @@ def _eval_mode(model: nn.Module) -> Check:
 
 def _batch(opened: OpenedModel, prompts: list[Prompt]) -> Batch:
     pad = getattr(opened.tokenizer, "pad_token_id", None) or 0
-    return collate(prompts, pad_id=pad, device=next(opened.module.parameters()).device)
+    return collate(prompts, pad_id=pad, device=device_of(opened))
 
 
 def _cut(prompt: Prompt, length: int) -> Prompt:

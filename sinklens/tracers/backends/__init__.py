@@ -12,11 +12,12 @@ from sinklens.models.spec import OpenedModel
 
 from .base import Backend
 from .hf import Transformers
+from .ndif import Ndif
 from .nnsight import NNsight
 from .transformer_lens import TransformerLens
 
 backends: Registry[Backend] = Registry("backend", "sinklens ls backends")
-for _backend in (Transformers(), TransformerLens(), NNsight()):
+for _backend in (Transformers(), TransformerLens(), NNsight(), Ndif()):
     backends.register(_backend.name)(_backend)
 
 
@@ -42,7 +43,7 @@ def open_with(
     """
     owner = owner_of(model)
     asked = backends[backend] if backend is not None else owner or backends[Transformers.name]
-    if owner is not None and owner.name not in (asked.name, Transformers.name):
+    if owner is not None and owner.name not in (asked.name, Transformers.name) and not asked.takes(model):
         raise UsageError(
             f"This model is held by {owner.title}, so it cannot be run with --backend {asked.name}.",
             hint=f"Leave the backend out, or pass the transformers model inside to {asked.name}.",

@@ -7,7 +7,7 @@ analyzer before a run are all read from the same place.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from sinklens.core.errors import ModelError
+from sinklens.inputs.spec import Prompt
 from sinklens.kernels.spec import AttentionCall, AttentionStatistics, Want
 from sinklens.models.spec import OpenedModel
 
@@ -81,6 +82,10 @@ class Backend(ABC):
             ModelError: The model cannot be used through this library; the message says why.
         """
 
+    def takes(self, model: Any) -> bool:
+        """Whether it opens objects of another backend, too."""
+        return self.owns(model)
+
     def module_of(self, model: Any) -> nn.Module | None:
         """The module inside an object of this library, as its holder sees it."""
         return model if isinstance(model, nn.Module) else None
@@ -130,8 +135,14 @@ class Backend(ABC):
         """The whole pass where the model is not in this process; None where it is."""
         return None
 
-    def for_experiments(self, opened: OpenedModel) -> OpenedModel:
-        """The model that experiments change parts of."""
+    def self_checks(
+        self, opened: OpenedModel, prompts: Sequence[Prompt], plan: TracePlan
+    ) -> list[Check] | None:
+        """All checks, where the model is not in this process; None where it is, and checked like any other."""
+        return None
+
+    def for_experiments(self, opened: OpenedModel) -> OpenedModel | None:
+        """The model that experiments change parts of; None where nothing can be changed."""
         return opened
 
 
