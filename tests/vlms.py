@@ -134,12 +134,33 @@ def _llama() -> dict[str, Any]:
     return {"model_type": "llama", **TEXT}
 
 
-def _llava() -> Any:
+def _llava(strategy: str = "default") -> Any:
     config = _hf().LlavaConfig(
         text_config=_llama(), vision_config=_clip(40, 8), **IMAGE, vision_feature_layer=-2,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=strategy,
     )  # fmt: skip
     return _hf().LlavaForConditionalGeneration(config)
+
+
+def _padded_processor(tokens: Any) -> Any:
+    """As LLaVA was trained: the picture in the middle of a square."""
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    size = {"height": 40, "width": 40}
+    pictures = LlavaImageProcessorPil(do_pad=True, size=size, crop_size=size)
+    return _hf().LlavaProcessor(
+        pictures,
+        tokens,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+
+
+def _with_class_token(tokens: Any) -> Any:
+    made = _llava_processor(tokens)
+    made.vision_feature_select_strategy = "full"
+    return made
 
 
 def _llava_processor(tokens: Any) -> Any:
@@ -328,17 +349,26 @@ VLMS: dict[str, Vlm] = {
 }
 
 
+VARIANTS: dict[str, Vlm] = {
+    "padded to a square": Vlm(_llava, _padded_processor),
+    "class token kept": Vlm(lambda: _llava("full"), _with_class_token),
+}
+"""Settings of the same classes that lay pictures out in another way."""
+EVERY = {**VLMS, **VARIANTS}
+
+
 def build(name: str, seed: int = 0) -> Any:
     """A tiny random model of a class in eval mode; the same seed gives the same weights."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = VLMS[name].make()
+        model = EVERY[name].make()
         redraw(model, torch.Generator().manual_seed(seed))
     return model.eval()
 
 
 def processor(name: str) -> Any:
     """The processor of a class, with a chat template."""
-    made = VLMS[name].process(tokenizer(bos=VLMS[name].bos))
-    made.chat_template = CHAT.replace("MARK", VLMS[name].mark)
+    vlm = EVERY[name]
+    made = vlm.process(tokenizer(bos=vlm.bos))
+    made.chat_template = CHAT.replace("MARK", vlm.mark)
     return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -160,17 +161,18 @@ def _spots(prompt: Prompt) -> Iterator[Spot]:
 def _middle(
     cell: tuple[float, float, float, float], width: int, height: int
 ) -> tuple[int, int, int, int] | None:
-    """Whole pixels in the middle half of a cell; None if there are none or they are not all in the picture."""
+    """The middle half of the whole pixels of a cell; None if it has none, or they are not all in the picture."""
     left, top, right, bottom = cell
-    inset_x, inset_y = (right - left) / 4, (bottom - top) / 4
-    box = (
-        round(left + inset_x),
-        round(top + inset_y),
-        round(right - inset_x),
-        round(bottom - inset_y),
-    )
-    inside = box[0] >= 0 and box[1] >= 0 and box[2] <= width and box[3] <= height
-    return box if inside and box[0] < box[2] and box[1] < box[3] else None
+    x0, x1 = _inner(left, right)
+    y0, y1 = _inner(top, bottom)
+    inside = x0 >= 0 and y0 >= 0 and x1 <= width and y1 <= height
+    return (x0, y0, x1, y1) if inside and x0 < x1 and y0 < y1 else None
+
+
+def _inner(start: float, end: float) -> tuple[int, int]:
+    first, last = math.ceil(start - 1e-6), math.floor(end + 1e-6)
+    inset = max(0, last - first) // 4
+    return first + inset, last - inset
 
 
 def _with(batch: Batch, inputs: Mapping[str, Tensor]) -> Batch:

@@ -60,7 +60,8 @@ def assemble(
         for block in blocks:
             positions = _positions(places[start : start + block.tokens], block)
             kinds[positions.ravel()] = Kind.VISUAL
-            grids.append(PatchGrid(picture, block.view, positions, block.box, block.members))
+            if positions.size:  # of a very long picture nothing may be left of the finer look
+                grids.append(PatchGrid(picture, block.view, positions, block.box, block.members))
             start += block.tokens
     return ModalitySpans(kinds, tuple(pictures), tuple(grids))
 

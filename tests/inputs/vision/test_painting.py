@@ -1,29 +1,33 @@
 """The oracle of the geometry: a spot painted into the original is found again in the token that is said to show it."""
 
+# pyright: reportOptionalMemberAccess=false, reportOptionalSubscript=false, reportOptionalOperand=false
+
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import pytest
 
 from sinklens.inputs.spans import Kind, PatchGrid
 from tests.inputs.vision.painting import Bench, noise
-from tests.vlms import VLMS
+from tests.vlms import EVERY
 
 SIZES = [(30, 50), (70, 33), (41, 41), (23, 120)]
 """Heights and widths: wide, tall, square, very wide."""
 
 
-@pytest.fixture(scope="module", params=list(VLMS))
+@pytest.fixture(scope="module", params=list(EVERY))
 def bench(request):
     return Bench.of(request.param)
 
 
 def spot_for(grid: PatchGrid, row: int, col: int, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
-    """Left, top, width and height of a spot in the middle half of a cell, None if it is not inside the picture."""
+    """Left, top, width and height of a spot of whole pixels of a cell, None if it is not inside the picture."""
     left, top, right, bottom = grid.cell_box(row, col)
-    wide, high = right - left, bottom - top
-    x0, x1 = round(left + wide * 0.25), round(right - wide * 0.25)
-    y0, y1 = round(top + high * 0.25), round(bottom - high * 0.25)
+    inset_x, inset_y = (math.floor(length / 4) for length in (right - left, bottom - top))
+    x0, x1 = math.ceil(left - 1e-6) + inset_x, math.floor(right + 1e-6) - inset_x
+    y0, y1 = math.ceil(top - 1e-6) + inset_y, math.floor(bottom + 1e-6) - inset_y
     if x1 <= x0 or y1 <= y0 or x0 < 0 or y0 < 0 or x1 > size[1] or y1 > size[0]:
         return None
     return x0, y0, x1 - x0, y1 - y0
@@ -44,14 +48,11 @@ def test_a_painted_spot_is_found_in_its_token(bench, size):
     rng = np.random.default_rng(size[0])
     tried = 0
     for grid in prompt.visual.spans.grids:
-        rows, cols = grid.shape
-        for _ in range(3):
-            row, col = int(rng.integers(rows)), int(rng.integers(cols))
-            spot = spot_for(grid, row, col, size)
-            if spot is None:
-                continue
+        cells = [(row, col) for row in range(grid.shape[0]) for col in range(grid.shape[1])]
+        spots = [(cell, spot) for cell in cells if (spot := spot_for(grid, *cell, size)) is not None]
+        for index in rng.permutation(len(spots))[:3]:
+            (row, col), (left, top, wide, high) = spots[index]
             tried += 1
-            left, top, wide, high = spot
             painted = bench.paint(pictures, 0, left, top, wide, high)
             changes = painted.tokens[grid.positions]
             assert np.unravel_index(changes.argmax(), changes.shape) == (row, col)
@@ -60,6 +61,25 @@ def test_a_painted_spot_is_found_in_its_token(bench, size):
             members = grid.members[row, col]
             assert painted.patches[members[members >= 0]].max() == strongest
     assert tried >= 2
+
+
+ODD = [(1, 1), (1, 40), (2, 3), (5, 300), (400, 3), (61, 517), (32, 32)]
+"""One pixel, fewer pixels than patches, extreme proportions, and much larger than the model's input."""
+
+
+@pytest.mark.parametrize("size", ODD, ids=lambda size: f"{size[0]}x{size[1]}")
+def test_odd_pictures_are_laid_out_whole_and_painted_spots_found(bench, size):
+    pictures = [noise(*size)]
+    prompt = bench.load(pictures)
+    spans = prompt.visual.spans
+    laid = np.concatenate([grid.positions.ravel() for grid in spans.grids])
+    np.testing.assert_array_equal(np.sort(laid), np.flatnonzero(spans.visual))
+    for grid in spans.grids:
+        cells = [(row, col) for row in range(grid.shape[0]) for col in range(grid.shape[1])]
+        spots = [(cell, spot) for cell in cells if (spot := spot_for(grid, *cell, size)) is not None]
+        for cell, spot in spots[len(spots) // 2 :][:1]:
+            changes = bench.paint(pictures, 0, *spot).tokens[grid.positions]
+            assert np.unravel_index(changes.argmax(), changes.shape) == cell
 
 
 def test_a_spot_in_the_second_of_three_pictures(bench):
