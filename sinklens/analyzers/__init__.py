@@ -22,6 +22,7 @@ from .fai import Fai
 from .head_classes import HeadClasses
 from .head_roles import HeadRoles
 from .image_centric_heads import ImageCentricHeads
+from .information_horizon import InformationHorizon
 from .massive_activations import MassiveActivations
 from .mean_maps import MeanMaps
 from .normalised_attention import NormalisedAttention
@@ -31,6 +32,8 @@ from .sensitivity import Sensitivity
 from .sink_geometry import SinkGeometry
 from .super_experts import SuperExperts
 from .vision_tower_sinks import VisionTowerSinks
+from .visual_effects import VisualEffects
+from .visual_exit import VisualExitLayer
 from .visual_sinks import VisualSinks
 from .visual_tokens import VisualTokens
 from .waad import Waad
@@ -52,6 +55,7 @@ __all__ = [
     "HeadClasses",
     "HeadRoles",
     "ImageCentricHeads",
+    "InformationHorizon",
     "MassiveActivations",
     "MeanMaps",
     "NormalisedAttention",
@@ -63,6 +67,8 @@ __all__ = [
     "Status",
     "SuperExperts",
     "VisionTowerSinks",
+    "VisualEffects",
+    "VisualExitLayer",
     "VisualSinks",
     "VisualTokens",
     "Waad",

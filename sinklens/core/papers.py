@@ -85,3 +85,12 @@ VISION_SINKS = Reference(
     arxiv="2510.08510",
     venue="International Conference on Learning Representations",
 )
+RANDOM_VISUAL_TOKENS = Reference(
+    key="wang2025all",
+    title="All You Need Are Random Visual Tokens? Demystifying Token Pruning in VLLMs",
+    authors="Yahong Wang and Juncheng Wu and Zhangkai Ni and Longzhen Yang and Yihang Liu and Chengmei Yang "
+    "and Ying Wen and Xianfeng Tang and Hui Liu and Yuyin Zhou and Lianghua He",
+    year=2025,
+    arxiv="2512.07580",
+    code="https://github.com/YahongWang1/Information-Horizon",
+)

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from sinklens.analyzers import PrimarySinks
-from sinklens.core.errors import DataError, ResourceError
+from sinklens.core.errors import DataError, ModelError, ResourceError
 from sinklens.inputs.cutting import cut_prompt
 from sinklens.tracers.executor import TracePlan, trace
 
+from . import visual_experiments as visual
 from .cost import duration
 from .listener import Listener
 from .options import ProfileOptions
@@ -46,6 +48,7 @@ def run_experiments(setting: Setting, run: Run) -> Run:
     for name, wanted, perform in (
         (EFFECTS, setting.options.verify, _effects),
         (SENSITIVITY, setting.options.sensitivity, _sensitivity),
+        *((name, setting.options.verify, partial(visual.perform, name=name)) for name in visual.PROMPTS),
     ):
         if not {analyzer.name for analyzer in run.analyzers} & set(READERS[name]):
             continue
@@ -59,7 +62,7 @@ def run_experiments(setting: Setting, run: Run) -> Run:
         except ResourceError as error:
             # The main pass is done; what it found is not given up for a look that did not fit.
             skipped[name] = f"It was stopped: {error.what}"
-        except DataError as error:
+        except (DataError, ModelError) as error:
             skipped[name] = error.what
     run.trace.manifest["experiments"] = results
     run.trace.manifest["experiments_skipped"] = skipped
@@ -81,6 +84,9 @@ def why_not(setting: Setting, run: Run, name: str, wanted: bool | None) -> str |
     """Why an experiment is not run, as a sentence; None if it is."""
     if name == SENSITIVITY and has_pictures(setting.prepared.prompts):
         return "Its variants (without BOS, random tokens, other lengths) are of texts, and these prompts have pictures."
+    ahead = visual.planned(setting, run, name) if name in visual.PROMPTS else None
+    if ahead is not None and ahead.nothing:
+        return ahead.nothing
     if wanted:
         return None
     if name == SENSITIVITY:
@@ -89,7 +95,10 @@ def why_not(setting: Setting, run: Run, name: str, wanted: bool | None) -> str |
         return "It was switched off with --no-verify."
     prompts = setting.prepared.prompts.prompts
     opened, seed = setting.prepared.opened, setting.options.seed
-    passes, tokens = planned_passes(opened, prompts, run.trace, run.findings, seed=seed)
+    if ahead is not None:
+        passes, tokens = ahead.passes, ahead.tokens
+    else:
+        passes, tokens = planned_passes(opened, prompts, run.trace, run.findings, seed=seed)
     seconds = passes * tokens * measured_pace(setting)
     if seconds > AUTO_SECONDS:
         return f"It was not run, because it would take about {duration(seconds)}; add --verify."

@@ -29,13 +29,20 @@ from .listener import Listener
 from .options import ProfileOptions
 from .picture_prompts import has_pictures, read_pictures, refuse_without_pictures, wants_pictures
 from .sinks import with_sinks
+from .visual_experiments import EXIT, HORIZON, REMOVAL
 
 DEFAULT_PROMPTS, DEFAULT_SEQ_LEN = 32, 512
 RESERVED_POSITIONS = 2
 """RoBERTa and OPT keep the first two entries of their position table for padding."""
 
 EFFECTS, SENSITIVITY = "effects", "sensitivity"
-READERS = {EFFECTS: ("causal-effects", "super-experts"), SENSITIVITY: ("sensitivity",)}
+READERS = {
+    EFFECTS: ("causal-effects", "super-experts"),
+    SENSITIVITY: ("sensitivity",),
+    REMOVAL: ("visual-effects",),
+    EXIT: ("visual-exit",),
+    HORIZON: ("information-horizon",),
+}
 """The analyzers that read the result of an experiment; the first one is added where it was asked for by name."""
 
 

@@ -1,0 +1,117 @@
+"""Experiments on prompts with pictures: found tokens taken out, and up to which layer the answer needs the picture."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sinklens.analyzers.base import Analyzer, Finding
+from sinklens.evaluation.removal import TokenSet, planned_passes, removal_effects
+from sinklens.evaluation.visual_depth import exit_depths, horizon_information, windows
+from sinklens.inputs.spec import Prompt
+from sinklens.tracers import signals as sig
+from sinklens.tracers.trace import Trace
+
+if TYPE_CHECKING:
+    from .experiments import Setting
+    from .run import Run
+
+REMOVAL, EXIT, HORIZON = "visual_effects", "visual_exit", "visual_horizon"
+PROMPTS = {REMOVAL: 32, EXIT: 16, HORIZON: 4}
+"""Prompts with pictures that an experiment looks at, the first ones."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What an experiment would do.
+
+    Attributes:
+        passes, tokens: Forward passes in all, and the tokens of the longest one.
+        nothing: Why there is nothing to do, a sentence; None if there is.
+    """
+
+    passes: int
+    tokens: int
+    nothing: str | None = None
+
+
+def pictured(setting: Setting, name: str) -> list[Prompt]:
+    prompts = [prompt for prompt in setting.prepared.prompts.prompts if prompt.visual is not None]
+    return prompts[: PROMPTS[name]]
+
+
+def token_sets(prompts: Sequence[Prompt], trace: Trace, findings: Mapping[str, Finding]) -> list[TokenSet]:
+    """What the findings name, by prompt: visual sinks, sink and dead tokens; and objects, where pictures have masks."""
+    rows = {name: finding.rows for name, finding in findings.items()}
+    chosen = {
+        "visual-sinks": ("visual sinks", "visual-sinks", rows.get("visual-sinks", ())),
+        "sink-tokens": ("sink tokens", "visual-tokens", _of_class(rows, "sink")),
+        "dead-tokens": ("dead tokens", "visual-tokens", _of_class(rows, "dead")),
+    }
+    known = {prompt.index for prompt in prompts}
+    sets = []
+    for name, (label, source, named) in chosen.items():
+        positions: dict[int, list[int]] = defaultdict(list)
+        for row in named:
+            if row["prompt"] in known and row["position"] not in positions[row["prompt"]]:
+                positions[row["prompt"]].append(row["position"])
+        positions = {prompt: places for prompt, places in positions.items() if places}
+        if positions:
+            sets.append(TokenSet(name, label, positions, source))
+    return [*sets, *_objects(known, trace)]
+
+
+def _of_class(rows: Mapping[str, list[dict[str, Any]]], cls: str) -> list[dict[str, Any]]:
+    return [row for row in rows.get("visual-tokens", ()) if row["cls"] == cls]
+
+
+def _objects(known: set[int], trace: Trace) -> list[TokenSet]:
+    """Cells that show an object by the masks of the pictures: taking them out must hurt."""
+    positions = {}
+    for record in trace:
+        if record.index in known and sig.OBJECT_SHARE.name in record.arrays:
+            shown = np.flatnonzero(np.nan_to_num(record[sig.OBJECT_SHARE]) > 0.5)
+            if len(shown):
+                positions[record.index] = shown.tolist()
+    return [TokenSet("objects", "tokens that show an object", positions, "masks")] if positions else []
+
+
+def planned(setting: Setting, run: Run, name: str) -> Planned:
+    """How much an experiment would have to do."""
+    prompts = pictured(setting, name)
+    longest = max(map(len, prompts), default=0)
+    if not prompts:
+        return Planned(0, 0, "No prompt has pictures.")
+    layers = len(setting.prepared.opened.anatomy.main.blocks)
+    if name == REMOVAL:
+        sets = token_sets(prompts, run.trace, run.findings)
+        if not sets:
+            return Planned(0, longest, "No finding names visual tokens that could be taken out.")
+        return Planned(planned_passes(prompts, sets), longest)
+    if name == EXIT:
+        return Planned(len(prompts) * (layers + 1), longest)
+    reader = _reader(run, "information-horizon")
+    groups = sum(len(windows(p.visual.spans, reader.window)) for p in prompts if p.visual is not None)
+    return Planned((groups + 2 * len(prompts)) * -(-layers // reader.every), longest)
+
+
+def perform(setting: Setting, run: Run, name: str) -> dict[str, Any]:
+    """Run one; plain JSON for the manifest."""
+    opened, prompts = setting.prepared.opened, pictured(setting, name)
+    progress: Callable[[int, int], None] = setting.listener.progress
+    if name == REMOVAL:
+        sets = token_sets(prompts, run.trace, run.findings)
+        return removal_effects(opened, prompts, sets, seed=setting.options.seed, progress=progress)
+    if name == EXIT:
+        return exit_depths(opened, prompts, progress)
+    reader = _reader(run, "information-horizon")
+    return horizon_information(opened, prompts, side=reader.window, every=reader.every, progress=progress)
+
+
+def _reader(run: Run, name: str) -> Any:
+    found: Analyzer = next(analyzer for analyzer in run.analyzers if analyzer.name == name)
+    return found

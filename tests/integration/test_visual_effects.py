@@ -1,0 +1,52 @@
+"""A profile of pictures with its experiments: what was removed, by whom it was named, and what is said of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import sinklens as sl
+
+
+@pytest.fixture(scope="module")
+def run() -> Any:
+    names = ("visual-tokens", "visual-effects", "visual-exit", "information-horizon", "embed-lens")
+    return sl.profile("bundled:vlm-shapes", n=10, analyzers=names, verify=True)
+
+
+def test_found_tokens_are_taken_out_in_the_run(run: Any) -> None:
+    experiments = run.trace.manifest["experiments"]
+    assert {"visual_effects", "visual_exit", "visual_horizon"} <= experiments.keys()
+    named = {item["name"]: item for item in experiments["visual_effects"]["sets"]}
+    tokens = run.findings["visual-tokens"]
+    dead = [row for row in tokens.rows if row["cls"] == "dead"]
+    assert dead
+    assert named["dead-tokens"]["source"] == "visual-tokens"
+    assert set(named["dead-tokens"]["prompts"]) <= {row["prompt"] for row in dead}
+    effects = run.findings["visual-effects"]
+    assert {row["name"] for row in effects.rows} <= set(named)
+    assert run.findings["visual-exit"].summary["layers"] == 4
+    assert run.findings["information-horizon"].summary["n_windows"] == 9
+
+
+def test_words_of_the_vocabulary_are_named(run: Any) -> None:
+    assert run.trace.manifest["words"]
+    for row in run.findings["embed-lens"].rows:
+        assert not row["token"].startswith("<7"), row
+    assert run.findings["visual-tokens"].rows[0]["nearest"] in run.trace.manifest["words"].values()
+
+
+def test_the_run_comes_back_from_its_folder_and_has_a_report(run: Any, tmp_path: Any) -> None:
+    folder = run.save(tmp_path / "run")
+    again = sl.load(folder)
+    assert again.findings["visual-effects"].rows == run.findings["visual-effects"].rows
+    assert again.findings["visual-tokens"].rows == run.findings["visual-tokens"].rows
+    changed = again.analyze("visual-tokens:first_cosine=0.0").findings["visual-tokens"]
+    assert changed.summary["share_sink"] >= run.findings["visual-tokens"].summary["share_sink"]
+    assert (folder / "report.html").stat().st_size > 10_000
+
+
+def test_experiments_can_be_switched_off() -> None:
+    run = sl.profile("bundled:vlm-shapes", n=9, analyzers=("visual-tokens", "visual-effects"), verify=False)
+    assert "--no-verify" in (run.findings["visual-effects"].reason or "")
