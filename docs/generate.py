@@ -1,4 +1,9 @@
-"""Writes docs/analyzers.md and docs/signals.md from the code: `python docs/generate.py`. A test holds them equal."""
+"""Writes docs/analyzers.md, docs/signals.md and the table of docs/backends.md from the code.
+
+    python docs/generate.py
+
+A test holds them equal.
+"""
 
 from __future__ import annotations
 
@@ -56,6 +61,34 @@ def signals_page() -> str:
                 parts.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
         parts.append("")
     return "\n".join(parts)
+
+
+def backends_page() -> str:
+    """The page as it is, with its table written again."""
+    page = (HERE / "backends.md").read_text(encoding="utf-8")
+    before, _, rest = page.partition(_TABLE)
+    head, _, after = rest.partition(_TABLE_END)
+    return f"{before}{_TABLE}{head.partition(chr(10))[0]}\n{_capabilities()}{_TABLE_END}{after}"
+
+
+def _capabilities() -> str:
+    """Signals that the same backends give, together."""
+    from sinklens.pipeline.backends import capability_rows
+    from sinklens.tracers.backends import backends
+
+    names = list(backends)
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for row in capability_rows():
+        key = row["source"], *(row[name] for name in names)
+        groups.setdefault(key, []).append(f"`{row['signal']}`")
+    lines = [
+        f"| Seen | Signals | {' | '.join(f'`{name}`' for name in names)} |",
+        "|---" * (2 + len(names)) + "|",
+    ]
+    for (source, *given), signals in groups.items():
+        cells = [source, ", ".join(signals), *("yes" if can == "yes" else f"no: {can}" for can in given)]
+        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+    return "\n".join([*lines, ""])
 
 
 def _overview(classes: list[Any]) -> str:
@@ -136,6 +169,8 @@ its own sequence; `visual` the visual tokens in order; `reason` why a row of the
 text, visual queries; `trace` as it is, and divided by its sum.
 """
 
+_TABLE, _TABLE_END = "<!-- table", "<!-- end of table -->"
+
 _SOURCES = {
     "attention": "At the attention",
     "residual": "In the residual stream",
@@ -148,6 +183,7 @@ _SOURCES = {
 def main() -> None:
     (HERE / "analyzers.md").write_text(analyzers_page(), encoding="utf-8")
     (HERE / "signals.md").write_text(signals_page(), encoding="utf-8")
+    (HERE / "backends.md").write_text(backends_page(), encoding="utf-8")
 
 
 if __name__ == "__main__":
