@@ -3,10 +3,10 @@
     python -m benchmarks.backends --length 512 --dtype float32 --threads 2 --out benchmarks/results/backends.json
 
 Same reference model, interleaving and measures as `profile.py`: random weights, batch 1, and of each way the smallest
-CPU time (all threads) of the repeats counts. `plain` is the library's own forward pass, `traced` one that records what
-primary sinks, massive activations and Super Experts read, `traced all` what all language analyzers read. `ratio` is to
-the plain pass of transformers with SDPA, `overhead` to the library's own plain pass. A bridge computes attention itself,
-eagerly: that is in its plain pass already. `ndif` is not here: its time is the host's.
+CPU time (all threads) of the repeats counts. `plain` is the library's own forward pass, `traced` one that records
+what primary sinks, massive activations and Super Experts read, `traced all` what all analyzers read. `ratio` is to
+the plain pass of transformers with SDPA, `overhead` to the library's own plain pass. A bridge computes attention
+itself, eagerly: that is in its plain pass already. `ndif` is not here: its time is the host's.
 """
 
 from __future__ import annotations
