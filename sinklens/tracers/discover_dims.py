@@ -135,7 +135,12 @@ def discover(
             True,
         )
     dims = tuple(
-        SinkDim(int(order[i]), float(ranked[i]), float(base[i]), float(min(margins[i], 1e6)))
+        SinkDim(int(order[i]), _short(ranked[i]), _short(base[i]), _short(min(margins[i], 1e6)))
         for i in range(taken)
     )
     return SinkDims(dims, size, "discovered", found_on, "measured")
+
+
+def _short(value: float) -> float:
+    """Six digits: what goes into a manifest shall be the same on another machine."""
+    return float(f"{value:.6g}")

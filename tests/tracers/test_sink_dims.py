@@ -9,6 +9,9 @@ import pytest
 import torch
 
 from sinklens.core.errors import UsageError
+from sinklens.inputs import load_prompts
+from sinklens.models.opening import open_model
+from sinklens.tracers.calibrate_dims import search_sink_dims
 from sinklens.tracers.discover_dims import (
     attending_layers,
     discover,
@@ -121,7 +124,7 @@ def test_dims_that_only_the_reference_token_has_are_found():
     assert found.indices == (17, 99)
     assert found.failed is None
     first, second = found.dims
-    assert first.margin == pytest.approx(11 / 7.5)
+    assert first.margin == pytest.approx(11 / 7.5, rel=1e-5)
     assert (first.strength, first.baseline) == (11.0, pytest.approx(0.6))
     assert second.margin is not None
     assert second.margin > 3
@@ -137,6 +140,17 @@ def test_dims_that_every_token_has_are_not_sink_dims():
     assert not failed
     assert failed.failed is not None
     assert "large for the other tokens too" in failed.failed
+
+
+def test_a_bundled_model_that_grew_a_sink_shows_its_dim() -> None:
+    """The massive dim that its card names; the model was not made for this search."""
+    model = open_model("bundled:dense-ind")
+    prompts = load_prompts(model.default_prompts, model.tokenizer, n=8, seq_len=64).prompts
+    found = search_sink_dims(model, prompts)
+    assert found.indices == (25,)
+    assert (found.source, found.status) == ("8 text prompts", "measured")
+    assert found.dims[0].strength is not None
+    assert found.dims[0].strength > 7, "of at most 8"
 
 
 def test_random_states_have_no_sink_dims():
