@@ -54,6 +54,15 @@ class Tower:
             found[:, position] = self.out[:, places[places >= 0]].any(1)
         return found
 
+    def largest(self) -> Float[np.ndarray, " pos"]:
+        """The largest norm of the patches of each token, after the block that counts; NaN for other tokens."""
+        found = np.full(len(self.record), np.nan)
+        for _, grid, row, col, position in cells(self.spans):
+            assert grid.members is not None
+            places = grid.members[row, col]
+            found[position] = self.norms[self.block, places[places >= 0]].max(initial=-np.inf)
+        return np.where(np.isfinite(found), found, np.nan)
+
 
 def patch_places(spans: ModalitySpans, length: int) -> Int[np.ndarray, " place"]:
     """Places of the vision tower's sequence that are patches of some token: no class token, no registers."""

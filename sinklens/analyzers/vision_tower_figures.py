@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool
 
-from sinklens.core.figures import Figure, Heatmap, Lines, Series
+from sinklens.core.figures import Figure, Lines, Series
+from sinklens.core.pictures import CellClass, PictureMap, PicturePage, Quantity
 
+from .pictures import page
 from .vision_tower import Tower, attention_ratios
 
+TOWER, BOTH, LLM = 0, 1, 2
 
-def draw(seen: list[Tower], rows: list[dict[str, Any]]) -> list[Figure]:
+
+def draw(
+    seen: list[Tower], rows: list[dict[str, Any]], crossed: list[Bool[np.ndarray, " pos"]] | None, rule: str
+) -> list[Figure]:
+    """Everything that is drawn.
+
+    Args:
+        crossed: Which tokens are sinks of the language model, per prompt; None where that is not known.
+        rule: What makes a patch a sink, as in "a patch with a norm of at least 100".
+    """
     layers = np.arange(len(seen[0].norms))
     median = np.mean([np.median(item.norms[:, item.patches], axis=1) for item in seen], axis=0)
     largest = np.mean([item.norms[:, item.patches].max(1) for item in seen], axis=0)
@@ -48,32 +62,55 @@ def draw(seen: list[Tower], rows: list[dict[str, Any]]) -> list[Figure]:
                 "ratio",
             )
         )
-    if rows:
-        figures += _maps(next(item for item in seen if item.record.index == rows[0]["prompt"]))
-    return figures
+    return [patches(seen, crossed, rule), *figures] if rows else figures
 
 
-def _maps(item: Tower) -> list[Heatmap]:
-    """The largest norm of each token's patches, on the grids of one prompt."""
-    maps = []
-    tokens, norm = item.tokens()[item.block], item.norms[item.block]
-    for index, grid in enumerate(item.spans.grids):
-        assert grid.members is not None
-        values = np.where(grid.members >= 0, norm[np.maximum(grid.members, 0)], -np.inf).max(-1)
-        values = np.where(np.isfinite(values), values, np.nan)
-        marked = grid.spread(tokens, fill=0.0) > 0
-        name = item.spans.pictures[grid.picture].name
-        maps.append(
-            Heatmap(
-                f"norm_{item.record.index}_{index}",
-                f"Norm in the vision tower over {name}",
-                f"Largest norm of the patches of each token of prompt {item.record.index} ({grid.view}) after block "
-                f"{item.block}; rings: sinks.",
-                values,
-                "L2 norm",
-                y_label="row",
-                x_label="column",
-                marks=tuple((int(r), int(c)) for r, c in np.argwhere(marked)),
-            )
-        )
-    return maps
+def patches(seen: list[Tower], crossed: list[Bool[np.ndarray, " pos"]] | None, rule: str) -> PictureMap:
+    """Every picture with the norms of its patches and the tokens that hold an outlier; most of them first."""
+    pages = []
+    for index, item in enumerate(seen):
+        llm = np.zeros(len(item.record), dtype=bool) if crossed is None else crossed[index]
+        tower = item.tokens()[item.block]
+        classes = np.where(tower & llm, BOTH, np.where(tower, TOWER, np.where(llm, LLM, -1)))
+        for picture in range(len(item.spans.pictures)):
+            built = page(item.record, picture, [item.largest()], classes)
+            counted = [_number(built, of) for of in (TOWER, BOTH, LLM)]
+            said = _sentence(counted, rule, known=crossed is not None)
+            pages.append((counted[TOWER] + counted[BOTH], replace(built, sentence=said)))
+    pages.sort(key=lambda one: -one[0])
+    block = seen[0].block
+    classes = (
+        CellClass("sink of the vision tower", "ring", rule),
+        CellClass("sink of both", "diamond", "also a visual sink of the language model, in some layer"),
+        CellClass("sink of the language model only", "dot", "a visual sink in some layer"),
+    )
+    return PictureMap(
+        "patches",
+        f"Sinks of the vision tower on their pictures, block {block}",
+        f"Largest norm of the patches of each token after block {block} of the vision tower; pictures with most "
+        "sinks stand first.",
+        tuple(built for _, built in pages),
+        (Quantity("norm", "Norm in the vision tower", "L2 norm", log=True),),
+        classes if crossed is not None else classes[:1],
+    )
+
+
+def _number(built: PicturePage, of: int) -> int:
+    """Cells of a page that are of a class."""
+    return sum(int((np.asarray(grid.classes) == of).sum()) for grid in built.grids)
+
+
+def _sentence(counted: list[int], rule: str, *, known: bool) -> str:
+    tower, both, llm = counted
+    found = tower + both
+    text = f"No token of this picture holds a patch with a {rule}."
+    if found:
+        many = found > 1
+        text = f"{found} token{'s' * many} of this picture hold{'' if many else 's'} a patch with a {rule}."
+    if not known:
+        return text
+    others = f"{llm}{' other' * bool(both)} visual sink{'s' * (llm != 1)} of the language model"
+    shared = (
+        f" {both} of {found} {'is one' if both == 1 else 'are'} of the language model too;" if found else ""
+    )
+    return f"{text}{shared} {'it' if shared else 'The picture'} has {others}."

@@ -109,7 +109,7 @@ class VisionTowerSinks(Analyzer):
             summary=summary,
             units=UNITS,
             labels=LABELS,
-            figures=draw(seen, rows),
+            figures=draw(seen, rows, crossed, self._words()),
             tiles=[
                 Tile(
                     self.title,

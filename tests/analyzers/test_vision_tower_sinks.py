@@ -11,7 +11,7 @@ from sinklens.analyzers import Status, VisionTowerSinks
 from sinklens.analyzers.propagation import Table, by_placement, table
 from sinklens.analyzers.vision_tower import above_gap
 from sinklens.core.errors import UsageError
-from sinklens.core.figures import Heatmap
+from sinklens.core.pictures import PictureMap
 from sinklens.inputs.spans import ModalitySpans
 from sinklens.tracers.sink_dims import SinkDims
 from sinklens.tracers.trace import PromptRecord, Trace
@@ -66,10 +66,16 @@ def test_a_token_is_a_sink_if_any_of_its_patches_is() -> None:
     assert summary["p_value"] == pytest.approx(1 / 8, abs=0.02)
     assert (summary["attention_ratio_max"], summary["attention_ratio_layer"]) == (pytest.approx(8.0), 3)
     assert any("1 place of the tower's sequence become no token" in note for note in finding.notes)
-    heat = finding.figures[-1]
-    assert isinstance(heat, Heatmap)
-    assert heat.marks == ((0, 3),)
-    assert heat.values[0, 3] == 100.0
+    drawn = finding.figures[0]
+    assert isinstance(drawn, PictureMap)
+    (grid,) = drawn.pages[0].grids
+    assert grid.values[0, 0, 3] == 100.0
+    assert grid.classes is not None
+    assert grid.classes.tolist() == [[-1, -1, -1, 1], [-1, -1, -1, -1]]
+    assert drawn.pages[0].sentence.startswith("1 token of this picture holds a patch with a norm 10 MAD")
+    assert drawn.pages[0].sentence.endswith(
+        "1 of 1 is one of the language model too; it has 0 other visual sinks of the language model."
+    )
 
 
 def test_the_block_is_the_one_the_language_model_is_given() -> None:
