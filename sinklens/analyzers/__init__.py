@@ -25,15 +25,19 @@ from .image_centric_heads import ImageCentricHeads
 from .information_horizon import InformationHorizon
 from .massive_activations import MassiveActivations
 from .mean_maps import MeanMaps
+from .modality_dominance import ModalityDominance
 from .normalised_attention import NormalisedAttention
+from .position_bias import PositionBias
 from .primary_sinks import PrimarySinks
 from .secondary_sinks import SecondarySinks
 from .sensitivity import Sensitivity
 from .sink_geometry import SinkGeometry
 from .super_experts import SuperExperts
+from .token_transitions import TokenTransitions
 from .vision_tower_sinks import VisionTowerSinks
 from .visual_effects import VisualEffects
 from .visual_exit import VisualExitLayer
+from .visual_rank import VisualRank
 from .visual_sinks import VisualSinks
 from .visual_tokens import VisualTokens
 from .waad import Waad
@@ -58,7 +62,9 @@ __all__ = [
     "InformationHorizon",
     "MassiveActivations",
     "MeanMaps",
+    "ModalityDominance",
     "NormalisedAttention",
+    "PositionBias",
     "PrimarySinks",
     "Reference",
     "SecondarySinks",
@@ -66,9 +72,11 @@ __all__ = [
     "SinkGeometry",
     "Status",
     "SuperExperts",
+    "TokenTransitions",
     "VisionTowerSinks",
     "VisualEffects",
     "VisualExitLayer",
+    "VisualRank",
     "VisualSinks",
     "VisualTokens",
     "Waad",

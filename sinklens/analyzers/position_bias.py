@@ -1,0 +1,227 @@
+"""Position bias: how attention to visual tokens rises with their place, whatever the picture shows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from sinklens.core.errors import UsageError
+from sinklens.core.figures import Figure, Lines, Series
+from sinklens.core.reference import Reference
+from sinklens.tracers import signals_pictures as pic
+from sinklens.tracers.trace import PromptRecord, Trace
+
+from .base import Analyzer, Finding, Status, registry
+from .pictured import spans_of, text_received, visual_positions, why_none, with_pictures
+
+SETS = {"text": 0, "last": 1}
+MADS = 3.0
+
+
+@registry.register("position-bias")
+@dataclass(frozen=True)
+class PositionBias(Analyzer):
+    """How strongly the text prefers late visual tokens (recency), as the rate of an exponential.
+
+    How it is computed: attention from the text after the picture to each visual token, mean over queries, heads and
+    prompts, in raster order; f(x) = mu exp(sigma x) over x = i / T is fitted by least squares in linear space, begun
+    from the fit of the logarithms. Before that, tokens further than three median deviations from the median are left
+    out: a single sink decides mu and sigma otherwise. Prompts with other numbers of visual tokens are not averaged;
+    the most frequent number is taken. Means by row and by column of the grid stand beside it. It is found in a layer
+    where |sigma| reaches `least` and the fit explains at least half of the variance.
+
+    Compared with the paper: it fits means over calibration pictures of the ranking score of a pruner, and divides by
+    the fit. Which queries is the host pruner's choice: `queries=last` as FastV, else all text. Leaving sinks out before
+    the fit, and both conditions for found, are ours. The published code ships finished weights and no fit.
+
+    When not to trust it: few pictures leave content in the mean; objects that stand low in all pictures look like
+    recency. Models whose picture attends both ways (Gemma3, PaliGemma) and pictures of several tiles have no one order;
+    the fit still is of the order of their tokens.
+
+    Args:
+        queries: `text` or `last`.
+        least: |sigma| that counts as a bias.
+    """
+
+    queries: str = "text"
+    least: float = 0.5
+
+    name = "position-bias"
+    title = "Position bias"
+    place = 76
+    default = False
+    of_pictures = True
+    formula = (
+        '<math display="block"><mi>f</mi><mo>(</mo><mi>x</mi><mo>)</mo><mo>=</mo><mi>μ</mi><msup><mi>e</mi><mrow>'
+        "<mi>σ</mi><mi>x</mi></mrow></msup></math>"
+    )
+    needs = frozenset({pic.QUERIES_RECEIVED, pic.QUERIES_VISIBLE})
+    reference = Reference(
+        key="zhao2025attention",
+        title="Attention Debiasing for Token Pruning in Vision Language Models",
+        authors="Kai Zhao and others",
+        year=2025,
+        arxiv="2508.17807",
+        section="position debiasing",
+        code="https://github.com/intcomp/attention-bias",
+    )
+
+    def __post_init__(self) -> None:
+        if self.queries not in SETS:
+            raise UsageError(f"position-bias: queries must be text or last, got {self.queries!r}.")
+
+    def analyze(self, trace: Trace) -> Finding:
+        reason = why_none(trace, *self.needs)
+        if reason:
+            return self.not_applicable(reason)
+        records = with_pictures(trace, *self.needs)
+        counts = [len(visual_positions(record)) for record in records]
+        size = max(set(counts), key=lambda n: (counts.count(n), n))
+        if size < 4:
+            return self.not_applicable("pictures of fewer than four tokens have no order to speak of.")
+        same = [record for record, n in zip(records, counts, strict=True) if n == size]
+        given = np.array([text_received(r, SETS[self.queries])[:, visual_positions(r)] for r in same])
+        if np.isnan(given).all():
+            return self.not_applicable("no text after a picture sees it.")
+        mean = np.nanmean(given, axis=0)
+        rows = [self._row(layer, values) for layer, values in enumerate(mean) if np.isfinite(values).all()]
+        biased = [row for row in rows if row["biased"]]
+        summary = {
+            "n_prompts": len(same),
+            "left_out": len(records) - len(same),
+            "n_visual": size,
+            "sigma_median": float(np.median([row["sigma"] for row in rows])),
+            "biased_layers": len(biased),
+        }
+        strongest = max(rows, key=lambda row: (row["biased"], abs(row["sigma"])))
+        return self.finding(
+            Status.FOUND if biased else Status.NOT_FOUND,
+            _verdict(summary, strongest, len(rows)),
+            rows=sorted(rows, key=lambda row: (-row["biased"], -abs(row["sigma"]))),
+            summary=summary,
+            units=UNITS,
+            labels=LABELS,
+            figures=_figures(mean, same, strongest),
+            notes=_notes(same, summary),
+        )
+
+    def _row(self, layer: int, values: Float[np.ndarray, " visual"]) -> dict[str, Any]:
+        kept = no_outliers(values)
+        mu, sigma, explained = recency_fit(values, kept)
+        return {
+            "layer": layer,
+            "sigma": sigma,
+            "mu": mu,
+            "explained": explained,
+            "left_out": int((~kept).sum()),
+            "biased": bool(abs(sigma) >= self.least and explained >= 0.5),
+        }
+
+
+def no_outliers(values: Float[np.ndarray, " token"]) -> Bool[np.ndarray, " token"]:
+    """Tokens within three median absolute deviations of the median; all of them where most are equal."""
+    distance = np.abs(values - np.median(values))
+    deviation = np.median(distance)
+    return distance <= MADS * deviation if deviation > 0 else np.ones(len(values), dtype=bool)
+
+
+def recency_fit(
+    values: Float[np.ndarray, " token"], kept: Bool[np.ndarray, " token"] | None = None
+) -> tuple[float, float, float]:
+    """mu, sigma and R^2 of mu exp(sigma i / T), by least squares in linear space from a start in logarithms.
+
+    R^2 is 0 where nothing varies. Fitting the logarithms alone would give tiny values too much weight.
+    """
+    from scipy.optimize import least_squares
+
+    kept = np.ones(len(values), dtype=bool) if kept is None else kept
+    x, y = (np.arange(len(values)) / len(values))[kept], values[kept]
+    scale = float(y.mean())
+    if scale <= 0:
+        return 0.0, 0.0, 0.0
+    y = y / scale
+    positive = y > 0
+    slope, start = np.polyfit(x[positive], np.log(y[positive]), 1) if positive.sum() > 1 else (0.0, 0.0)
+    fit = least_squares(
+        lambda p: p[0] * np.exp(np.clip(p[1] * x, -50, 50)) - y,
+        (np.exp(start), slope),
+        xtol=1e-14,
+        ftol=1e-14,
+        gtol=1e-14,
+    )
+    total = float(((y - y.mean()) ** 2).sum())
+    explained = 1 - float((fit.fun**2).sum()) / total if total > 1e-20 else 0.0
+    return float(fit.x[0] * scale), float(fit.x[1]), explained
+
+
+UNITS = {
+    "sigma": "rate over the whole picture: the last token gets e^sigma times the first",
+    "mu": "share that the fit gives the first token",
+    "explained": "R^2 of the fit",
+    "left_out": "tokens left out as outliers",
+}
+LABELS = {
+    "sigma": "σ",
+    "mu": "μ",
+    "explained": "R²",
+    "n_visual": "visual tokens",
+    "sigma_median": "median σ of the layers",
+    "left_out": "left out",
+}
+
+
+def _verdict(summary: dict[str, Any], row: dict[str, Any], layers: int) -> str:
+    where = f"σ = {row['sigma']:+.2f} in layer {row['layer']} (R² {row['explained']:.2f})"
+    if not summary["biased_layers"]:
+        return f"No layer prefers visual tokens by their place: at most {where}."
+    which = "late" if row["sigma"] > 0 else "early"
+    return f"{summary['biased_layers']} of {layers} layers prefer {which} visual tokens: {where}."
+
+
+def _notes(records: list[PromptRecord], summary: dict[str, Any]) -> list[str]:
+    notes = []
+    if summary["left_out"]:
+        notes.append(f"{summary['left_out']} prompts have another number of visual tokens and are left out.")
+    if any(len(spans_of(record).grids) > 1 for record in records):
+        notes.append("Pictures of several grids: the order is that of their tokens, grid after grid.")
+    if len(records) < 20:
+        notes.append(f"A mean over {len(records)} prompts still holds what their pictures show.")
+    return notes
+
+
+def _figures(
+    mean: Float[np.ndarray, "layer visual"], records: list[PromptRecord], row: dict[str, Any]
+) -> list[Figure]:
+    values = mean[row["layer"]]
+    x = np.arange(len(values))
+    fit = row["mu"] * np.exp(row["sigma"] * x / len(x))
+    figures: list[Figure] = [
+        Lines(
+            "order",
+            f"Attention by place in the picture, layer {row['layer']}",
+            f"Mean over queries, heads and {len(records)} prompts, in the order of the tokens, and the fit.",
+            (Series("measured", x, values, emphasis=True), Series("fit", x, fit)),
+            "visual token",
+            "share",
+        )
+    ]
+    grids = spans_of(records[0]).grids
+    if len(grids) == 1 and (grids[0].positions >= 0).all():
+        laid = values.reshape(grids[0].shape)
+        figures.append(
+            Lines(
+                "margins",
+                f"Attention by row and by column, layer {row['layer']}",
+                f"Means over the rows and over the columns of the grid, {len(records)} prompts.",
+                tuple(
+                    Series(name, np.arange(len(v)), v)
+                    for name, v in (("row", laid.mean(1)), ("column", laid.mean(0)))
+                ),
+                "row or column",
+                "share",
+            )
+        )
+    return figures
