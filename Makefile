@@ -14,7 +14,7 @@ DEV_STAMP := $(VENV)/.ready-dev
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help bench pages reports profile test lint typecheck unit format setup setup-dev clean
+.PHONY: help bench notebooks pages reports profile test lint typecheck unit format setup setup-dev clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:.*## /\t/' | expand -t 14
@@ -69,6 +69,9 @@ $(DEV_STAMP): $(RUN_STAMP)
 bench: $(RUN_STAMP)  ## Cost of tracing against a plain forward pass (some minutes)
 	$(BIN)/python -m benchmarks.profile --lengths 512,1024,2048,4096,8192 --out benchmarks/results/profile.json
 	$(BIN)/python -m benchmarks.profile --lengths 2048,8192 --dtype bfloat16 --out benchmarks/results/profile.json
+
+notebooks: $(RUN_STAMP)  ## Run the notebooks in notebooks/ again and keep their results
+	HF_HUB_OFFLINE=1 $(BIN)/python notebooks/run.py
 
 pages: $(RUN_STAMP)  ## Write docs/analyzers.md and docs/signals.md from the code again
 	$(BIN)/python docs/generate.py
