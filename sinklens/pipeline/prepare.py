@@ -90,7 +90,8 @@ def prepare(
 
     def reopen(dtype: str) -> OpenedModel:
         if opened.backend != "hf" or isinstance(model, OpenedModel | nn.Module):
-            return copied(backend_of(opened).for_experiments(opened) or opened, dtype)
+            changed = backend_of(opened).for_experiments(opened)
+            return copied(opened if isinstance(changed, str) else changed, dtype)
         return open_with(model, backend=backend, dtype=dtype, **source)
 
     listener.opened(opened)

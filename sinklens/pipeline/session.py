@@ -77,10 +77,8 @@ class Session:
         run = Run(result, self.prepared.analyzers, checks)
         opened = self.prepared.opened
         changed = backend_of(opened).for_experiments(opened)
-        if changed is None:
-            run = without_experiments(
-                run, "The model runs on other machines, where nothing is taken away from it."
-            )
+        if isinstance(changed, str):
+            run = without_experiments(run, changed)
         else:
             prepared = replace(self.prepared, opened=changed)
             run = run_experiments(Setting(prepared, plan, self.options, self.listener), run)

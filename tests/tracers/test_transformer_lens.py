@@ -80,6 +80,23 @@ class _Failing:
         return self._valid if self._left > 0 else 1 / 0
 
 
+def test_a_bridge_is_traced_by_itself() -> None:
+    from sinklens.inputs import load_prompts
+
+    prompts, model = load_prompts(PROMPTS, tokenizer()), build("qwen2")
+    ours, theirs = sinklens.trace(bridge("qwen2"), prompts), sinklens.trace(model, prompts)
+    assert differences(theirs.records, ours.records) == []
+
+
+def test_experiments_on_a_bridge_are_those_of_transformers() -> None:
+    settings: dict[str, Any] = {"n": 2, "seq_len": 48, "analyzers": ["primary-sinks"], "verify": True}
+    ours, theirs = (
+        sinklens.profile(backend=name, **settings).causal_effects for name in ("hf", "transformer-lens")
+    )
+    assert ours.rows
+    assert ours.verdict == theirs.verdict
+
+
 def test_a_model_of_the_caller_is_copied_before_it_is_wrapped() -> None:
     model = build("llama")
     state = State(model)
@@ -109,11 +126,13 @@ def test_hooks_of_the_caller_are_part_of_what_is_measured() -> None:
 
     with held.hooks(fwd_hooks=[("blocks.2.attn.hook_pattern", without_first_head)]):
         hooked = recorded(held, "llama")
+        run = sinklens.profile(held, tokenizer=tokenizer(), prompts=PROMPTS, verify=True)
         checks = backend_of(opened := open_with(held)).checks(opened, batch_of("llama"))
     assert (
         hooked[0].arrays["attention_received"][2, 0, 0] < plain[0].arrays["attention_received"][2, 0, 0] / 3
     )
     assert "not compared" in checks[0].detail
+    assert "hooks on 1 of its hook points" in str(run.causal_effects.reason)
     assert differences(plain, recorded(held, "llama")) == []
 
 

@@ -141,8 +141,8 @@ class Backend(ABC):
         """All checks, where the model is not in this process; None where it is, and checked like any other."""
         return None
 
-    def for_experiments(self, opened: OpenedModel) -> OpenedModel | None:
-        """The model that experiments change parts of; None where nothing can be changed."""
+    def for_experiments(self, opened: OpenedModel) -> OpenedModel | str:
+        """The model that experiments change parts of, or a sentence why none can be made."""
         return opened
 
 

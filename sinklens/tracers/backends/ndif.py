@@ -132,8 +132,8 @@ class Ndif(Backend):
     def attention_path(self, opened: OpenedModel, plan: TracePlan) -> str:
         return "the host's own attention; a dense pass over what it was given, in blocks, reduced on the host"
 
-    def for_experiments(self, opened: OpenedModel) -> OpenedModel | None:
-        return None
+    def for_experiments(self, opened: OpenedModel) -> str:
+        return "The model runs on other machines, where nothing is taken away from it."
 
     def self_checks(self, opened: OpenedModel, prompts: Sequence[Prompt], plan: TracePlan) -> list[Check]:
         pad = getattr(opened.tokenizer, "pad_token_id", None) or 0

@@ -134,8 +134,13 @@ class TransformerLens(Backend):
     def checks(self, opened: OpenedModel, batch: Batch) -> list[Check]:
         return [bridge_agrees(opened, batch)]
 
-    def for_experiments(self, opened: OpenedModel) -> OpenedModel:
+    def for_experiments(self, opened: OpenedModel) -> OpenedModel | str:
         """The twin: experiments change parts by their paths, and compare only with themselves."""
+        if hooks := own_hooks(opened.handle.bridge):
+            return (
+                f"The bridge was measured with hooks on {hooks} of its hook points, and experiments run on the "
+                "model without them."
+            )
         return replace(opened, module=opened.plain, backend="hf", handle=None, twin=None)
 
 
