@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from sinklens.inputs.spans import Kind
-from sinklens.inputs.spec import Prompt
+from sinklens.inputs.spans import Kind, ModalitySpans, PatchGrid, Picture
+from sinklens.inputs.spec import Prompt, Visual
 from sinklens.models.spec import OpenedModel
 from sinklens.tracers import signals as sig
 from sinklens.tracers.attention import Mode
@@ -18,6 +18,8 @@ from sinklens.tracers.executor import TracePlan, trace
 from sinklens.tracers.signals_visual import LEAST_ENERGY, MASS_FLOORS, OF_INPUTS, OF_PICTURES, OF_TEXT_QUERIES
 from sinklens.tracers.sink_dims import SinkDims, SinkRule
 from sinklens.tracers.trace import PromptRecord
+from tests.families import BOS, IMAGE, VISION_END, VISION_START
+from tests.kernels.test_memory import Largest
 from tests.pictures import opened_vlm, picture_prompt
 
 FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3")
@@ -196,3 +198,38 @@ def test_without_sink_dims_nothing_is_a_sink() -> None:
     assert (record[sig.KEY_CLASS_COUNT][:, 1] == 0).all()
     assert record[sig.VISUAL_SINK_MASS][..., 1:].sum() == 0
     assert record[sig.INPUT_LARGE].size
+
+
+def four_pictures(side: int, text: int = 40) -> Prompt:
+    """BOS, four pictures of `side` x `side` visual tokens each between marks, and a question."""
+    count = side * side
+    ids, kinds, grids = [BOS], [Kind.SYSTEM], []
+    for picture in range(4):
+        start = len(ids) + 1
+        ids += [VISION_START, *[IMAGE] * count, VISION_END]
+        kinds += [Kind.DELIMITER, *[Kind.VISUAL] * count, Kind.DELIMITER]
+        positions = np.arange(start, start + count).reshape(side, side)
+        grids.append(PatchGrid(picture, "whole", positions, (0.0, 0.0, 8.0 * side, 8.0 * side)))
+    ids, kinds = ids + list(range(5, 5 + text)), kinds + [Kind.QUESTION] * text
+    generator = torch.Generator().manual_seed(0)
+    given = {
+        "pixel_values": torch.randn(16 * count, 96, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 2 * side, 2 * side]] * 4),
+        "mm_token_type_ids": (torch.tensor([ids]) == IMAGE).long(),
+    }
+    pictures = tuple(Picture(f"{i}.png", 8 * side, 8 * side, "00") for i in range(4))
+    spans = ModalitySpans(np.array(kinds), pictures, tuple(grids))
+    return Prompt(0, tuple(ids), ("",) * len(ids), "made", "", Visual(spans, given))
+
+
+def test_six_thousand_visual_tokens_make_no_map() -> None:
+    model, prompt = opened_vlm("qwen2_vl"), four_pictures(39)
+    rule = SinkRule(SinkDims.given(DIMS, model.info.hidden_size), 1.4)
+    with Largest() as largest:
+        record = trace(model, [prompt], TracePlan(signals=EVERYTHING, sinks=rule)).records[0]
+    assert prompt.visual is not None
+    assert prompt.visual.spans.visual.sum() == 6084
+    assert largest.elements < len(prompt) ** 2 / 8, (
+        "one head's map is eight times the largest tensor, or more"
+    )
+    assert sum(array.nbytes for array in record.arrays.values()) < 1500 * len(prompt)
