@@ -10,7 +10,9 @@ import torch
 
 from sinklens.inputs.spans import Kind, ModalitySpans, PatchGrid, Picture
 from sinklens.inputs.spec import Prompt, Visual
-from sinklens.models.spec import OpenedModel
+from sinklens.inputs.vision import load_pictures
+from sinklens.models.anatomy import find_anatomy
+from sinklens.models.spec import ModelInfo, OpenedModel
 from sinklens.tracers import signals as sig
 from sinklens.tracers.attention import Mode
 from sinklens.tracers.batch import collate, forward
@@ -18,11 +20,14 @@ from sinklens.tracers.executor import TracePlan, trace
 from sinklens.tracers.signals_visual import LEAST_ENERGY, MASS_FLOORS, OF_INPUTS, OF_PICTURES, OF_TEXT_QUERIES
 from sinklens.tracers.sink_dims import SinkDims, SinkRule
 from sinklens.tracers.trace import PromptRecord
+from tests import vlms
 from tests.families import BOS, IMAGE, VISION_END, VISION_START
+from tests.inputs.vision.painting import noise
 from tests.kernels.test_memory import Largest
 from tests.pictures import opened_vlm, picture_prompt
 
 FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "gemma3")
+PROCESSED = ("llava_next", "llava_onevision", "internvl", "paligemma")
 DIMS = (3, 17, 40)
 EVERYTHING = frozenset(OF_INPUTS | OF_TEXT_QUERIES)
 
@@ -86,10 +91,33 @@ def traced(model: OpenedModel, prompt: Prompt, tau: float, mode: Mode = Mode.FAI
     return trace(model, [prompt], TracePlan(signals=EVERYTHING, sinks=rule, mode=mode)).records[0]
 
 
+def case(family: str) -> tuple[OpenedModel, Prompt]:
+    """A tiny random model, and a prompt laid out by hand or by the model's own processor."""
+    if family in FAMILIES:
+        return opened_vlm(family), picture_prompt(family, length=17)
+    module = vlms.build(family)
+    anatomy = find_anatomy(module)
+    main = anatomy.main
+    info = ModelInfo(
+        f"test/{family}",
+        None,
+        anatomy.family,
+        len(main.blocks),
+        main.heads,
+        main.kv_heads,
+        main.hidden_size,
+        0,
+        "float32",
+    )
+    pictures = [noise(64, 96, seed=1), noise(40, 40, seed=2)]
+    given = load_pictures([pictures], vlms.processor(family), module.config, question="how many things ?")
+    return OpenedModel(module, None, anatomy, info), given.prompts[0]
+
+
 @pytest.mark.parametrize("mode", list(Mode))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *PROCESSED])
 def test_sinks_ratios_and_selected_rows_are_those_of_the_definition(family: str, mode: Mode) -> None:
-    model, prompt = opened_vlm(family), picture_prompt(family, length=17)
+    model, prompt = case(family)
     tau = 1.4
     dense, record = Dense(model, prompt, tau), traced(model, prompt, tau, mode)
     some = 0
@@ -111,9 +139,9 @@ def test_sinks_ratios_and_selected_rows_are_those_of_the_definition(family: str,
     assert some, "the threshold finds sinks here, so that something is tested"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *PROCESSED])
 def test_masses_and_contributions_are_those_of_the_maps(family: str) -> None:
-    model, prompt = opened_vlm(family), picture_prompt(family, length=17)
+    model, prompt = case(family)
     dense, record = Dense(model, prompt, 1.4), traced(model, prompt, 1.4)
     assert prompt.visual is not None
     delimiter = torch.as_tensor(prompt.visual.spans.is_(Kind.DELIMITER))
