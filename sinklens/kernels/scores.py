@@ -116,12 +116,15 @@ class Scores:
         count, height = keys.stop - first, rows.stop - rows.start
         if count <= 0:
             return
-        # Rows before the first key see nothing, however far before.
-        size, skipped = max(count, height), min(first - place, height)
-        if self._triangle is None or self._triangle.shape[0] < size + skipped:
-            square = (size + skipped, size + skipped)
+        # Rows before the first key see nothing, however far before; keys after the last row nobody sees.
+        skipped, start = min(first - place, height), first - keys.start
+        if count > height:
+            logits[..., start + height :].add_(HIDDEN)
+            count = height
+        if self._triangle is None or self._triangle.shape[0] < height + skipped:
+            square = (height + skipped, height + skipped)
             self._triangle = torch.full(square, HIDDEN, dtype=logits.dtype, device=self.device).triu_(1)
-        logits[..., first - keys.start :].add_(self._triangle[:height, skipped : skipped + count])
+        logits[..., start : start + count].add_(self._triangle[:height, skipped : skipped + count])
 
     def _add_mask(self, logits: Tensor, mask: Tensor) -> None:
         bias = 0.0 if mask.dtype == torch.bool else mask.to(logits.dtype) * self._unit

@@ -13,6 +13,7 @@ from sinklens.core.errors import DataError, ModelError, UsageError
 from ..encode import Bos, bos_token_id
 from ..pieces import piece_reader
 from ..spec import Prompt, Visual
+from .again import Store
 from .assemble import assemble, image_token_id, marks_around
 from .documents import VisualDocument
 from .layouts import lay_out
@@ -45,6 +46,7 @@ class PictureEncoder:
     bos: Bos = "auto"
     chat_template: bool = False
     notes: list[str] = field(default_factory=list)
+    store: Store = field(default_factory=Store)
 
     def __post_init__(self) -> None:
         require_vision(self.config)
@@ -112,7 +114,7 @@ class PictureEncoder:
         masks += [None] * (len(decoded) - len(masks))
         visual = Visual(
             spans,
-            features,
+            self.store.keep(features, lambda: self._painted(document, text, 0, (0, 0, 0, 0))),
             tuple(map(thumbnail, decoded)),
             object_shares(spans, masks),
             document.question,
