@@ -27,6 +27,9 @@ NEEDED = frozenset(
 )
 
 
+_READ = NEEDED - {sig.ATTENTION_RECEIVED}
+
+
 def search_sink_dims(
     opened: OpenedModel, prompts: Sequence[Prompt], plan: TracePlan | None = None, rules: Rules = RULES
 ) -> SinkDims:
@@ -50,6 +53,9 @@ def dims_of(records: Iterable[PromptRecord], hidden_size: int, rules: Rules = RU
     baselines: list[np.ndarray] = []
     text = pictures = 0
     for record in records:
+        if not {signal.name for signal in _READ} <= record.arrays.keys():
+            why = "the attention, or the states that enter the layers, could not be seen."
+            return SinkDims((), hidden_size, "discovered", "no prompts", "measured", why, True)
         text, pictures = text + (record.spans is None), pictures + (record.spans is not None)
         received = record[sig.ATTENTION_RECEIVED_MEAN]
         token = reference_token(received, record[sig.VISIBLE_QUERIES])

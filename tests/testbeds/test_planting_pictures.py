@@ -148,6 +148,41 @@ def check_the_rest(run: Any) -> None:
     assert run.findings["background-share"].status == "not-applicable"
 
 
+def test_sinks_planted_on_the_background_are_found_there() -> None:
+    """Objects fill the left 40 % of every picture by its mask, and every mark is to the right of them."""
+    bed, rng, rows = planted("llava"), np.random.default_rng(11), []
+    for i in range(12):
+        picture = noise(80, 80, seed=400 + i)
+        mask = np.zeros((80, 80), dtype=np.uint8)
+        mask[:, :32] = 255
+        col, row = int(rng.integers(2, 5)), int(rng.integers(5))
+        marked = painted(picture, (16 * col, 16 * row, 16 * col + 16, 16 * row + 16))
+        rows.append({"image": marked, "mask": mask, "question": "how many ?"})
+    run = profile(
+        bed.model, tokenizer=bed.processor.tokenizer, processor=bed.processor, images=rows, bos="on",
+        analyzers=("background-share",), verify=False,
+    )  # fmt: skip
+    finding = run.findings["background-share"]
+    assert finding.status == "found"
+    assert finding.summary["sinks"] == 12
+    assert finding.summary["background"] == 1.0
+    assert finding.summary["base_rate"] == pytest.approx(0.6)
+    assert finding.summary["ci_low"] == pytest.approx(0.4)
+
+
+def test_the_bundled_model_grew_no_visual_sink_and_says_so() -> None:
+    run = profile("bundled:vlm-shapes", n=4, analyzers=ANALYZERS, verify=False)
+    finding = run.findings["visual-sinks"]
+    assert finding.status == "not-found"
+    assert finding.verdict.startswith(
+        "No visual sink in 4 pictures: the model has no sink dims that a token could be large in."
+    )
+    assert "large for the other tokens too" in finding.verdict
+    reasons = {name: found.reason for name, found in run.findings.items() if found.status == "not-applicable"}
+    assert reasons.keys() == {"image-centric-heads", "contribution-norm", "background-share"}
+    assert all(reason is not None and "no sink dims" in reason for reason in reasons.values())
+
+
 def test_random_models_have_no_visual_sink() -> None:
     for family in ("llava", "qwen2_vl", "llava_next"):
         model, made = build(family, seed=3), processor(family)

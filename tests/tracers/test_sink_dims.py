@@ -11,7 +11,7 @@ import torch
 from sinklens.core.errors import UsageError
 from sinklens.inputs import load_prompts
 from sinklens.models.opening import open_model
-from sinklens.tracers.calibrate_dims import search_sink_dims
+from sinklens.tracers.calibrate_dims import dims_of, search_sink_dims
 from sinklens.tracers.discover_dims import (
     attending_layers,
     discover,
@@ -30,6 +30,7 @@ from sinklens.tracers.sink_dims import (
     sinks,
     table,
 )
+from sinklens.tracers.trace import PromptRecord
 
 
 def golden() -> torch.Tensor:
@@ -151,6 +152,13 @@ def test_a_bundled_model_that_grew_a_sink_shows_its_dim() -> None:
     assert (found.source, found.status) == ("8 text prompts", "measured")
     assert found.dims[0].strength is not None
     assert found.dims[0].strength > 7, "of at most 8"
+
+
+def test_what_cannot_be_seen_is_not_searched() -> None:
+    record = PromptRecord(0, np.arange(3), ("a", "b", "c"), "made", "", {})
+    found = dims_of([record], 64)
+    assert not found
+    assert found.failed == "the attention, or the states that enter the layers, could not be seen."
 
 
 def test_random_states_have_no_sink_dims():
