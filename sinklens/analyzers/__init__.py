@@ -10,20 +10,24 @@ from sinklens.core.errors import UsageError
 from sinklens.core.suggest import did_you_mean
 
 from .attention_concentration import AttentionConcentration
+from .attention_divergence import AttentionDivergence
 from .attention_entropy import AttentionEntropy
 from .background_share import BackgroundShare
 from .base import Analyzer, Finding, Reference, Status, registry
 from .bos_alignment import BosAlignment
+from .bos_map import BosMap
 from .causal_effects import CausalEffects
 from .contribution_norm import ContributionNorm
 from .embed_lens import EmbedLens
 from .expert_cascade import ExpertCascade
 from .fai import Fai
+from .gaze_shift import GazeShift
 from .head_classes import HeadClasses
 from .head_roles import HeadRoles
 from .image_centric_heads import ImageCentricHeads
 from .information_horizon import InformationHorizon
 from .massive_activations import MassiveActivations
+from .matrix_entropy import MatrixEntropy
 from .mean_maps import MeanMaps
 from .modality_dominance import ModalityDominance
 from .normalised_attention import NormalisedAttention
@@ -47,20 +51,24 @@ from .writers import Writers
 __all__ = [
     "Analyzer",
     "AttentionConcentration",
+    "AttentionDivergence",
     "AttentionEntropy",
     "BackgroundShare",
     "BosAlignment",
+    "BosMap",
     "CausalEffects",
     "ContributionNorm",
     "EmbedLens",
     "ExpertCascade",
     "Fai",
     "Finding",
+    "GazeShift",
     "HeadClasses",
     "HeadRoles",
     "ImageCentricHeads",
     "InformationHorizon",
     "MassiveActivations",
+    "MatrixEntropy",
     "MeanMaps",
     "ModalityDominance",
     "NormalisedAttention",
