@@ -72,6 +72,10 @@ class MatrixEntropy(Analyzer):
         reason = why_none(trace, *self.needs)
         if reason:
             return self.not_applicable(reason)
+        if trace.info.heads < 3:
+            return self.not_applicable(
+                f"{trace.info.heads} heads have no entropy across heads: centred, their queries are one direction."
+            )
         records = with_pictures(trace, *self.needs)
         index = 1 if self.recipe == "paper" else 0
         each = np.array(
@@ -79,7 +83,7 @@ class MatrixEntropy(Analyzer):
         )
         mean = each.mean(0)
         if not np.isfinite(mean).any():
-            return self.not_applicable("one head has no entropy across heads.")
+            return self.not_applicable("no layer has queries that could be read.")
         layer, fall = collapse(mean)
         rows = [{"layer": i, "entropy": float(value)} for i, value in enumerate(mean) if np.isfinite(value)]
         collapsed = fall >= self.drop

@@ -12,6 +12,7 @@ from sinklens.tracers.trace import Trace
 from .base import Analyzer, Finding, Status, registry
 
 HURTS, FREE, HELPS, OPEN = "needed", "free", "better without", "not told apart"
+LESS = "needed less than others"
 
 
 @registry.register("visual-effects")
@@ -25,8 +26,9 @@ class VisualEffects(Analyzer):
     name. On the tokens of the answer (without one, the text after the picture), given the true ones before them:
     change of the loss, change of the share of right tokens, KL from the unchanged prediction. Controls are averaged
     within a prompt; the difference is taken within a prompt and has a 95 % t interval over prompts. "free" are tokens
-    whose removal changes the loss less than the controls' (the interval lies below 0) or by less than `small` either
-    way; "needed" ones change it more; the interval tells, not the mean.
+    without which the loss changes by less than `small` either way, "needed" ones raise it more than their controls, by
+    `small` at least, "needed less than others" raise it, but less than the controls; the interval decides, not the
+    mean.
 
     Compared with the paper: VAR cuts attention from the text to sinks and to as many random visual tokens and compares
     scores; EmbedLens takes tokens out of the prompt and scores benchmarks. Here they are taken out for all queries, and
@@ -63,7 +65,7 @@ class VisualEffects(Analyzer):
         rows = [self._row(item) for item in effects["sets"] if item["n_prompts"]]
         if not rows:
             return self.not_applicable("no picture has as many other visual tokens as were named.")
-        order = {HURTS: 0, HELPS: 1, OPEN: 2, FREE: 3}
+        order = {HURTS: 0, HELPS: 1, LESS: 2, OPEN: 3, FREE: 4}
         rows.sort(key=lambda row: order[row["verdict"]])
         told = [row for row in rows if row["verdict"] != OPEN]
         return self.finding(
@@ -125,7 +127,7 @@ class VisualEffects(Analyzer):
             return HURTS
         if -self.small <= own["low"] and own["high"] <= self.small:
             return FREE
-        return FREE if difference["high"] < 0 else OPEN
+        return LESS if difference["high"] < 0 else OPEN
 
 
 UNITS = {
@@ -178,6 +180,12 @@ def _sentence(row: dict[str, Any]) -> str:
         )
     if row["verdict"] == FREE:
         return f"The {many} can be taken out: the loss changes by {row['own_loss']:+.3f}, {against}."
+    if row["verdict"] == LESS:
+        return (
+            f"The answers need the {many} less than random tokens: the loss changes by {row['own_loss']:+.3f} "
+            "without them, "
+            f"{against}."
+        )
     if row["verdict"] == HELPS:
         return (
             f"The answers are better without the {many}: the loss falls by {-row['own_loss']:.3f}, {against}."
@@ -229,6 +237,8 @@ def _notes(effects: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
             f"In {item['too_few']} prompts there are fewer other visual tokens than {item['label']}, so they are "
             "left out."
         )
+    if not effects.get("answered"):
+        notes.append("No prompt has an answer: loss and KL are those of the text after the picture.")
     if effects["n_prompts"] < 5:
         notes.append(f"Only {effects['n_prompts']} prompts were looked at; intervals are wide or missing.")
     if any(row["source"] == "masks" for row in rows):

@@ -35,6 +35,11 @@ def answer_positions(prompt: Prompt) -> Int[np.ndarray, " answer"]:
     return found[found > 0]
 
 
+def has_answer(prompt: Prompt) -> bool:
+    """Whether a prompt with pictures goes on to its answer."""
+    return prompt.visual is not None and bool(prompt.visual.spans.is_(Kind.GENERATED).any())
+
+
 @dataclass(frozen=True)
 class Answered:
     """The predictions of an answer's tokens, each given the true ones before it.

@@ -15,7 +15,7 @@ from sinklens.tracers.chosen import Chosen
 from sinklens.tracers.interventions import Intervention
 from sinklens.tracers.visual_interventions import TokensRemoved
 
-from .answers import Answered, Answers
+from .answers import Answered, Answers, has_answer
 from .paired import mean_interval, paired_difference
 
 DRAWS = 4
@@ -68,7 +68,8 @@ def removal_effects(
     within a prompt, and intervals over prompts. They come from the pictures the tokens are from, in equal numbers.
 
     Returns:
-        Plain JSON: `base` (loss and right of the unchanged model), `sets`, `draws`, `seed`, `n_prompts`.
+        Plain JSON: `base` (loss and right of the unchanged model), `sets`, `draws`, `seed`, `n_prompts`, and
+        `answered`, how many prompts have an answer.
     """
     measured = {item.name: _Measured() for item in sets}
     base: dict[str, list[float]] = {"loss": [], "right": []}
@@ -88,6 +89,7 @@ def removal_effects(
         "draws": draws,
         "seed": seed,
         "n_prompts": len(base["loss"]),
+        "answered": sum(has_answer(prompt) for prompt in prompts),
         "interval": "95 % t interval over prompts, paired",
     }
 

@@ -27,4 +27,11 @@ def measured(
 
 def effects(*sets: dict[str, Any], n: int = 6) -> dict[str, Any]:
     base = mean_interval(np.full(n, 0.5)).to_json()
-    return {"base": {"loss": base, "right": base}, "sets": list(sets), "draws": 4, "seed": 0, "n_prompts": n}
+    return {
+        "base": {"loss": base, "right": base},
+        "sets": list(sets),
+        "draws": 4,
+        "seed": 0,
+        "n_prompts": n,
+        "answered": n,
+    }

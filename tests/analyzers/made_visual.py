@@ -36,7 +36,7 @@ def record(index: int = 0, members: np.ndarray | None = None, **arrays: np.ndarr
 def trace(records: list[PromptRecord], layers: int = 8, **manifest: object) -> Trace:
     kinds = {"attention": True, "down_proj": True, "experts": False, "shared_expert": False}
     table = tuple(LayerInfo(i, residual="block output", **kinds) for i in range(layers))
-    info = ModelInfo("example/made", None, "made", layers, 2, 2, DIM, 0, "float32")
+    info = ModelInfo("example/made", None, "made", layers, 4, 4, DIM, 0, "float32")
     return Trace(info, table, records, {}, dict(manifest))
 
 

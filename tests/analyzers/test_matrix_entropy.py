@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -36,6 +38,12 @@ def test_no_collapse() -> None:
     assert flat.summary["collapse_layer"] is None
     rising = MatrixEntropy().analyze(trace([record(0, query_entropy=made([1, 1], [0.1, 0.2]))], 2))
     assert "never falls" in rising.verdict
+
+
+def test_two_heads_have_one_direction() -> None:
+    few = trace([record(0, query_entropy=made([1, 1], [0.1, 0.0]))], 2)
+    few.info = replace(few.info, heads=2)
+    assert "one direction" in (MatrixEntropy().analyze(few).reason or "")
 
 
 def test_reasons() -> None:

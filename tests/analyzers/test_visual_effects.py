@@ -41,11 +41,12 @@ def test_free_better_and_open() -> None:
     ]
     finding = found(*sets)
     assert {row["name"]: row["verdict"] for row in finding.rows} == {
-        "small": "free", "less": "free", "gain": "better without", "wide": "not told apart",
+        "small": "free", "less": "needed less than others", "gain": "better without", "wide": "not told apart",
     }  # fmt: skip
     assert finding.rows[-1]["verdict"] == "free"
     assert "can be taken out" in finding.verdict
     assert "is open" in finding.verdict
+    assert "need the less (2.0 per prompt) less than random tokens" in finding.verdict
 
 
 def test_one_prompt_decides_nothing() -> None:
@@ -53,6 +54,14 @@ def test_one_prompt_decides_nothing() -> None:
     assert finding.status is Status.NOT_FOUND
     assert finding.rows[0]["verdict"] == "not told apart"
     assert any("Only 1 prompts" in note for note in finding.notes)
+
+
+def test_prompts_without_an_answer_are_said_to_be() -> None:
+    given = effects(measured("objects", [2.0, 2.1], [0.0, 0.1]))
+    finding = VisualEffects().analyze(
+        trace([record(0)], experiments={"visual_effects": {**given, "answered": 0}})
+    )
+    assert any("No prompt has an answer" in note for note in finding.notes)
 
 
 def test_reasons() -> None:

@@ -96,6 +96,7 @@ def test_objects_are_needed_and_background_is_not(
     assert abs(second["difference_loss"]["mean"]) < 0.01
     assert second["difference_loss"]["low"] <= 0 <= second["difference_loss"]["high"]
     assert second["removed"] == 3.0
+    assert found["answered"] == 24
     assert seen[-1] == (24, 24)
     assert planned_passes(prompts, sets, 2) == 24 + 2 * 3 * 24
 
