@@ -237,9 +237,9 @@ def test_screens_show_the_picture(browser: Browser, width: int, height: int, tmp
 
 
 def test_print_is_three_pages_at_most_and_has_the_picture(browser: Browser, tmp_path: Path) -> None:
-    html, _ = page(12)
-    printed = browser.pdf(
-        html, Path(os.environ.get("SINKLENS_SCREENSHOTS") or tmp_path) / "pictures.pdf"
-    ).read_bytes()
+    run, stored = factory_pictures.make(12)
+    folder = Path(os.environ.get("SINKLENS_SCREENSHOTS") or tmp_path)
+    printed = browser.pdf(render_report(*run.args, pictures=stored), folder / "pictures.pdf").read_bytes()
+    bare = browser.pdf(render_report(*run.args, pictures={}), tmp_path / "bare.pdf").read_bytes()
     assert len(re.findall(rb"/Type\s*/Page\b", printed)) <= 3
-    assert b"/Subtype /Image" in printed
+    assert printed.count(b"/Subtype /Image") > bare.count(b"/Subtype /Image"), "the picture itself is printed"
