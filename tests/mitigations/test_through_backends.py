@@ -10,6 +10,7 @@ import torch
 import sinklens as sl
 from sinklens.core.errors import DataError, ModelError, UsageError
 from sinklens.mitigations import ACT, ZeroTuning
+from sinklens.tracers.backends import open_with
 from sinklens.tracers.batch import first_tensor, forward
 from tests.families import build, tokenizer
 from tests.tracers.agreement import WRAPPED, State, batch_of
@@ -168,3 +169,24 @@ def test_the_other_librarys_model_is_refused() -> None:
         sl.tl.hooks(METHODS["zero-tuning"], wrapped("llama")).__enter__()
     with pytest.raises(ModelError, match="Expected a model of nnsight"):
         sl.nns.set_entries(bridge("llama"), [(0, 0, 0)])
+
+
+def test_a_recipe_gives_the_same_logits_and_belongs_to_one_model() -> None:
+    recipes = pytest.importorskip("sinklens.mitigations.recipes")
+    family, batch = "llama", batch_of("llama")
+    recipe = recipes.recipe_for(METHODS["zero-tuning"], open_with(build(family)))
+    plain, edited, _ = logits_of(family, recipe)
+    held, model = bridge(family), wrapped(family)
+    with torch.no_grad(), sl.tl.hooks(recipe, held) as applied:
+        ours = held.run_with_hooks(
+            batch.inputs["input_ids"],
+            attention_mask=batch.inputs["attention_mask"],
+            fwd_hooks=applied.fwd_hooks,
+        )
+    with torch.no_grad(), sl.nns.on(recipe, model), model.trace(**batch.inputs):
+        theirs = model.output.logits.save()
+    assert real(edited - plain, family) > 0.1
+    assert real(edited - ours, family) < 1e-5
+    assert real(edited - theirs, family) < 1e-5
+    with pytest.raises(ModelError, match="not for this model"), sl.tl.hooks(recipe, bridge(family, seed=5)):
+        pass
