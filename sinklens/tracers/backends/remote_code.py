@@ -15,97 +15,89 @@ def reduce_attention(args, kwargs, real, names, block):
     Args:
         args, kwargs: What the attention function was given: module, query, key, value and mask, then scaling and so on.
         real: Real tokens, `[batch, pos]`.
-        names: Statistics to return; `RECEIVED` and what counts rows always come along.
+        names: Statistics to return; `received` and what counts rows always come along.
         block: Rows whose weights are in memory at once.
 
     Returns:
         Float tensors by name, and `visible`, `rows`, `key_norm`, `value_norm`.
     """
     given = {**dict(zip(("module", "query", "key", "value", "attention_mask"), args, strict=False)), **kwargs}
-    query, key, value = (given[name] for name in ("query", "key", "value"))
+    query, key = given["query"], given["key"]
     real = real.to(query.device)
-    batch, heads, queries, dim = query.shape
-    keys, group = key.shape[2], heads // key.shape[1]
-    mask, scale = given.get("attention_mask"), given.get("scaling")
-    scale = dim**-0.5 if scale is None else scale
-    causal = given.get("is_causal")
-    causal = getattr(given["module"], "is_causal", True) if causal is None else causal
-    sinks = given.get("s_aux")
-    wide = key.float().repeat_interleave(group, 1)
-    first = real.long().argmax(1)
-    where = torch.arange(keys, device=query.device)
-    out = {
-        name: torch.zeros(batch, heads, keys, device=query.device)
-        for name in ("received", "received_log", "received_tail", "top1")
-    }
-    rows_of = {
-        name: torch.zeros(batch, heads, queries, device=query.device)
-        for name in (
-            "entropy",
-            "entropy_normalised",
-            "distance",
-            "row_max",
-            "diagonal",
-            "learned_sink",
-            "first",
-        )
-    }
-    visible = torch.zeros(batch, 1, keys, dtype=torch.int32, device=query.device)
-    rows = torch.zeros(batch, queries, dtype=torch.bool, device=query.device)
+    batch, queries, keys = query.shape[0], query.shape[2], key.shape[2]
     after = real.long().flip(1).cumsum(1).flip(1)  # real rows from this one on
+    first = real.long().argmax(1)
+    sums, rows, counted = {}, {}, []
+    visible = torch.zeros(batch, 1, keys, dtype=torch.int64, device=query.device)
     for start in range(0, queries, block):
         stop = min(start + block, queries)
-        score = query[:, :, start:stop].float() @ wide.transpose(-1, -2) * scale
-        if given.get("softcap") is not None:
-            score = torch.tanh(score / given["softcap"]) * given["softcap"]
         at = torch.arange(start, stop, device=query.device) + (keys - queries)
-        if mask is None:
-            seen = torch.ones(1, 1, stop - start, keys, dtype=torch.bool, device=query.device)
-            if causal and queries > 1:
-                seen = seen & (where[None, :] <= at[:, None])
-        else:
-            part = mask[:, :, start:stop, :keys] if mask.shape[2] > 1 else mask[..., :keys]
-            seen = part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
-            if part.dtype != torch.bool:
-                score = score + part.float().masked_fill(~seen, 0.0)
-        score = score.masked_fill(~seen, float("-inf"))
-        lse = torch.logsumexp(score, -1, keepdim=True)
-        if sinks is not None:
-            lse = torch.logaddexp(lse, sinks.float().to(lse.device)[None, :, None, None])
-        weight = torch.nan_to_num(torch.exp(score - lse))
+        weight, seen = weights_of(given, at, start, stop)
         counts = real[:, start:stop] & seen.any(-1).any(1).expand(batch, -1)
-        rows[:, start:stop] = counts
+        counted.append(counts)
         weight = weight * counts[:, None, :, None]
-        log = torch.xlogy(weight, weight)
-        visible += (seen.any(1).expand(batch, -1, -1) & counts[..., None]).sum(1, keepdim=True).int()
-        out["received"] += weight.sum(2)
-        out["received_log"] += log.sum(2)
+        visible = visible + (seen.any(1).expand(batch, -1, -1) & counts[..., None]).sum(1, keepdim=True)
         tail = counts & (after[:, start:stop] <= 64)
-        out["received_tail"] += (weight * tail[:, None, :, None]).sum(2)
-        best = torch.nn.functional.one_hot(weight.argmax(-1), keys).float()
-        out["top1"] += (best * counts[:, None, :, None]).sum(2)
-        rows_of["row_max"][:, :, start:stop] = weight.amax(-1)
-        rows_of["entropy"][:, :, start:stop] = -log.sum(-1)
-        number = seen.sum(-1).clamp(min=2).float().log()
-        alone = (seen.sum(-1) > 1).float()
-        rows_of["entropy_normalised"][:, :, start:stop] = -log.sum(-1) / number * alone
-        distance = (at[:, None] - where[None, :]).float()
-        rows_of["distance"][:, :, start:stop] = (weight * distance).sum(-1)
-        rows_of["diagonal"][:, :, start:stop] = weight.gather(
-            -1, at[None, None, :, None].expand(batch, heads, -1, 1)
-        ).squeeze(-1)
-        rows_of["learned_sink"][:, :, start:stop] = (1 - weight.sum(-1)) * counts[:, None]
-        place = first[:, None, None, None].expand(batch, heads, stop - start, 1)
-        rows_of["first"][:, :, start:stop] = weight.gather(-1, place).squeeze(-1)
-    found = {
-        name: value.cpu() for name, value in (out | rows_of).items() if name in names or name == "received"
-    }
-    if sinks is None:
+        best = torch.nn.functional.one_hot(weight.argmax(-1), keys).float() * counts[:, None, :, None]
+        by_key = {
+            "received": weight.sum(2),
+            "received_log": torch.xlogy(weight, weight).sum(2),
+            "received_tail": (weight * tail[:, None, :, None]).sum(2),
+            "top1": best.sum(2),
+        }
+        for name, value in by_key.items():
+            sums[name] = sums.get(name, 0) + value
+        for name, value in row_values(weight, seen, at, first).items():
+            rows.setdefault(name, []).append(value * counts[:, None])
+    found = sums | {name: torch.cat(parts, 2) for name, parts in rows.items()}
+    found = {name: value.cpu() for name, value in found.items() if name in names or name == "received"}
+    if given.get("s_aux") is None:
         found.pop("learned_sink", None)
-    found["visible"], found["rows"] = visible.cpu(), rows.cpu()
-    found["key_norm"] = torch.linalg.vector_norm(key.float(), dim=-1).cpu()
-    found["value_norm"] = torch.linalg.vector_norm(value.float(), dim=-1).cpu()
+    found["visible"], found["rows"] = visible.int().cpu(), torch.cat(counted, 1).cpu()
+    for name in ("key", "value"):
+        found[f"{name}_norm"] = torch.linalg.vector_norm(given[name].float(), dim=-1).cpu()
     return found
+
+
+def weights_of(given, at, start, stop):
+    """Weights `[batch, head, row, key]` of some rows and who sees whom; `at` are the rows' places among the keys."""
+    query, key = given["query"][:, :, start:stop].float(), given["key"].float()
+    scale, mask, causal = given.get("scaling"), given.get("attention_mask"), given.get("is_causal")
+    score = query @ key.repeat_interleave(query.shape[1] // key.shape[1], 1).transpose(-1, -2)
+    score = score * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if given.get("softcap") is not None:
+        score = torch.tanh(score / given["softcap"]) * given["softcap"]
+    if mask is None:
+        causal = getattr(given["module"], "is_causal", True) if causal is None else causal
+        seen = torch.ones(1, 1, stop - start, key.shape[2], dtype=torch.bool, device=query.device)
+        if causal and given["query"].shape[2] > 1:
+            seen = seen & (torch.arange(key.shape[2], device=query.device)[None, :] <= at[:, None])
+    else:
+        part = (mask[:, :, start:stop] if mask.shape[2] > 1 else mask)[..., : key.shape[2]]
+        seen = part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
+        if part.dtype != torch.bool:
+            score = score + part.float().masked_fill(~seen, 0.0)
+    score = score.masked_fill(~seen, float("-inf"))
+    lse = torch.logsumexp(score, -1, keepdim=True)
+    if given.get("s_aux") is not None:
+        lse = torch.logaddexp(lse, given["s_aux"].float().to(lse.device)[None, :, None, None])
+    return torch.nan_to_num(torch.exp(score - lse)), seen
+
+
+def row_values(weight, seen, at, first):
+    """What each row does with its attention, `[batch, head, row]`; `first` is the first real token of each prompt."""
+    keys, shape = torch.arange(weight.shape[-1], device=weight.device), weight.shape[:3]
+    entropy = -torch.xlogy(weight, weight).sum(-1)
+    number = seen.sum(-1)
+    return {
+        "entropy": entropy,
+        "entropy_normalised": entropy / number.clamp(min=2).float().log() * (number > 1),
+        "distance": (weight * (at[:, None] - keys[None, :]).float()).sum(-1),
+        "row_max": weight.amax(-1),
+        "diagonal": weight.gather(-1, at[None, None, :, None].expand(*shape, 1)).squeeze(-1),
+        "learned_sink": 1 - weight.sum(-1),
+        "first": weight.gather(-1, first[:, None, None, None].expand(*shape, 1)).squeeze(-1),
+    }
 
 
 def reduce_state(state, real, ranks):
