@@ -39,11 +39,13 @@ class Shares:
         mass: On each set.
         rest: On all other keys. Computed as a sum of its own where it would drown in rounding.
         learned: On the learned sink logit, 0 without one.
+        logits: Of the keys, where every set is one key and the logits were asked for (nats, as the softmax saw them).
     """
 
     mass: Float[Tensor, "batch head row group"]
     rest: Float[Tensor, "batch head row"]
     learned: Float[Tensor, "batch head row"]
+    logits: Float[Tensor, "batch head row group"] | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,50 @@ def key_sets(groups: Bool[Tensor, "group batch key"] | Bool[Tensor, "group batch
     width = int(member.sum(-1).max()) if member.numel() else 0
     found = member.to(torch.uint8).sort(dim=-1, descending=True, stable=True)
     return KeySets(found.indices[..., :width], found.values[..., :width] > 0)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The columns of some sets in one line, those that are not there squeezed out as far as all lines allow.
+
+    Attributes:
+        index: Key of each column; 0 where there is none.
+        valid: Which are there.
+        member: 1 where a column belongs to a set; None where the line is still the sets side by side.
+    """
+
+    index: Int[Tensor, "batch set_head column"]
+    valid: Bool[Tensor, "batch set_head column"]
+    groups: int
+    member: Float[Tensor, "batch set_head column group"] | None = None
+
+    @classmethod
+    def of(cls, sets: KeySets, kind: torch.dtype) -> Columns:
+        groups, width = sets.columns.shape[2:]
+        index = torch.where(sets.valid, sets.columns, 0).flatten(2)
+        valid = sets.valid.flatten(2)
+        if groups == 1 or width <= 1:
+            return cls(index, valid, groups)
+        most = int(valid.sum(-1).max()) if valid.numel() else 0
+        if 2 * most > groups * width:
+            return cls(index, valid, groups)
+        order = valid.to(torch.uint8).sort(dim=-1, descending=True, stable=True).indices[..., :most]
+        valid = valid.gather(2, order)
+        names = order // width
+        member = torch.nn.functional.one_hot(names, groups).to(kind) * valid[..., None]
+        return cls(index.gather(2, order), valid, groups, member)
+
+    def sums(self, weights: Float[Tensor, "batch head row column"]) -> Float[Tensor, "batch head row group"]:
+        """Sum over the columns of each set."""
+        if self.member is not None:
+            return weights @ self.member
+        return weights.unflatten(-1, (self.groups, -1)).sum(-1)
+
+    def spread(self, factors: Float[Tensor, "#b #h #r group"]) -> Float[Tensor, "#b #h #r column"]:
+        """What belongs to a set, at each of its columns."""
+        if self.member is not None:
+            return factors @ self.member.mT
+        return factors[..., None].expand(*factors.shape, self.index.shape[-1] // self.groups).flatten(3)
 
 
 def own_columns(sets: KeySets, sizes: Sizes, device: torch.device) -> Int[Tensor, " query"]:

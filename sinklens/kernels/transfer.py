@@ -24,7 +24,7 @@ from ..core.errors import UsageError
 from .blocked import attention_fused, attention_sweep
 from .edit_notes import EditNotes
 from .edits import MapEdit, edited, off_keys
-from .key_sets import Factors, KeySets, Rule, Shares, checked_sizes, own_columns
+from .key_sets import Columns, Factors, KeySets, Rule, Shares, checked_sizes, own_columns
 from .shapes import Sizes, four_axes, sizes_of, visible_of
 from .spec import AttentionCall, BlockPlan, Stat, Want
 
@@ -32,6 +32,8 @@ _DEFAULT_PLAN = BlockPlan()
 _LARGEST_GAIN = 2.0
 """Largest `1 / D` by which the rounding of the kernel's own output may be multiplied."""
 _LARGEST_GAIN_DOUBLE = 1000.0
+_WORTH_PICKING = 16
+"""From this many queries on, those that may be edited are picked out if they are half of all or fewer."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def transfer(
     rows: Bool[Tensor, "batch query"] | None = None,
     plan: BlockPlan = _DEFAULT_PLAN,
     remember: bool = False,
+    logits: bool = False,
 ) -> Transferred:
     """Move attention between sets of keys.
 
@@ -94,6 +97,7 @@ def transfer(
         rows: Rows that may be edited (real tokens); None means all. Rows that see nothing never are.
         plan: Size of the blocks.
         remember: Also return the edit itself.
+        logits: The rule reads `Shares.logits`; every set must be one key. Everything is then done in float64.
 
     Raises:
         UsageError: The tensors do not fit together, or a gradient is expected.
@@ -106,7 +110,46 @@ def transfer(
     with torch.no_grad(), torch.autocast(call.query.device.type, enabled=False):
         sizes = checked_sizes(call, output, sets, rows)
         lse = row_lse(call, plan) if lse is None else lse
-        return _Transfer(call, sizes, sets, rule, lse, plan, remember=remember).run(output, rows)
+        few = None if rows is None else _few(rows)
+        if few is None:
+            return _Transfer(call, sizes, sets, rule, lse, plan, remember, logits).run(output, rows)
+        own = own_columns(sets, sizes, few.device)[few] if sets.keep_own else None
+        part = replace(sets, own=own)
+        small = rows_of_call(call, few)
+        sizes = replace(sizes, queries=len(few), offset=sizes.keys - len(few))
+        moving = _Transfer(small, sizes, part, rule, lse[:, :, few], plan, remember, logits)
+        done = moving.run(output[:, few], None if rows is None else rows[:, few])
+        whole = output.clone()
+        whole[:, few] = done.output
+        edit = None if done.edit is None else replace(done.edit, rows=few.expand(sizes.batch, -1), own=None)
+        if edit is not None and sets.keep_own:
+            edit = replace(edit, own=own_columns(sets, sizes_of(call, Want(frozenset())), few.device)[None])
+        return replace(done, output=whole, edit=edit)
+
+
+def _few(rows: Bool[Tensor, "batch query"]) -> Int[Tensor, " row"] | None:
+    """The rows that may be edited in any batch row, if leaving out the others is worth it."""
+    if rows.shape[1] < _WORTH_PICKING:
+        return None
+    found = rows.any(0).nonzero()[:, 0]
+    return found if 0 < 2 * len(found) <= rows.shape[1] else None
+
+
+def rows_of_call(call: AttentionCall, rows: Int[Tensor, " row"]) -> AttentionCall:
+    """The attention of some rows to all keys, who sees whom as a mask."""
+    batch, _, queries, _ = call.query.shape
+    keys, device = call.key.shape[2], call.query.device
+    if call.mask is not None:
+        mask = four_axes(call.mask, queries, keys)[:, :, rows]
+    elif call.causal:
+        mask = (torch.arange(keys, device=device) <= rows[:, None] + (keys - queries))[None, None]
+    else:
+        mask = torch.ones(1, 1, len(rows), keys, dtype=torch.bool, device=device)
+    index = rows.expand(batch, -1)
+    edits = tuple(edit.of_rows(index) for edit in call.edits)
+    query = call.query[:, :, rows]
+    counted = None if call.counted is None else call.counted[:, rows]
+    return replace(call, query=query, mask=mask, causal=False, counted=counted, edits=edits)
 
 
 class _Transfer:
@@ -120,19 +163,20 @@ class _Transfer:
         rule: Rule,
         lse: Tensor,
         plan: BlockPlan,
-        *,
         remember: bool,
+        logits: bool,
     ) -> None:
         self.call, self.sizes, self.rule, self.plan, self.sets = call, sizes, rule, plan, sets
-        self.kind = torch.promote_types(call.query.dtype, torch.float32)
-        self.lse = lse.to(self.kind)
-        self.groups, self.width = sets.columns.shape[2:]
-        self.columns = torch.where(sets.valid, sets.columns, 0).flatten(2)
-        self.valid = sets.valid.flatten(2)
+        self.kind = torch.float64 if logits else torch.promote_types(call.query.dtype, torch.float32)
+        self.lse, self.tells_logits = lse.to(self.kind), logits
+        self.line = Columns.of(sets, self.kind)
+        self.columns, self.valid = self.line.index, self.line.valid
         self.shared = self.columns.shape[1] == 1
         self.key, self.value = (self._gathered(x) for x in (call.key, call.value))
         self.own = own_columns(sets, sizes, call.query.device) if sets.keep_own else None
-        self.notes = EditNotes.of(sets, sizes, self.own, self.kind) if remember and self.width else None
+        self.notes = (
+            EditNotes.of(sets, sizes, self.own, self.kind) if remember and self.columns.shape[-1] else None
+        )
         self.gain = _LARGEST_GAIN_DOUBLE if call.query.dtype == torch.float64 else _LARGEST_GAIN
 
     def run(self, output: Tensor, rows: Tensor | None) -> Transferred:
@@ -152,8 +196,10 @@ class _Transfer:
         return Transferred(result, edited_rows, moved, again, self.notes and self.notes.edit)
 
     def _block(self, output: Float[Tensor, "b h r d"], rows: slice, allowed: Tensor | None) -> Transferred:
-        weights = self._weights(rows)  # b h r group width
+        weights, logits = self._weights(rows)
         shares = self._shares(weights, rows)
+        if self.tells_logits:
+            shares = replace(shares, logits=logits)
         found = self.rule(shares)
         touched = self._touched(found, shares, allowed)
         weak = touched & (found.divisor * self.gain < 1.0)
@@ -178,7 +224,8 @@ class _Transfer:
         few = weak.flatten(0, 1).any(0).nonzero()[:, 0]
         weights, weak = weights[:, :, few], weak[:, :, few]
         rest, mixed = self._rest(few + rows.start)
-        shares = Shares(shares.mass[:, :, few], rest, shares.learned[:, :, few])
+        logits = None if shares.logits is None else shares.logits[:, :, few]
+        shares = Shares(shares.mass[:, :, few], rest, shares.learned[:, :, few], logits)
         found = self.rule(shares)
         edited = weak & found.edited & self._touched(found, shares, None)
         mended = (mixed + self._mixed(weights, found.factors)) / found.divisor[..., None]
@@ -193,16 +240,16 @@ class _Transfer:
         return changes.any(-1) if allowed is None else changes.any(-1) & allowed
 
     def _shares(self, weights: Tensor, rows: slice) -> Shares:
-        mass = weights.sum(-1)
-        learned = torch.zeros_like(mass[..., 0])
+        mass = self.line.sums(weights)
+        learned = torch.zeros_like(weights[..., 0])
         if self.call.learned_sinks is not None:
             sink = self.call.learned_sinks.to(self.kind)[:, None]
             learned = torch.exp(sink - self.lse[:, :, rows]).clamp(max=1.0)
         learned = off_keys(learned, self.call.edits, rows)
         return Shares(mass, (1.0 - learned - mass.sum(-1)).clamp(min=0.0), learned)
 
-    def _weights(self, rows: slice) -> Float[Tensor, "b h r group width"]:
-        """`A` at the columns of the sets, 0 where there is no column or the row does not see it."""
+    def _weights(self, rows: slice) -> tuple[Float[Tensor, "b h r column"], Float[Tensor, "b h r column"]]:
+        """`A` at the columns of the sets, 0 where there is no column or the row does not see it; and the logits."""
         query = self.call.query[:, :, rows].to(self.kind).unflatten(1, (self.sizes.kv_heads, -1))
         logits = (query @ self.key.mT).flatten(1, 2) * self.call.scale
         if self.call.softcap is not None:
@@ -215,7 +262,7 @@ class _Transfer:
         weights = torch.exp(logits - self.lse[:, :, rows, None]).clamp(max=1.0)
         for edit in self.call.edits:
             weights = weights * edit.of_block(rows).at(self.columns)
-        return torch.where(visible, weights, 0.0).unflatten(-1, (self.groups, self.width))
+        return torch.where(visible, weights, 0.0), logits
 
     def _seen(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Which columns are there and visible, and what an additive mask adds to them."""
@@ -234,7 +281,7 @@ class _Transfer:
 
     def _mixed(self, weights: Tensor, factors: Tensor) -> Float[Tensor, "b h r d"]:
         """`sum_g factors_g o_g`."""
-        scaled = (weights * factors[..., None]).flatten(3).unflatten(1, (self.sizes.kv_heads, -1))
+        scaled = (weights * self.line.spread(factors)).unflatten(1, (self.sizes.kv_heads, -1))
         return (scaled @ self.value).flatten(1, 2)
 
     def _gathered(
@@ -260,7 +307,7 @@ class _Transfer:
             seen = visible_of(call.mask).any(-1)  # pyright: ignore[reportArgumentType]
             if self.kind == torch.float64 or call.edits:
                 logits = _logits(call, sizes_of(call, Want(frozenset())), slice(0, len(few)))
-                weights = torch.exp(logits - self.lse[:, :, few, None]).clamp(max=1.0)
+                weights = torch.exp(logits.to(self.kind) - self.lse[:, :, few, None]).clamp(max=1.0)
                 whole = slice(0, len(few)), slice(0, sizes.keys)
                 weights, _ = edited(weights, weights[..., 0], call.edits, *whole)
                 mixed = weights.unflatten(1, (sizes.kv_heads, -1)) @ call.value[:, :, None].to(self.kind)
@@ -281,18 +328,11 @@ class _Transfer:
         key = torch.arange(sizes.keys, device=device)
         if self.own is not None:
             inside = inside & (key != self.own[rows, None])
-        if self.call.mask is not None:
-            mask = four_axes(self.call.mask, sizes.queries, sizes.keys)[:, :, rows]
-        elif self.call.causal:
-            mask = (key <= rows[:, None] + sizes.offset)[None, None]
-        else:
-            mask = torch.ones(1, 1, len(rows), sizes.keys, dtype=torch.bool, device=device)
-        boolean = mask.dtype == torch.bool
-        mask = mask & ~inside if boolean else torch.where(inside, float("-inf"), mask)
-        query = self.call.query[:, :, rows]
-        index = rows.expand(sizes.batch, -1)
-        edits = tuple(edit.of_rows(index) for edit in self.call.edits)
-        return replace(self.call, query=query, mask=mask, learned_sinks=None, counted=None, edits=edits)
+        call = rows_of_call(self.call, rows)
+        mask = call.mask
+        assert mask is not None  # rows of a call always have one
+        mask = mask & ~inside if mask.dtype == torch.bool else torch.where(inside, float("-inf"), mask)
+        return replace(call, mask=mask, learned_sinks=None, counted=None)
 
 
 def _moved(shares: Shares, found: Factors) -> Float[Tensor, "b h r"]:

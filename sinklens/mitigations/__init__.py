@@ -16,10 +16,12 @@ from .knock_out import KnockOut
 from .massive import MassiveActivations
 from .method import Method, registry
 from .scaling import AttentionScaling
+from .var import VAR
 from .zero_tuning import ZeroTuning
 
 __all__ = [
     "ACT",
+    "VAR",
     "AttentionScaling",
     "Edits",
     "Effect",

@@ -115,7 +115,10 @@ class ACT(Mitigation):
                 hint="Read the prompt inside of the `with` block too.",
             )
         sinks: KeySets = seen.memory["sinks"]
-        return seen.sets_of(sinks.columns, sinks.valid) if sinks.columns.shape[-1] else None
+        if not sinks.columns.shape[-1]:
+            seen.nothing("no token but the first receives enough attention to be a sink")
+            return None
+        return seen.sets_of(sinks.columns, sinks.valid)
 
     def sinks(self, seen: Seen) -> Bool[Tensor, "batch head key"]:
         """Sinks of every head by the rule above; the keys are those of the first pass, which are its tokens."""

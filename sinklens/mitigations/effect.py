@@ -71,8 +71,13 @@ class Outcome(ABC):
 
 @dataclass
 class Effect(Outcome):
-    """What a mitigation of attention did; `calls` are attention calls."""
+    """What a mitigation of attention did; `calls` are attention calls.
 
+    Attributes:
+        reasons: Why calls had nothing to edit, and how many.
+    """
+
+    reasons: dict[str, int] = field(default_factory=dict)
     _layers: dict[int, _Sums] = field(default_factory=dict)
 
     def add(self, layer: int, done: Transferred, seen: Tensor | int) -> None:
@@ -123,7 +128,9 @@ class Effect(Outcome):
         if not self.calls:
             return f"{self.name} did not act: the model was not run while it was on."
         if not self.acted:
-            return f"{self.name} did not act: {self.calls} attention calls were seen and no row had anything to edit."
+            found = f"{self.name} did not act: {self.calls} attention calls were seen and no row had anything to edit"
+            why = max(self.reasons, key=lambda reason: self.reasons[reason]) if self.reasons else None
+            return f"{found}." if why is None else f"{found}, because {why}."
         share = self.rows_edited / max(1, self.rows_seen)
         return (
             f"{self.name} edited {self.rows_edited} attention rows ({share:.0%} of those it is meant for) and moved "

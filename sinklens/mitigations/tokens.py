@@ -20,6 +20,7 @@ from sinklens.core.errors import DataError, ModelError
 from sinklens.kernels.shapes import visible_of
 from sinklens.kernels.spec import AttentionCall
 from sinklens.models.spec import Tower
+from sinklens.tracers.batch import Batch, running
 
 
 @dataclass
@@ -30,11 +31,17 @@ class Tokens:
         passes: Forward passes begun.
         past: Tokens that were in the cache when the pass began. 0 starts a new input.
         inputs: Inputs begun; whatever was learned from an earlier one no longer holds.
+        prompt: Tokens of the first pass over the input.
+        ids: Their ids, cached ones included; None where the model was not given them.
+        batch: The prompts of the pass, where it is one of a trace.
     """
 
     passes: int = 0
     past: int = 0
     inputs: int = 0
+    prompt: int = 0
+    ids: Tensor | None = None
+    batch: Batch | None = None
     _mask: Tensor | None = None
     _real: Tensor | None = None
     _known: Tensor | None = None
@@ -71,6 +78,8 @@ class Tokens:
             if outermost and self.past == 0:
                 self.inputs += 1
                 self._known = None
+            if outermost:
+                self._read(given.get("input_ids"))
             mask = given.get("attention_mask")
             if isinstance(mask, dict):
                 mask = mask.get("full_attention", next(iter(mask.values()), None))
@@ -78,6 +87,19 @@ class Tokens:
                 self._mask = mask
 
         return hook
+
+    def _read(self, ids: Any) -> None:
+        """Take in the ids of the pass."""
+        self.batch = running()
+        ids = ids if isinstance(ids, Tensor) and ids.ndim == 2 else None
+        if self.past == 0:
+            self.prompt = 0 if ids is None else ids.shape[1]
+            self.ids = ids
+            return
+        before, self.ids = self.ids, None
+        if ids is None or before is None or len(ids) != len(before) or before.shape[1] < self.past:
+            return
+        self.ids = torch.cat([before[:, : self.past], ids], 1)
 
     def real(self, call: AttentionCall) -> Bool[Tensor, "batch token"]:
         """Which tokens, cached ones included, are not padding.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from sinklens.inputs.spec import Prompt
 from sinklens.models.spec import OpenedModel
+
+_running: ContextVar[Batch | None] = ContextVar("running batch", default=None)
 
 
 @dataclass(frozen=True)
@@ -89,8 +92,12 @@ def forward(model: nn.Module, batch: Batch, *, logits: bool = True) -> Any:
         logits: With False, heads that can are asked for the last position only; no signal needs logits, and a
             large vocabulary makes them the largest tensor of the pass.
     """
-    with torch.no_grad():
-        return model(**forward_inputs(model, batch, logits=logits))
+    token = _running.set(batch)
+    try:
+        with torch.no_grad():
+            return model(**forward_inputs(model, batch, logits=logits))
+    finally:
+        _running.reset(token)
 
 
 def forward_inputs(model: nn.Module, batch: Batch, *, logits: bool = True) -> dict[str, Any]:
@@ -109,6 +116,11 @@ def device_of(opened: OpenedModel) -> torch.device:
     """Where inputs of the model belong; the CPU for a model whose weights are elsewhere."""
     device = next(opened.module.parameters()).device
     return torch.device("cpu") if device.type == "meta" else device
+
+
+def running() -> Batch | None:
+    """The batch of the forward pass that is under way, if it is one of this project's own."""
+    return _running.get()
 
 
 def first_tensor(output: Any) -> Tensor:
