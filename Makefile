@@ -77,7 +77,7 @@ pages: $(RUN_STAMP)  ## Write docs/analyzers.md and docs/signals.md from the cod
 	$(BIN)/python docs/generate.py
 
 reports: $(RUN_STAMP)  ## Make the example reports in reports/ again
-	for name in dense-ind moe-ind; do \
+	for name in dense-ind moe-ind vlm-shapes; do \
 	  HF_HUB_OFFLINE=1 $(BIN)/sinklens profile -q --verify --sensitivity -m bundled:$$name --out runs/example-$$name --force && \
 	  cp runs/example-$$name/report.html reports/$$name.html || exit 1; \
 	done

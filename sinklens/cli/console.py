@@ -63,7 +63,8 @@ class ConsoleListener:
     def stage(self, name: str) -> None:
         self.close()
         self._stage = STAGES.get(name, name)
-        self.line(*self._stage.split(" ", 1))
+        first, _, rest = self._stage.partition(" ")
+        self.line(first, rest)
 
     def progress(self, done: int, total: int) -> None:
         if self.quiet or not sys.stderr.isatty():
