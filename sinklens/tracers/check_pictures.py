@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
+from itertools import islice, zip_longest
 from typing import Any
 
 import numpy as np
@@ -144,18 +145,18 @@ def _spots(prompt: Prompt) -> Iterator[Spot]:
     assert prompt.visual is not None
     spans = prompt.visual.spans
     rng = np.random.default_rng(0)
-    seen = 0
-    for grid in [spans.grids[i] for i in rng.permutation(len(spans.grids))]:
-        picture, (rows, cols) = spans.pictures[grid.picture], grid.shape
-        for place in rng.permutation(rows * cols):
-            row, col = divmod(int(place), cols)
-            box = _middle(grid.cell_box(row, col), picture.width, picture.height)
-            if box is not None and grid.positions[row, col] >= 0:
-                yield grid, row, col, box
-                seen += 1
-                break
-        if seen == SPOTS:
-            return
+    queues = [_of_grid(prompt, spans.grids[i], rng) for i in rng.permutation(len(spans.grids))]
+    return islice((spot for spots in zip_longest(*queues) for spot in spots if spot is not None), SPOTS)
+
+
+def _of_grid(prompt: Prompt, grid: PatchGrid, rng: np.random.Generator) -> Iterator[Spot]:
+    assert prompt.visual is not None
+    picture, (rows, cols) = prompt.visual.spans.pictures[grid.picture], grid.shape
+    for place in rng.permutation(rows * cols):
+        row, col = divmod(int(place), cols)
+        box = _middle(grid.cell_box(row, col), picture.width, picture.height)
+        if box is not None and grid.positions[row, col] >= 0:
+            yield grid, row, col, box
 
 
 def _middle(
