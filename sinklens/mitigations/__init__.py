@@ -13,6 +13,7 @@ from .edits import Edits
 from .effect import Effect, NothingEdited, Outcome
 from .expert_pruning import ExpertPruning
 from .knock_out import KnockOut
+from .learned_sink import LearnedSink
 from .massive import MassiveActivations
 from .method import Method, registry
 from .scaling import AttentionScaling
@@ -27,6 +28,7 @@ __all__ = [
     "Effect",
     "ExpertPruning",
     "KnockOut",
+    "LearnedSink",
     "MassiveActivations",
     "Method",
     "Mitigation",
