@@ -16,13 +16,13 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 
-from sinklens.mitigations import ACT, AttentionScaling, KnockOut, NothingEdited, ZeroTuning
+from sinklens.mitigations import ACT, AttentionScaling, KnockOut, LearnedSink, NothingEdited, ZeroTuning
 
 from .attention import reference_model
 
@@ -38,9 +38,18 @@ def variants(model: Any) -> dict[str, Callable[[], AbstractContextManager[Any]]]
         "act, all heads": ACT(),
         "knock-out": KnockOut(),
         "scaling, 16 tokens": AttentionScaling(factor=0.5, positions=range(16)),
+        "learned sink": LearnedSink(),
     }.items():
         ways[name] = lambda mitigation=mitigation: mitigation(model)
+    ways["zero-tuning, then act"] = lambda: two(model)
     return ways
+
+
+@contextmanager
+def two(model: Any) -> Iterator[Any]:
+    """Two mitigations on top of each other; the effect is the second one's."""
+    with ZeroTuning(gamma=2.0)(model), ACT()(model) as effect:
+        yield effect
 
 
 def measure(model: Any, length: int, repeats: int, steps: int) -> list[Row]:
