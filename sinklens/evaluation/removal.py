@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,7 +120,7 @@ def _measure(
         into.control[name].append(float(np.mean([values[name] for values in each])))
 
 
-def _without(prompt: Prompt, places: Sequence[int]) -> Intervention:
+def _without(prompt: Prompt, places: Iterable[int]) -> Intervention:
     return TokensRemoved(Chosen.at({prompt.index: places}))
 
 
