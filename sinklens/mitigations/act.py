@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Bool
@@ -18,6 +18,9 @@ from sinklens.kernels.key_sets import Factors, KeySets, Shares, key_sets
 from sinklens.kernels.spec import Stat, Want
 
 from .base import Mitigation, Seen, registry
+
+if TYPE_CHECKING:
+    from .calibration import Search
 
 CODE_THRESHOLD = 0.1
 """What the authors' scripts compare with, at every length."""
@@ -38,7 +41,8 @@ class ACT(Mitigation):
 
     Compared with the paper: detection, beta and redistribution are those of Yu et al., whose first two layers and
     last layer are left out unless layers or heads are given. They keep the heads that a calibration on about
-    a thousand samples did not find harmful; this class edits the heads it is given, by default all. Under sliding
+    a thousand samples did not find harmful; this class edits the heads it is given, by default all;
+    `ActSearch` chooses them so. Under sliding
     windows the mean is over the queries that see the key, where the paper has T - t. `recipe="code"` is what the
     authors' program does: a fixed threshold of 0.1, and instead of the first token the first one found is spared, so
     that a head whose first token stays below 0.1 keeps its first true sink. The program treats only the first
@@ -96,6 +100,11 @@ class ACT(Mitigation):
                 raise UsageError(f"{self.name}: {key} must be a number above 0, got {value}.")
         if self.recipe not in ("paper", "code"):
             raise UsageError(f"{self.name}: recipe must be 'paper' or 'code', got {self.recipe!r}.")
+
+    def search(self, **settings: Any) -> Search:
+        from .act_search import ActSearch
+
+        return ActSearch(**settings)
 
     @property
     def identity(self) -> bool:

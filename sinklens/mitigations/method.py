@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
@@ -14,6 +16,9 @@ from sinklens.core.registry import Registry
 from sinklens.models.spec import OpenedModel
 
 from .effect import Outcome
+
+if TYPE_CHECKING:
+    from .calibration import Search
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +33,15 @@ class Method(ABC):
     title: ClassVar[str]
     formula: ClassVar[str]
     reference: ClassVar[Reference]
+
+    grid: ClassVar[Mapping[str, Sequence[Any]]] = MappingProxyType({})
+    """Values that a calibration tries, of methods that have no search of their own."""
+
+    def search(self, **settings: Any) -> Search | None:
+        """How a calibration chooses parameters; None if there is nothing to choose."""
+        from .calibration import GridSearch
+
+        return GridSearch(self.grid, **settings) if self.grid else None
 
     @property
     def identity(self) -> bool:

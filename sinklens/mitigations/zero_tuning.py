@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,6 +18,9 @@ from sinklens.models.spec import Tower
 
 from .base import Mitigation, Seen, check_head, registry
 from .scaling import scaled, sees_more_than
+
+if TYPE_CHECKING:
+    from .calibration import Search
 
 PerHead = Mapping[tuple[int, int], float] | Collection[tuple[int, int, float]]
 
@@ -34,8 +37,9 @@ class ZeroTuning(Mitigation):
     key head. Prompt and generated tokens are edited alike.
 
     Compared with the paper: Han et al. choose heads and gamma on validation data (heads that gain from more, or from
-    less, attention to the first token; the best 40 % of the stronger kind). This class applies a choice and makes
-    none. For kernels without a map the paper scales the first key or the queries; that is not equal to the formula
+    less, attention to the first token; the best 40 % of the stronger kind). This class applies a choice, which
+    `ZeroTuningSearch` makes. For kernels without a map the paper scales the first key or the queries; that is not equal
+    to the formula
     (a negative logit would grow more negative, a whole key head would change), so it is not offered. Where a model
     has a learned sink logit, it takes part in D. `recipe="code"` scales column 0 of the padded batch as the
     authors' program does: under left padding that is a column nobody sees, and nothing happens. The program
@@ -91,6 +95,11 @@ class ZeroTuning(Mitigation):
                 )
         if self.recipe not in ("paper", "code"):
             raise UsageError(f"{self.name}: recipe must be 'paper' or 'code', got {self.recipe!r}.")
+
+    def search(self, **settings: Any) -> Search:
+        from .zero_tuning_search import ZeroTuningSearch
+
+        return ZeroTuningSearch(**settings)
 
     @property
     def _table(self) -> tuple[tuple[int, int, float], ...]:
