@@ -16,12 +16,14 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from sinklens import analyzers as analyzers
     from sinklens import mitigations as mitigations
+    from sinklens.mitigations.recipes import load_recipe as recipe
     from sinklens.pipeline import nns as nns
     from sinklens.pipeline import tl as tl
     from sinklens.pipeline.cite import cite as cite
     from sinklens.pipeline.compare import compare as compare
     from sinklens.pipeline.export import export as export
     from sinklens.pipeline.loading import load as load
+    from sinklens.pipeline.mitigate import mitigate as mitigate
     from sinklens.pipeline.profile import profile as profile
     from sinklens.pipeline.run import Run as Run
     from sinklens.tracers.executor import trace as trace
@@ -34,6 +36,7 @@ _PUBLIC = {
     "compare": "sinklens.pipeline.compare",
     "export": "sinklens.pipeline.export",
     "load": "sinklens.pipeline.loading",
+    "mitigate": "sinklens.pipeline.mitigate",
     "profile": "sinklens.pipeline.profile",
     "trace": "sinklens.tracers.executor",
 }
@@ -51,15 +54,19 @@ __all__ = [
     "compare",
     "export",
     "load",
+    "mitigate",
     "mitigations",
     "nns",
     "profile",
+    "recipe",
     "tl",
     "trace",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "recipe":  # called otherwise where it is defined
+        return import_module("sinklens.mitigations.recipes").load_recipe
     if name in _PUBLIC:
         return getattr(import_module(_PUBLIC[name]), name)
     if name in _MODULES:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 NAME = "ls"
-HELP = "List analyzers, models, corpora, presets, signals, backends or published reference values."
+HELP = "List analyzers, mitigations, tasks, models, corpora, presets, signals, backends or published reference values."
 EXAMPLES = "Examples:  sinklens ls analyzers  ·  sinklens ls models  ·  sinklens ls references -m llama-2-7b"
 
 Rows = list[dict[str, str]]
@@ -16,7 +17,10 @@ Rows = list[dict[str, str]]
 
 def command(
     what: Annotated[
-        str, typer.Argument(help="analyzers, models, corpora, presets, signals, backends or references.")
+        str,
+        typer.Argument(
+            help="analyzers, mitigations, tasks, models, corpora, presets, signals, backends or references."
+        ),
     ] = "analyzers",
     model: Annotated[
         str | None, typer.Option("-m", "--model", help="references: of this model or its family only.")
@@ -60,6 +64,52 @@ def analyzers() -> Rows:
         }
         for name, cls in sorted(registry.items(), key=lambda item: item[1].place)
     ]
+
+
+def mitigations() -> Rows:
+    """Every method, with its parameters and whether a calibration can choose them."""
+    import sinklens.mitigations as methods
+    from sinklens.pipeline.methods import first_line
+
+    rows = []
+    for name, cls in sorted(methods.registry.items()):
+        parameters = [f.name for f in dataclasses.fields(cls)]
+        # Of a method without parameters of its own to be given, an instance says it; others choose by nothing.
+        searched = cls.search is not methods.Method.search or bool(cls.grid)
+        rows.append(
+            {
+                "name": name,
+                "calibrates": "yes" if searched else "no",
+                "source": cls.reference.label,
+                "parameters": " ".join(parameters),
+                "does": first_line(cls),
+            }
+        )
+    return rows
+
+
+def tasks() -> Rows:
+    """The tasks with names of their own, then the kinds that files hold."""
+    from sinklens.evaluation.tasks import BUILTINS, registry
+
+    rows = [
+        {
+            "name": task.name,
+            "for": " ".join(task.models) or "every language model",
+            "about": task.about,
+        }
+        for task in BUILTINS.values()
+    ]
+    for kind, cls in registry.items():
+        if kind == "lm-eval":
+            rows.append({"name": "lm-eval:NAME", "for": "every language model", "about": _first(cls)})
+        else:
+            rows.append({"name": "task:FILE.jsonl", "for": f"kind {kind}", "about": _first(cls)})
+    return rows
+
+
+def _first(cls: type) -> str:
+    return (cls.__doc__ or "").strip().split("\n", 1)[0]
 
 
 def references(model: str | None = None, *, unverified: bool = False) -> Rows:
@@ -125,5 +175,5 @@ def backends() -> Rows:
 
 LISTS: dict[str, Callable[[], Rows]] = {
     function.__name__: function
-    for function in (analyzers, models, corpora, presets, signals, backends, references)
+    for function in (analyzers, mitigations, tasks, models, corpora, presets, signals, backends, references)
 }

@@ -14,7 +14,7 @@ from typer.exceptions import TyperException
 
 from sinklens.core.errors import SinklensError
 
-from . import cite, compare, doctor, export, listing, profile, report, testbed
+from . import cite, compare, doctor, export, listing, mitigate, profile, report, testbed
 
 app = typer.Typer(
     name="sinklens",
@@ -24,7 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Find attention sinks, massive activations and Super Experts in a transformer, and say how sure that is.",
 )
-for module in (profile, report, compare, export, cite, doctor, listing):
+for module in (profile, mitigate, report, compare, export, cite, doctor, listing):
     app.command(module.NAME, help=module.HELP, epilog=module.EXAMPLES)(module.command)
 app.add_typer(testbed.app, name="testbed")
 

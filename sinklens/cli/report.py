@@ -21,9 +21,10 @@ def command(
     ] = None,
 ) -> None:
     from sinklens.core.errors import UsageError
+    from sinklens.pipeline.mitigation_run import is_mitigation_folder, load_mitigation_run
     from sinklens.pipeline.run import load_run
 
-    loaded = load_run(run)
+    loaded = load_mitigation_run(run) if is_mitigation_folder(run) else load_run(run)
     if analyzers:
         loaded = loaded.analyze(*(item.strip() for item in analyzers.split(",") if item.strip()))
     try:

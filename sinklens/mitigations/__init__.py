@@ -8,6 +8,7 @@ print(effect.verdict)
 from __future__ import annotations
 
 from .act import ACT
+from .asking import chosen_methods
 from .base import Mitigation
 from .edits import Edits
 from .effect import Effect, NothingEdited, Outcome
@@ -16,6 +17,8 @@ from .knock_out import KnockOut
 from .learned_sink import LearnedSink
 from .massive import MassiveActivations
 from .method import Method, registry
+from .recipes import Recipe
+from .recipes import load_recipe as load
 from .scaling import AttentionScaling
 from .var import VAR
 from .zero_tuning import ZeroTuning
@@ -34,6 +37,9 @@ __all__ = [
     "Mitigation",
     "NothingEdited",
     "Outcome",
+    "Recipe",
     "ZeroTuning",
+    "chosen_methods",
+    "load",
     "registry",
 ]

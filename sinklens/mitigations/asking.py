@@ -129,3 +129,23 @@ def _parts(cls: type[Method], key: str, text: str) -> list[Any]:
             f"{cls.name}: {text!r} names no head.", hint="Write heads=L2H0+L3H1, counted from 0."
         )
     raise UsageError(f"{cls.name}: {key} must be a number, got {text!r}.")
+
+
+def label_of(method: Method) -> str:
+    """The command-line form of a method, with the parameters that differ from their defaults; long ones are counted."""
+    from .calibration import changed
+
+    said = [f"{key}={_short(value)}" for key, value in changed(method).items()]
+    return ":".join([method.name, *said])
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple):
+        if value and isinstance(value[0], tuple):
+            shown = [
+                "L{}H{}".format(*item[:2]) + (f"={item[2]:g}" if len(item) > 2 else "") for item in value
+            ]
+        else:
+            shown = [str(item) for item in value]
+        return "+".join(shown) if len(shown) <= 4 else f"{len(shown)} of them"
+    return f"{value:g}" if isinstance(value, float) else str(value)

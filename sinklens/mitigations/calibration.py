@@ -81,7 +81,7 @@ class Trials:
             self.log.append(
                 {
                     "what": what or ("unchanged" if method is None else "trial"),
-                    "parameters": {} if method is None else _changed(method),
+                    "parameters": {} if method is None else changed(method),
                     "score": found.score,
                     "finer": found.finer,
                     "entropy": found.entropy,
@@ -102,7 +102,7 @@ class Trials:
         return len(self._known)
 
 
-def _changed(method: Method) -> dict[str, Any]:
+def changed(method: Method) -> dict[str, Any]:
     """Parameters that differ from the defaults."""
     from dataclasses import MISSING, fields
 

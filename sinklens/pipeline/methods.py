@@ -42,7 +42,7 @@ def describe_method(analyzer: Analyzer) -> dict[str, Any]:
     }
 
 
-def first_line(cls: type[Analyzer]) -> str:
+def first_line(cls: type) -> str:
     return (inspect.getdoc(cls) or "").split("\n", 1)[0]
 
 

@@ -80,6 +80,10 @@ class Task(ABC):
     def tokens(self, opened: OpenedModel, items: Sequence[Item]) -> int:
         """Tokens that one round of asking runs through the model, about."""
 
+    def probes(self, opened: OpenedModel, items: Sequence[Item]) -> list[Question]:
+        """Contexts of items, on which predictions of two models can be compared."""
+        return Reader(opened, chat_template=self.chat_template).contexts(items)
+
     def check_item(self, item: Item) -> None:
         """Refuse an item that cannot be asked."""
         needs(item, prompt=lambda item: bool(item.prompt))

@@ -14,7 +14,7 @@ from sinklens.models.spec import OpenedModel
 
 from ..items import Item
 from ..metrics import Metric
-from ..running import Progress, require_speaker
+from ..running import Progress, Question, require_speaker
 from .base import Answers, Task, registry
 
 RIGHT_OR_WRONG = {"acc", "acc_norm", "exact_match", "em"}
@@ -100,6 +100,10 @@ class Harness(Task):
         if missing:
             raise DataError(f"lm-eval gave no result for document {missing[0]} of {self.harness!r}.")
         return [rows[number] for number in asked]
+
+    def probes(self, opened: OpenedModel, items: Sequence[Item]) -> list[Question]:
+        """None: the package makes its prompts by itself."""
+        return []
 
     def tokens(self, opened: OpenedModel, items: Sequence[Item]) -> int:
         """A quarter of the documents' characters: what the package makes of them is its own matter."""

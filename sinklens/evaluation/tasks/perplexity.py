@@ -12,7 +12,7 @@ from sinklens.models.spec import OpenedModel
 
 from ..items import Item
 from ..metrics import Metric
-from ..running import Progress, text_losses
+from ..running import Progress, Question, text_losses
 from .base import Answers, Reader, Task, needs, registry
 
 
@@ -78,6 +78,9 @@ class Perplexity(Task):
             mean,
             sum(len(ids) for ids, _ in windows),
         )
+
+    def probes(self, opened: OpenedModel, items: Sequence[Item]) -> list[Question]:
+        return [Question(ids) for ids, _ in self._all_windows(opened, items)[0]]
 
     def _all_windows(
         self, opened: OpenedModel, items: Sequence[Item]

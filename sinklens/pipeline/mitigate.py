@@ -1,0 +1,529 @@
+"""Mitigations as controlled experiments: profile, calibrate, judge on other items, profile again, verdict."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from sinklens.core.errors import DataError, InterruptedRun, UsageError
+from sinklens.evaluation.running import Question
+from sinklens.evaluation.splits import CalibrationSplit, ReportSplit, given_splits, refuse_overlap
+from sinklens.evaluation.tasks import Task, read_task, tasks_for
+from sinklens.mitigations import Method
+from sinklens.mitigations.asking import chosen_methods, label_of
+from sinklens.mitigations.recipes import Recipe, load_recipe, recipe_for
+from sinklens.models.fingerprint import fingerprint
+from sinklens.models.spec import OpenedModel
+from sinklens.tracers.executor import trace
+from sinklens.tracers.store import RunStore
+
+from .judging import (
+    Assignment,
+    Judged,
+    Result,
+    ask_under,
+    evaluation_rows,
+    kl_mean,
+    one_word,
+    overhead,
+    plain_columns,
+)
+from .listener import Listener, Silent
+from .mitigate_options import MitigateOptions, stored_options
+from .mitigation_run import REQUEST, MitigationRun, slug, write_results
+from .prepare import Prepared, model_request, prepare
+from .profile import modes_restored
+from .run import Run, load_run, write_run
+from .scoring import calibrate, check_fits, put_on
+from .session import Session
+
+
+def mitigate(
+    model: Any = None,
+    methods: Any = (),
+    *,
+    tasks: Any = (),
+    recipes: Any = (),
+    tokenizer: Any = None,
+    out: str | Path | None = None,
+    force: bool = False,
+    resume: str | Path | None = None,
+    listener: Listener | None = None,
+    argv: list[str] | None = None,
+    options: MitigateOptions | None = None,
+    **settings: Any,
+) -> MitigationRun:
+    """Put mitigations on a model and say what each does: to the sink, to a task, and in milliseconds.
+
+    Args:
+        model: As of `profile`; or a run (or its folder), whose model and prompts are taken.
+        methods: Mitigations, their names, or one string as of `--with`.
+        tasks: Tasks or names of such.
+        recipes: Recipes or files, put on as they are.
+        out: Run folder to write; None keeps everything in memory.
+        resume: Folder of an interrupted run; finished mitigations are not run again.
+        options: All options at once; or give them as keywords (`calibrate=True`, `seed`, ...), those of `profile`
+            (`prompts`, `n`, `dtype`, ...) included.
+
+    Returns:
+        `.evaluation.to_frame()`, `.recipe`, `.verdict`, `.report(path)`, `.after["label"]`, and the findings of the
+        unchanged model as attributes.
+
+    Raises:
+        SinklensError: The model, a task or a mitigation cannot be used; splits overlap; a self-check failed.
+    """
+    listener = listener or Silent()
+    if resume is not None:
+        return _resumed(Path(resume), model, tokenizer, listener, argv)
+    asked = options or options_from(methods, tasks, recipes, settings)
+    if isinstance(model, Run) or _is_run_folder(model):
+        model, asked = _of_run(model, asked)
+    module = model.module if isinstance(model, OpenedModel) else model
+    if isinstance(module, nn.Module):
+        with modes_restored(module):
+            return _start(model, tokenizer, asked, out, force, listener, argv)
+    return _start(model, tokenizer, asked, out, force, listener, argv)
+
+
+def options_from(methods: Any, tasks: Any, recipes: Any, settings: dict[str, Any]) -> MitigateOptions:
+    """Options from keywords; those that `MitigateOptions` lacks belong to the profile."""
+    own = {key: settings.pop(key) for key in list(settings) if key in MitigateOptions.__dataclass_fields__}
+    profile = own.pop("profile", None) or replace(MitigateOptions(methods=("act",)).profile, **settings)
+    return MitigateOptions(
+        methods=_several(methods), tasks=_several(tasks), recipes=_several(recipes), profile=profile, **own
+    )
+
+
+def _several(given: Any) -> tuple[Any, ...]:
+    if isinstance(given, str):
+        return tuple(part.strip() for part in given.split(",") if part.strip())
+    return tuple(given) if isinstance(given, list | tuple) else (given,)
+
+
+def _is_run_folder(model: Any) -> bool:
+    return isinstance(model, str | Path) and (Path(model) / "manifest.json").is_file()
+
+
+def _of_run(given: Any, options: MitigateOptions) -> tuple[str, MitigateOptions]:
+    """Model and prompts of a run; what it left out is not asked of it."""
+    run = given if isinstance(given, Run) else load_run(given)
+    request = dict(run.trace.manifest.get("request") or {})
+    model = request.pop("model", None)
+    if model is None or request.pop("prompts_given", None):
+        raise UsageError(
+            "The run was made from objects in memory, so its model or prompts cannot be opened again.",
+            hint="Give the model itself: sl.mitigate(model, ...)",
+        )
+    kept = ("prompts", "n", "seq_len", "bos", "chat_template", "pack", "seed", "dtype", "device", "device_map",
+            "revision", "trust_remote_code")  # fmt: skip
+    return model, replace(
+        options, profile=replace(options.profile, **{key: request[key] for key in kept if key in request})
+    )
+
+
+@dataclass
+class _Job:
+    """One mitigation to be judged: given with its parameters, as a recipe, or to be calibrated."""
+
+    label: str
+    method: Method
+    recipe: Recipe | None = None
+    calibrate: bool = False
+
+
+@dataclass
+class _Setting:
+    """What all mitigations of a run share."""
+
+    opened: OpenedModel
+    options: MitigateOptions
+    listener: Listener
+    given: list[Assignment]
+    calibration: CalibrationSplit | None
+    calibration_task: Task | None
+    prepared: Prepared
+    run: Run
+    store: RunStore | None
+    baseline: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    probes: list[Question] = field(default_factory=list)
+    after: dict[str, Run] = field(default_factory=dict)
+
+
+def _start(
+    model: Any,
+    tokenizer: Any,
+    options: MitigateOptions,
+    out: str | Path | None,
+    force: bool,
+    listener: Listener,
+    argv: list[str] | None,
+) -> MitigationRun:
+    jobs = _jobs(options)  # a misspelt mitigation is told before a large model is loaded
+    if out is None:
+        prepared = prepare(model, tokenizer, options.profile, listener)
+        return _run(prepared, options, jobs, None, listener, argv, None)
+    store = RunStore(out)
+    with store.created(force=force), store.locked():
+        for stale in (store.folder / "results").glob("*.json"):
+            stale.unlink()
+        prepared = prepare(model, tokenizer, options.profile, listener)
+        request = model_request(model, prepared.opened)
+        store.write_text(REQUEST, json.dumps(options.request(request), indent=1) + "\n")
+        return _run(prepared, options, jobs, store, listener, argv, request)
+
+
+def _resumed(
+    folder: Path, model: Any, tokenizer: Any, listener: Listener, argv: list[str] | None
+) -> MitigationRun:
+    asked, options = stored_options(folder / REQUEST)
+    if model is None and asked is None:
+        raise UsageError(
+            f"The run in {folder} was started from a model in memory.",
+            hint="Give it: sl.mitigate(model, resume=...)",
+        )
+    store = RunStore(folder)
+    with store.locked():
+        prepared = prepare(model if model is not None else asked, tokenizer, options.profile, listener)
+        return _run(prepared, options, _jobs(options), store, listener, argv, asked)
+
+
+def _jobs(options: MitigateOptions) -> list[_Job]:
+    """The mitigations in the order they are judged, under names of their own."""
+    jobs: list[_Job] = []
+    if options.methods:
+        calibrated = options.calibrate or options.calibration is not None
+        for method in chosen_methods(options.methods):
+            wanted = calibrated and method.search() is not None
+            jobs.append(
+                _Job(label_of(method) + (" (calibrated)" if wanted else ""), method, calibrate=wanted)
+            )
+    for given in options.recipes:
+        recipe = given if isinstance(given, Recipe) else load_recipe(given)
+        jobs.append(_Job(f"{recipe.method} (recipe)", recipe.mitigation, recipe))
+    seen: dict[str, int] = {}
+    for job in jobs:
+        seen[job.label] = seen.get(job.label, 0) + 1
+        if seen[job.label] > 1:
+            job.label += f" {seen[job.label]}"
+    return jobs
+
+
+def _run(
+    prepared: Prepared,
+    options: MitigateOptions,
+    jobs: list[_Job],
+    store: RunStore | None,
+    listener: Listener,
+    argv: list[str] | None,
+    request: str | None,
+) -> MitigationRun:
+    opened = prepared.opened
+    for job in jobs:
+        if job.recipe is not None:
+            job.recipe.check(opened)
+        check_fits(job.method, opened)
+    task, given, calibration = _assigned(opened, options, any(job.calibrate for job in jobs))
+    for job in jobs:
+        if job.recipe is not None:
+            for one in given:
+                refuse_overlap(job.recipe.calibration.get("items") or (), one.split)
+    base = _base_run(prepared, options, store, listener, argv, request)
+    setting = _Setting(opened, options, listener, given, calibration, task, prepared, base, store)
+    results: list[Result] = []
+    try:
+        _ask_baseline(setting)
+        for job in jobs:
+            results.append(_judged(setting, job))
+    except KeyboardInterrupt:
+        raise _interrupted(setting, results, len(jobs)) from None
+    return _finished(setting, results)
+
+
+def _assigned(
+    opened: OpenedModel, options: MitigateOptions, needed: bool
+) -> tuple[Task | None, list[Assignment], CalibrationSplit | None]:
+    """The tasks with the items to report on, and the task and items to choose on."""
+    names = options.tasks or tasks_for(opened)[:1]
+    if not names:
+        raise UsageError(
+            "No task was named, and none is made for this model.", hint="Give --task task:FILE.jsonl"
+        )
+    tasks = [t if isinstance(t, Task) else read_task(t, opened, n=options.n_items) for t in names]
+    twice = {task.name for task in tasks if [t.name for t in tasks].count(task.name) > 1}
+    if twice:
+        raise UsageError(
+            f"Two tasks are called {sorted(twice)[0]!r}.", hint="Rename a file, or name each task once."
+        )
+    if not needed:
+        return None, [Assignment(task, _report(task, options)) for task in tasks], None
+    if options.calibration is not None:
+        own = options.calibration
+        other = own if isinstance(own, Task) else read_task(own, opened, n=options.n_items)
+        calibration, report = given_splits(tasks[0].name, other.items, _report(tasks[0], options).items)
+        chosen_on = other
+    else:
+        calibration, report = tasks[0].split(
+            calibration=options.calibration_items, report=options.report_items, seed=options.seed
+        )
+        chosen_on = tasks[0]
+    given = [Assignment(tasks[0], report)]
+    for task in tasks[1:]:
+        given.append(Assignment(task, _report(task, options)))
+        refuse_overlap(calibration, given[-1].split)
+    return chosen_on, given, calibration
+
+
+def _report(task: Task, options: MitigateOptions) -> ReportSplit:
+    if options.report_items is None or options.report_items >= len(task.items):
+        return task.everything()
+    _, report = task.split(calibration=len(task.items) - options.report_items, seed=options.seed)
+    return report
+
+
+def _base_run(
+    prepared: Prepared,
+    options: MitigateOptions,
+    store: RunStore | None,
+    listener: Listener,
+    argv: list[str] | None,
+    request: str | None,
+) -> Run:
+    """The run of the unchanged model; of a resumed one what is there."""
+    before = store.read_manifest() if store is not None and store.manifest_path.is_file() else None
+    resumed = before is not None and before.get("status") in ("running", "complete")
+    if store is not None and resumed and before is not None and before.get("status") == "complete":
+        run = load_run(store.folder)
+        if asdict(run.trace.info)["files_sha256"] != prepared.opened.info.files_sha256:
+            raise DataError(
+                "The run cannot be resumed: the model's files changed since it was started.",
+                hint="Start it again into another folder with --out.",
+            )
+        return run
+    try:
+        return Session(prepared, options.profile, store, listener, argv, request).run(
+            before if resumed else None
+        )
+    except InterruptedRun as stopped:
+        hint = f"Continue: sinklens mitigate --resume {store.folder}" if store else None
+        raise InterruptedRun(stopped.what, hint=hint) from None
+
+
+def _ask_baseline(setting: _Setting) -> None:
+    """The unchanged model's answers, and the contexts on which predictions are compared."""
+    for one in setting.given:
+        setting.probes += one.task.probes(setting.opened, one.split.items[:8])
+    if not setting.probes:
+        prompts = setting.prepared.prompts.prompts[:8]
+        setting.probes = [Question(prompt.token_ids, visual=prompt.visual) for prompt in prompts]
+    mark = {one.task.name: one.split.sha256 for one in setting.given}
+    stored = _stored(setting.store, "baseline")
+    if stored is not None and stored["splits"] == mark:
+        setting.baseline = stored["columns"]
+        return
+    if stored is not None:
+        raise DataError(
+            "The run cannot be resumed: a task's items changed since it was started.",
+            hint="Start it again into another folder with --out.",
+        )
+    for one in setting.given:
+        setting.listener.stage(f"Task {one.task.name}: {len(one.split)} items, the model as it is")
+        answers = one.task.ask(setting.opened, one.split.items, setting.listener.progress)
+        setting.baseline[one.task.name] = plain_columns(answers)
+    _store(setting.store, "baseline", {"splits": mark, "columns": setting.baseline})
+
+
+def _judged(setting: _Setting, job: _Job) -> Result:
+    """One mitigation from calibration to the profile under it."""
+    stored = _stored(setting.store, slug(job.label))
+    if stored is not None:
+        stored["judged"] = {name: Judged(**judged) for name, judged in stored["judged"].items()}
+        return Result(**stored)
+    opened, listener = setting.opened, setting.listener
+    method, result = job.method, Result(job.label, job.method.name, {}, False)
+    recipe = job.recipe
+    if job.calibrate:
+        found = _calibrated(setting, job)
+        result.calibration, recipe = found.to_json(), found.recipe
+        if recipe is None:
+            result.kept, result.parameters = found.text, job.method.parameters
+            _store(setting.store, slug(job.label), asdict(result))
+            return result
+        method = recipe.mitigation
+    result.parameters = method.parameters
+    for one in setting.given:
+        listener.stage(f"Judge {job.label} on {one.task.name}")
+        result.judged[one.task.name] = ask_under(opened, method, one, listener.progress)
+    outcomes = [judged.outcome for judged in result.judged.values()]
+    result.acted = any(outcome["acted"] for outcome in outcomes)
+    result.said = next((o["text"] for o in outcomes if o["acted"]), outcomes[0]["text"])
+    result.effect = {
+        "rows_edited": sum(outcome["rows_edited"] for outcome in outcomes),
+        "kl_mean": kl_mean(opened, method, setting.probes) if result.acted else 0.0,
+        "mean_mass_moved": max((o.get("mean_mass_moved", 0.0) for o in outcomes), default=0.0),
+    }
+    if result.acted:
+        result.cost = overhead(opened, method, setting.probes)
+        result.findings = _after(setting, job.label, method)
+        recipe = recipe or recipe_for(method, opened)
+        result.recipe = recipe.to_json()
+    _store(setting.store, slug(job.label), asdict(result))
+    return result
+
+
+def _calibrated(setting: _Setting, job: _Job) -> Any:
+    assert setting.calibration is not None
+    assert setting.calibration_task is not None
+    wanted = job.method.search()
+    assert wanted is not None
+    own = {
+        key: v
+        for key, v in setting.options.search.items()
+        if key in getattr(wanted, "__dataclass_fields__", {})
+    }
+    search = job.method.search(**own)
+    assert search is not None
+    passes = search.passes(job.method, setting.opened.anatomy.main)
+    tokens = setting.calibration_task.tokens(setting.opened, setting.calibration.items)
+    setting.listener.stage(
+        f"Calibrate {job.label}: at most {passes} passes over {len(setting.calibration)} items ({tokens} tokens each)"
+    )
+    return calibrate(
+        setting.opened,
+        job.method,
+        setting.calibration_task,
+        setting.calibration,
+        search=search,
+        progress=setting.listener.progress,
+    )
+
+
+def _after(setting: _Setting, label: str, method: Method) -> dict[str, Any]:
+    """The findings while the mitigation is on, and its traces in the folder."""
+    setting.listener.stage(f"Profile under {label}")
+    plan = replace(setting.prepared.plan, signals=setting.prepared.plan.signals)
+    with put_on(method, setting.opened):
+        traced = trace(setting.opened, setting.prepared.prompts, plan, progress=setting.listener.progress)
+    traced.manifest = {**setting.run.trace.manifest, "status": "complete", "mitigation": label}
+    traced.manifest.pop("experiments", None)
+    run = Run(traced, setting.run.analyzers, setting.run.checks)
+    setting.after[label] = run
+    if setting.store is not None:
+        under = RunStore(setting.store.folder / "after" / slug(label))
+        under.create(force=True)
+        write_run(run, under)
+    found = {name: finding.to_json() for name, finding in run.findings.items()}
+    return found
+
+
+def _finished(setting: _Setting, results: list[Result]) -> MitigationRun:
+    """The run with its verdicts; written if it has a folder."""
+    rows, verdicts = evaluation_rows(setting.given, setting.baseline, results, setting.options.seed)
+    entries = [_entry(result, verdicts[result.label]) for result in results]
+    best = _recommended(entries, rows)
+    for entry in entries:
+        entry["recommended"] = entry["label"] == best
+    base, after = setting.run, dict(setting.after)
+    if setting.store is not None:
+        for result in results:
+            folder = setting.store.folder / "after" / slug(result.label)
+            if result.label not in after and (folder / "manifest.json").is_file():
+                after[result.label] = load_run(folder)
+    recipes = {
+        r.label: Recipe(**{k: v for k, v in r.recipe.items() if k in Recipe.__dataclass_fields__})
+        for r in results
+        if r.recipe is not None
+    }
+    base.trace.manifest["mitigation"] = _described(setting)
+    run = MitigationRun(
+        base.trace,
+        base.analyzers,
+        base.checks,
+        base.folder,
+        base.findings,
+        rows=rows,
+        entries=entries,
+        after=after,
+        recipe=recipes.get(best) if best else None,
+        recipes=recipes,
+    )
+    if setting.store is not None:
+        write_results(run, setting.store)
+    return run
+
+
+def _described(setting: _Setting) -> dict[str, Any]:
+    """What was asked, for the manifest."""
+    return {
+        "tasks": [{**one.task.describe(), "report": one.split.describe()} for one in setting.given],
+        "calibration": setting.calibration.describe() if setting.calibration else None,
+        "seed": setting.options.seed,
+        "fingerprint": fingerprint(setting.opened),
+    }
+
+
+def _entry(result: Result, verdicts: dict[str, Any]) -> dict[str, Any]:
+    """One mitigation in the document."""
+    word = one_word(verdicts)
+    texts = [v.text for v in verdicts.values()]
+    several = len(verdicts) > 1 and result.acted
+    named = [f"{task}: {v.text}" for task, v in verdicts.items()] if several else texts[:1]
+    return {
+        "label": result.label,
+        "name": result.name,
+        "parameters": result.parameters,
+        "acted": result.acted,
+        "kept_unchanged": result.kept is not None,
+        "verdict": {
+            "judgement": str(word),
+            "text": " ".join(named),
+            "tasks": {
+                task: {"judgement": str(v.judgement), "rule": v.rule, "text": v.text}
+                for task, v in verdicts.items()
+            },
+        },
+        "effect": {**result.effect, "text": result.said},
+        "cost": result.cost,
+        "calibration": result.calibration,
+        "findings": result.findings,
+    }
+
+
+def _recommended(entries: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str | None:
+    """Of the helpful ones the surest."""
+    helpful = [entry["label"] for entry in entries if entry["verdict"]["judgement"] == "helpful"]
+    sure = {
+        label: min(
+            (row["p_holm"] for row in rows if row["mitigation"] == label and row["role"] == "primary"),
+            default=1.0,
+        )
+        for label in helpful
+    }
+    return min(sure, key=lambda label: sure[label]) if sure else None
+
+
+def _interrupted(setting: _Setting, results: list[Result], total: int) -> InterruptedRun:
+    if setting.store is None:
+        return InterruptedRun("Stopped. Nothing was saved, because the run has no folder.")
+    if results:
+        _finished(setting, results)
+    return InterruptedRun(
+        f"Stopped. {len(results)}/{total} mitigations are judged and saved.",
+        hint=f"Continue: sinklens mitigate --resume {setting.store.folder}",
+    )
+
+
+def _stored(store: RunStore | None, name: str) -> dict[str, Any] | None:
+    if store is None or not (store.folder / "results" / f"{name}.json").is_file():
+        return None
+    return json.loads((store.folder / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _store(store: RunStore | None, name: str, data: Any) -> None:
+    if store is not None:
+        from sinklens.core.canonical import dumps
+
+        store.write_text(f"results/{name}.json", dumps(data) + "\n")

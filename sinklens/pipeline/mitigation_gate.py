@@ -1,0 +1,61 @@
+"""What a mitigate run says to whoever calls it from a script: conditions, and the code for what did not act."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sinklens.core.errors import SelfCheckError
+
+from .mitigation_run import MitigationRun
+
+
+def gate_document(run: MitigationRun) -> dict[str, Any]:
+    """The document with one finding per mitigation, so that `--fail-if` reads it like the others.
+
+    A mitigation's fields: `judgement, acted, rows_edited, kl_mean, read_ms_added, write_ms_added`, and of the first
+    task each metric as `METRIC`, its change as `METRIC_delta` and its p as `METRIC_p`. Methods are named without
+    their parameters; of several of one name the first counts.
+    """
+    document = run.document
+    first = next((row["task"] for row in run.rows), None)
+    for entry in run.entries:
+        summary = {
+            "judgement": entry["verdict"]["judgement"],
+            "acted": entry["acted"],
+            "rows_edited": entry["effect"].get("rows_edited", 0),
+            "kl_mean": entry["effect"].get("kl_mean"),
+            **{key: entry["cost"].get(key) for key in ("read_ms_added", "write_ms_added")},
+        }
+        for row in run.rows:
+            if row["mitigation"] == entry["label"] and row["task"] == first:
+                name = row["metric"]
+                summary |= {
+                    name: row["mitigated"],
+                    f"{name}_delta": row["delta"],
+                    f"{name}_p": row["p_value"],
+                }
+        document["findings"].setdefault(entry["name"], {"summary": summary, "status": "found"})
+    return document
+
+
+def require_acted(run: MitigationRun) -> None:
+    """Refuse silence about a mitigation that edited nothing. One whose calibration kept the model is no such case.
+
+    Raises:
+        SelfCheckError: Naming it.
+    """
+    idle = [e for e in run.entries if not e["acted"] and not e["kept_unchanged"]]
+    if not idle:
+        return
+    entry = idle[0]
+    why = entry["effect"].get("text", "").partition("did not act: ")[2] or entry["effect"].get("text", "")
+    others = f" {len(idle) - 1} others did not act either." if len(idle) > 1 else ""
+    no_sink = run.findings.get("primary-sinks")
+    detail = None
+    if no_sink is not None and str(no_sink.status) != "found":
+        detail = "The model has no attention sink by its own profile, so there was nothing to edit."
+    raise SelfCheckError(
+        f"Mitigation {entry['name']!r} edited 0 rows: {why} Not reported as neutral.{others}",
+        detail=detail,
+        hint="Check heads, layers and thresholds, or leave it out.",
+    )

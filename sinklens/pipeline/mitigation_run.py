@@ -1,0 +1,293 @@
+"""What `sinklens mitigate` returns: the run of the unchanged model, and what each mitigation made of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sinklens.core.errors import DataError
+from sinklens.core.figures import Estimate, Figure, Heatmap, Intervals
+from sinklens.mitigations.recipes import Recipe, load_recipe
+from sinklens.tracers import signals as sig
+from sinklens.tracers.store import RunStore
+from sinklens.tracers.trace import Trace
+
+from .run import Run, load_run, stored_manifest
+from .verdict import Line, Verdict
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+SECTION = "mitigations"
+REQUEST, RECIPE = "mitigate.json", "recipe.json"
+UNITS = {
+    "baseline": "the metric's own",
+    "delta": "mitigated minus baseline, 95 % interval",
+    "p_value": "two-sided, of no change",
+    "p_holm": "corrected for all verdicts of the run",
+    "n": "items",
+    "changed": "items whose result differs",
+    "detectable": "smallest change seen with 80 % power",
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The paired table: one row per mitigation, task and metric."""
+
+    rows: list[dict[str, Any]]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def to_frame(self) -> pd.DataFrame:
+        """As a table; the effect's parts are columns, units are in `.attrs["units"]`."""
+        import pandas as pd
+
+        flat = [
+            {**{k: v for k, v in row.items() if k != "effect"}, **(row.get("effect") or {})}
+            for row in self.rows
+        ]
+        frame = pd.DataFrame(flat)
+        frame.attrs["units"] = UNITS
+        return frame
+
+
+@dataclass(repr=False)
+class MitigationRun(Run):
+    """A run whose findings are those of the unchanged model.
+
+    Attributes:
+        rows: Of the paired table.
+        entries: One per mitigation: what was put on, what it did, what it costs, its verdict, its findings.
+        after: The runs under each mitigation, by label.
+        recipe: The recommended one; None if no mitigation was helpful.
+        recipes: Of every mitigation that acted, by label.
+    """
+
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    entries: list[dict[str, Any]] = field(default_factory=list)
+    after: dict[str, Run] = field(default_factory=dict)
+    recipe: Recipe | None = None
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+
+    @property
+    def evaluation(self) -> Evaluation:
+        return Evaluation(self.rows)
+
+    @property
+    def verdict(self) -> Verdict:
+        found = super().verdict
+        if found.status == "untrusted":
+            return found
+        lines = tuple(Line(SECTION, entry["label"], entry["verdict"]["text"]) for entry in self.entries)
+        return replace(found, lines=(*lines, *found.lines))
+
+    @property
+    def document(self) -> Any:
+        from sinklens.core.canonical import plain
+
+        document = super().document
+        document["mitigations"] = plain(self.entries)
+        document["evaluation"] = plain(self.rows)
+        document["recommended"] = plain(self.recommendation)
+        return document
+
+    @property
+    def recommendation(self) -> dict[str, Any]:
+        """Which mitigation to use, or why none."""
+        chosen = next((e for e in self.entries if e.get("recommended")), None)
+        if chosen is not None:
+            return {"label": chosen["label"], "text": f"{chosen['label']} is recommended: it was helpful."}
+        judgements = {entry["verdict"]["judgement"] for entry in self.entries}
+        said = {
+            frozenset({"did not act"}): "None is recommended: no mitigation acted.",
+            frozenset({"harmful"}): "None is recommended: every mitigation was harmful.",
+        }.get(frozenset(judgements), "None is recommended: no mitigation was helpful without harm.")
+        return {"label": None, "text": said}
+
+    @property
+    def figures(self) -> dict[str, list[Figure]]:
+        return {**super().figures, SECTION: mitigation_figures(self)}
+
+    def __repr__(self) -> str:
+        told = [f"{entry['label']}: {entry['verdict']['text']}" for entry in self.entries]
+        return "\n".join([super().__repr__(), *told, self.recommendation["text"]])
+
+    def save(self, folder: str | Path, *, force: bool = False) -> Path:
+        """Save everything as a run folder that `sinklens.load` reads."""
+        from .run import write_run
+
+        store = RunStore(folder)
+        store.create(force=force)
+        write_run(self, store)
+        for label, run in self.after.items():
+            run.save(store.folder / "after" / slug(label), force=True)
+        write_results(self, store)
+        return store.folder
+
+
+def slug(label: str) -> str:
+    """A label as a file name."""
+    return re.sub(r"[^\w.-]+", "-", label).strip("-")[:80] or "mitigation"
+
+
+def write_results(run: MitigationRun, store: RunStore) -> None:
+    """The parts of a run folder that belong to mitigations: table, recipes, document and report."""
+    import json
+
+    run.folder = store.folder
+    if run.rows:
+        (store.folder / "tables").mkdir(exist_ok=True)
+        run.evaluation.to_frame().to_parquet(store.folder / "tables" / "evaluation.parquet")
+    for label, recipe in run.recipes.items():
+        (store.folder / "recipes").mkdir(exist_ok=True)
+        recipe.save(store.folder / "recipes" / f"{slug(label)}.json")
+    if run.recipe is not None:
+        run.recipe.save(store.folder / RECIPE)
+    else:
+        (store.folder / RECIPE).unlink(missing_ok=True)
+    store.write_manifest(stored_manifest(run.trace, run.analyzers, run.checks))
+    store.write_text("summary.json", json.dumps(run.document, indent=1, ensure_ascii=False) + "\n")
+    run.report()
+
+
+def is_mitigation_folder(folder: Path) -> bool:
+    return (folder / REQUEST).is_file() and (folder / "summary.json").is_file()
+
+
+def load_mitigation_run(path: str | Path) -> MitigationRun:
+    """Read a folder that `sinklens mitigate` wrote.
+
+    Raises:
+        DataError: A part is missing or damaged.
+    """
+    import json
+
+    folder = Path(path)
+    base = load_run(folder)
+    try:
+        document = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder / 'summary.json'} is damaged: {error}.") from error
+    entries = document.get("mitigations") or []
+    after = {
+        entry["label"]: load_run(folder / "after" / slug(entry["label"]))
+        for entry in entries
+        if (folder / "after" / slug(entry["label"]) / "manifest.json").is_file()
+    }
+    recipes = {
+        entry["label"]: load_recipe(found)
+        for entry in entries
+        if (found := folder / "recipes" / f"{slug(entry['label'])}.json").is_file()
+    }
+    recipe = load_recipe(folder / RECIPE) if (folder / RECIPE).is_file() else None
+    return MitigationRun(
+        base.trace,
+        base.analyzers,
+        base.checks,
+        base.folder,
+        base.findings,
+        rows=document.get("evaluation") or [],
+        entries=entries,
+        after=after,
+        recipe=recipe,
+        recipes=recipes,
+    )
+
+
+def mitigation_figures(run: MitigationRun) -> list[Figure]:
+    """Maps of the attention to the sink, unchanged and under each mitigation, and the changes with their intervals."""
+    return [*_intervals(run.rows), *_maps(run)]
+
+
+def _intervals(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """One drawing per task and metric that a verdict rests on."""
+    figures: list[Figure] = []
+    keys = dict.fromkeys((row["task"], row["metric"]) for row in rows if row["role"] != "other")
+    for task, metric in keys:
+        mine = [row for row in rows if (row["task"], row["metric"]) == (task, metric)]
+        estimates = tuple(
+            Estimate(
+                row["mitigation"],
+                row["delta"],
+                _number(row["ci_low"]),
+                _number(row["ci_high"]),
+                note=row["verdict"] or "",
+            )
+            for row in mine
+        )
+        better = "more is better" if mine[0]["better"] > 0 else "less is better"
+        figures.append(
+            Intervals(
+                f"change-{task}-{metric}",
+                f"{task}: change of {metric.replace('_', ' ')}",
+                f"Mitigated minus unchanged on the same {mine[0]['n']} items; {better}. Bars: 95 % intervals.",
+                estimates,
+                f"change of {metric.replace('_', ' ')}",
+                interval="95 % interval over items",
+            )
+        )
+    return figures
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def _maps(run: MitigationRun) -> list[Figure]:
+    position = sink_position(run)
+    before = sink_map(run.trace, position)
+    if before is None or not run.after:
+        return []
+    found = {label: sink_map(other.trace, position) for label, other in run.after.items()}
+    known = [before, *(values for values in found.values() if values is not None)]
+    top = max(float(np.nanmax(values)) for values in known)
+    caption = (
+        f"Attention that position {position} receives from the queries that see it, mean over prompts; the same "
+        "colours for all of these maps."
+    )
+    maps = {"unchanged": before, **{k: v for k, v in found.items() if v is not None}}
+    return [
+        Heatmap(
+            f"sink-map-{slug(name)}",
+            f"Attention to position {position}: {name}",
+            caption,
+            values,
+            "share",
+            limits=(0.0, top),
+        )
+        for name, values in maps.items()
+    ]
+
+
+def sink_position(run: Run) -> int:
+    """The strongest sink of the unchanged model, or, without one, the most attended of the first positions."""
+    finding = run.findings.get("primary-sinks")
+    if finding is not None and finding.rows:
+        return int(finding.rows[0]["position"])
+    if not len(run.trace) or sig.ATTENTION_RECEIVED_MEAN not in run.trace.signals:
+        return 0
+    width = min(16, run.trace.shortest)
+    means = [np.nanmean(record[sig.ATTENTION_RECEIVED_MEAN][:, :width], 0) for record in run.trace]
+    return int(np.nanargmax(np.mean(means, 0)))
+
+
+def sink_map(trace: Trace, position: int) -> np.ndarray | None:
+    """`[layer, head]`: attention received by a position, mean over the prompts that kept it; None if none did."""
+    found = []
+    for record in trace:
+        if sig.ATTENTION_RECEIVED.name not in record.arrays:
+            return None
+        at = np.flatnonzero(record[sig.KEPT_POSITIONS] == position)
+        if len(at):
+            found.append(record[sig.ATTENTION_RECEIVED][:, :, at[0]])
+    return np.mean(found, 0) if found else None
