@@ -243,7 +243,7 @@ def _refuse_beside_resume(given: dict[str, Any]) -> None:
     changed = sorted(
         name
         for name, value in given.items()
-        if name not in allowed and value not in (defaults.get(name), None, False)
+        if name not in allowed and value not in (defaults.get(name), None, False, [])
     )
     if changed:
         flags = ", ".join(

@@ -100,6 +100,10 @@ def _value(cls: type[Method], key: str, text: str, default: Any) -> Any:
         isinstance(default, tuple) or "+" in text or key in ("heads", "layers", "shared_heads", "positions")
     )
     parts = [one for part in text.split("+") for one in _parts(cls, key, part)]
+    if key == "heads" and not all(isinstance(part, tuple) for part in parts):
+        raise UsageError(
+            f"{cls.name}: {text!r} names no heads.", hint="Write heads=L2H0+L3H1, counted from 0."
+        )
     if many:
         return tuple(parts)
     number = parts[0]

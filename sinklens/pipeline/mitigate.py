@@ -11,11 +11,10 @@ from torch import nn
 
 from sinklens.core.errors import DataError, InterruptedRun, UsageError
 from sinklens.evaluation.running import Question
-from sinklens.evaluation.splits import CalibrationSplit, ReportSplit, given_splits, refuse_overlap
-from sinklens.evaluation.tasks import Task, read_task, tasks_for
+from sinklens.evaluation.splits import CalibrationSplit, refuse_overlap
+from sinklens.evaluation.tasks import Task
 from sinklens.mitigations import Method
-from sinklens.mitigations.asking import chosen_methods, label_of
-from sinklens.mitigations.recipes import Recipe, load_recipe, recipe_for
+from sinklens.mitigations.recipes import Recipe, recipe_for
 from sinklens.models.fingerprint import fingerprint
 from sinklens.models.spec import OpenedModel
 from sinklens.tracers.executor import trace
@@ -28,12 +27,12 @@ from .judging import (
     ask_under,
     evaluation_rows,
     kl_mean,
-    one_word,
     overhead,
     plain_columns,
 )
 from .listener import Listener, Silent
 from .mitigate_options import MitigateOptions, stored_options
+from .mitigate_setup import Job, assigned, entry, is_run_folder, jobs, of_run, options_from, recommended
 from .mitigation_run import REQUEST, MitigationRun, slug, write_results
 from .prepare import Prepared, model_request, prepare
 from .profile import modes_restored
@@ -80,59 +79,13 @@ def mitigate(
     if resume is not None:
         return _resumed(Path(resume), model, tokenizer, listener, argv)
     asked = options or options_from(methods, tasks, recipes, settings)
-    if isinstance(model, Run) or _is_run_folder(model):
-        model, asked = _of_run(model, asked)
+    if isinstance(model, Run) or is_run_folder(model):
+        model, asked = of_run(model, asked)
     module = model.module if isinstance(model, OpenedModel) else model
     if isinstance(module, nn.Module):
         with modes_restored(module):
             return _start(model, tokenizer, asked, out, force, listener, argv)
     return _start(model, tokenizer, asked, out, force, listener, argv)
-
-
-def options_from(methods: Any, tasks: Any, recipes: Any, settings: dict[str, Any]) -> MitigateOptions:
-    """Options from keywords; those that `MitigateOptions` lacks belong to the profile."""
-    own = {key: settings.pop(key) for key in list(settings) if key in MitigateOptions.__dataclass_fields__}
-    profile = own.pop("profile", None) or replace(MitigateOptions(methods=("act",)).profile, **settings)
-    return MitigateOptions(
-        methods=_several(methods), tasks=_several(tasks), recipes=_several(recipes), profile=profile, **own
-    )
-
-
-def _several(given: Any) -> tuple[Any, ...]:
-    if isinstance(given, str):
-        return tuple(part.strip() for part in given.split(",") if part.strip())
-    return tuple(given) if isinstance(given, list | tuple) else (given,)
-
-
-def _is_run_folder(model: Any) -> bool:
-    return isinstance(model, str | Path) and (Path(model) / "manifest.json").is_file()
-
-
-def _of_run(given: Any, options: MitigateOptions) -> tuple[str, MitigateOptions]:
-    """Model and prompts of a run; what it left out is not asked of it."""
-    run = given if isinstance(given, Run) else load_run(given)
-    request = dict(run.trace.manifest.get("request") or {})
-    model = request.pop("model", None)
-    if model is None or request.pop("prompts_given", None):
-        raise UsageError(
-            "The run was made from objects in memory, so its model or prompts cannot be opened again.",
-            hint="Give the model itself: sl.mitigate(model, ...)",
-        )
-    kept = ("prompts", "n", "seq_len", "bos", "chat_template", "pack", "seed", "dtype", "device", "device_map",
-            "revision", "trust_remote_code")  # fmt: skip
-    return model, replace(
-        options, profile=replace(options.profile, **{key: request[key] for key in kept if key in request})
-    )
-
-
-@dataclass
-class _Job:
-    """One mitigation to be judged: given with its parameters, as a recipe, or to be calibrated."""
-
-    label: str
-    method: Method
-    recipe: Recipe | None = None
-    calibrate: bool = False
 
 
 @dataclass
@@ -162,10 +115,10 @@ def _start(
     listener: Listener,
     argv: list[str] | None,
 ) -> MitigationRun:
-    jobs = _jobs(options)  # a misspelt mitigation is told before a large model is loaded
+    wanted = jobs(options)  # a misspelt mitigation is told before a large model is loaded
     if out is None:
         prepared = prepare(model, tokenizer, options.profile, listener)
-        return _run(prepared, options, jobs, None, listener, argv, None)
+        return _run(prepared, options, wanted, None, listener, argv, None)
     store = RunStore(out)
     with store.created(force=force), store.locked():
         for stale in (store.folder / "results").glob("*.json"):
@@ -173,7 +126,7 @@ def _start(
         prepared = prepare(model, tokenizer, options.profile, listener)
         request = model_request(model, prepared.opened)
         store.write_text(REQUEST, json.dumps(options.request(request), indent=1) + "\n")
-        return _run(prepared, options, jobs, store, listener, argv, request)
+        return _run(prepared, options, wanted, store, listener, argv, request)
 
 
 def _resumed(
@@ -188,34 +141,13 @@ def _resumed(
     store = RunStore(folder)
     with store.locked():
         prepared = prepare(model if model is not None else asked, tokenizer, options.profile, listener)
-        return _run(prepared, options, _jobs(options), store, listener, argv, asked)
-
-
-def _jobs(options: MitigateOptions) -> list[_Job]:
-    """The mitigations in the order they are judged, under names of their own."""
-    jobs: list[_Job] = []
-    if options.methods:
-        calibrated = options.calibrate or options.calibration is not None
-        for method in chosen_methods(options.methods):
-            wanted = calibrated and method.search() is not None
-            jobs.append(
-                _Job(label_of(method) + (" (calibrated)" if wanted else ""), method, calibrate=wanted)
-            )
-    for given in options.recipes:
-        recipe = given if isinstance(given, Recipe) else load_recipe(given)
-        jobs.append(_Job(f"{recipe.method} (recipe)", recipe.mitigation, recipe))
-    seen: dict[str, int] = {}
-    for job in jobs:
-        seen[job.label] = seen.get(job.label, 0) + 1
-        if seen[job.label] > 1:
-            job.label += f" {seen[job.label]}"
-    return jobs
+        return _run(prepared, options, jobs(options), store, listener, argv, asked)
 
 
 def _run(
     prepared: Prepared,
     options: MitigateOptions,
-    jobs: list[_Job],
+    jobs: list[Job],
     store: RunStore | None,
     listener: Listener,
     argv: list[str] | None,
@@ -226,7 +158,7 @@ def _run(
         if job.recipe is not None:
             job.recipe.check(opened)
         check_fits(job.method, opened)
-    task, given, calibration = _assigned(opened, options, any(job.calibrate for job in jobs))
+    task, given, calibration = assigned(opened, options, any(job.calibrate for job in jobs))
     for job in jobs:
         if job.recipe is not None:
             for one in given:
@@ -241,47 +173,6 @@ def _run(
     except KeyboardInterrupt:
         raise _interrupted(setting, results, len(jobs)) from None
     return _finished(setting, results)
-
-
-def _assigned(
-    opened: OpenedModel, options: MitigateOptions, needed: bool
-) -> tuple[Task | None, list[Assignment], CalibrationSplit | None]:
-    """The tasks with the items to report on, and the task and items to choose on."""
-    names = options.tasks or tasks_for(opened)[:1]
-    if not names:
-        raise UsageError(
-            "No task was named, and none is made for this model.", hint="Give --task task:FILE.jsonl"
-        )
-    tasks = [t if isinstance(t, Task) else read_task(t, opened, n=options.n_items) for t in names]
-    twice = {task.name for task in tasks if [t.name for t in tasks].count(task.name) > 1}
-    if twice:
-        raise UsageError(
-            f"Two tasks are called {sorted(twice)[0]!r}.", hint="Rename a file, or name each task once."
-        )
-    if not needed:
-        return None, [Assignment(task, _report(task, options)) for task in tasks], None
-    if options.calibration is not None:
-        own = options.calibration
-        other = own if isinstance(own, Task) else read_task(own, opened, n=options.n_items)
-        calibration, report = given_splits(tasks[0].name, other.items, _report(tasks[0], options).items)
-        chosen_on = other
-    else:
-        calibration, report = tasks[0].split(
-            calibration=options.calibration_items, report=options.report_items, seed=options.seed
-        )
-        chosen_on = tasks[0]
-    given = [Assignment(tasks[0], report)]
-    for task in tasks[1:]:
-        given.append(Assignment(task, _report(task, options)))
-        refuse_overlap(calibration, given[-1].split)
-    return chosen_on, given, calibration
-
-
-def _report(task: Task, options: MitigateOptions) -> ReportSplit:
-    if options.report_items is None or options.report_items >= len(task.items):
-        return task.everything()
-    _, report = task.split(calibration=len(task.items) - options.report_items, seed=options.seed)
-    return report
 
 
 def _base_run(
@@ -336,7 +227,7 @@ def _ask_baseline(setting: _Setting) -> None:
     _store(setting.store, "baseline", {"splits": mark, "columns": setting.baseline})
 
 
-def _judged(setting: _Setting, job: _Job) -> Result:
+def _judged(setting: _Setting, job: Job) -> Result:
     """One mitigation from calibration to the profile under it."""
     stored = _stored(setting.store, slug(job.label))
     if stored is not None:
@@ -374,7 +265,7 @@ def _judged(setting: _Setting, job: _Job) -> Result:
     return result
 
 
-def _calibrated(setting: _Setting, job: _Job) -> Any:
+def _calibrated(setting: _Setting, job: Job) -> Any:
     assert setting.calibration is not None
     assert setting.calibration_task is not None
     wanted = job.method.search()
@@ -422,10 +313,10 @@ def _after(setting: _Setting, label: str, method: Method) -> dict[str, Any]:
 def _finished(setting: _Setting, results: list[Result]) -> MitigationRun:
     """The run with its verdicts; written if it has a folder."""
     rows, verdicts = evaluation_rows(setting.given, setting.baseline, results, setting.options.seed)
-    entries = [_entry(result, verdicts[result.label]) for result in results]
-    best = _recommended(entries, rows)
-    for entry in entries:
-        entry["recommended"] = entry["label"] == best
+    entries = [entry(result, verdicts[result.label]) for result in results]
+    best = recommended(entries, rows)
+    for one in entries:
+        one["recommended"] = entry["label"] == best
     base, after = setting.run, dict(setting.after)
     if setting.store is not None:
         for result in results:
@@ -463,46 +354,6 @@ def _described(setting: _Setting) -> dict[str, Any]:
         "seed": setting.options.seed,
         "fingerprint": fingerprint(setting.opened),
     }
-
-
-def _entry(result: Result, verdicts: dict[str, Any]) -> dict[str, Any]:
-    """One mitigation in the document."""
-    word = one_word(verdicts)
-    texts = [v.text for v in verdicts.values()]
-    several = len(verdicts) > 1 and result.acted
-    named = [f"{task}: {v.text}" for task, v in verdicts.items()] if several else texts[:1]
-    return {
-        "label": result.label,
-        "name": result.name,
-        "parameters": result.parameters,
-        "acted": result.acted,
-        "kept_unchanged": result.kept is not None,
-        "verdict": {
-            "judgement": str(word),
-            "text": " ".join(named),
-            "tasks": {
-                task: {"judgement": str(v.judgement), "rule": v.rule, "text": v.text}
-                for task, v in verdicts.items()
-            },
-        },
-        "effect": {**result.effect, "text": result.said},
-        "cost": result.cost,
-        "calibration": result.calibration,
-        "findings": result.findings,
-    }
-
-
-def _recommended(entries: list[dict[str, Any]], rows: list[dict[str, Any]]) -> str | None:
-    """Of the helpful ones the surest."""
-    helpful = [entry["label"] for entry in entries if entry["verdict"]["judgement"] == "helpful"]
-    sure = {
-        label: min(
-            (row["p_holm"] for row in rows if row["mitigation"] == label and row["role"] == "primary"),
-            default=1.0,
-        )
-        for label in helpful
-    }
-    return min(sure, key=lambda label: sure[label]) if sure else None
 
 
 def _interrupted(setting: _Setting, results: list[Result], total: int) -> InterruptedRun:

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -48,15 +47,16 @@ class TaskScorer:
     def __init__(self, opened: OpenedModel, task: Task, split: CalibrationSplit, *, seed: int = 0) -> None:
         self.opened, self.task, self.seed = opened, task, seed
         self.split = require(split, CalibrationSplit)
+        self._tokens = task.tokens(opened, self.split.items)
         self._answers: dict[Method | None, Answers] = {}
 
     @property
     def items(self) -> int:
         return len(self.split)
 
-    @cached_property
+    @property
     def tokens(self) -> int:
-        return self.task.tokens(self.opened, self.split.items)
+        return self._tokens
 
     def __call__(self, method: Method | None) -> Scored:
         acted = True
@@ -170,7 +170,7 @@ def _recipe(
     if choice.method is None:
         return None
     found, base = trials(choice.method), trials.base
-    scores = {
+    scores: dict[str, dict[str, Any]] = {
         name: {"score": scored.score, "finer": scored.finer, "entropy": scored.entropy}
         for name, scored in (("unchanged", base), ("chosen", found))
     }

@@ -23,6 +23,7 @@ from . import (
     heatmap,
     intervals,
     lines,
+    mitigated,
     page,
     published,
     redact,
@@ -108,7 +109,7 @@ def _render(
     album: Album,
 ) -> str:
     found = page.sections(document, methods)
-    ids = {section.analyzer: section.id for section in found}
+    ids = {section.analyzer: section.id for section in found} | {mitigated.SECTION: mitigated.SECTION}
     data: dict[str, Any] = {}
     drawings = {s.analyzer: views.draw_all(s.id, figures.get(s.analyzer, ()), data, album) for s in found}
     boxes, rest = first.split_tiles(tiles)
@@ -119,11 +120,13 @@ def _render(
         "tokens": embed.tokens(prompts) if include_text else None,
         "text": include_text,
     }
+    under = mitigated.view(document, figures.get(mitigated.SECTION, ()), data)
     described = [_method(method) for method in methods if method.get("name")]
     script = assets.script()
     return assets.template("report.html").render(
         **_facts(document, title),
         ids=ids,
+        mitigated=under,
         navigation=first.navigation(found),
         tiles=page.tile_views(boxes, ids, methods),
         more_tiles=page.tile_views(rest, ids, methods),

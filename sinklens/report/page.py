@@ -22,6 +22,7 @@ RESERVED = {
     "trust",
     "prompts",
     "methods",
+    "mitigations",
     "manifest",
     "references",
     "strip",

@@ -1,0 +1,111 @@
+"""The section of a mitigate run: what each mitigation did, the paired table, and the maps side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sinklens.core.figures import Figure
+
+from . import tables, views
+from .numbers import number
+from .views import FigureView
+
+SECTION = "mitigations"
+_LABELS = {
+    "delta": "change",
+    "p_value": "p",
+    "p_holm": "corrected p",
+    "n": "items",
+    "changed": "items that differ",
+    "detectable": "detectable change",
+}
+_UNITS = {
+    "p_holm": "Holm, over all verdicts of the run",
+    "detectable": "smallest true change that would have been seen with 80 % power",
+}
+
+
+@dataclass(frozen=True)
+class Told:
+    """One mitigation in words.
+
+    Attributes:
+        judgement: Its class in the style sheet is `judgement` with dashes.
+        facts: Name and value: effect, cost, calibration.
+    """
+
+    label: str
+    judgement: str
+    text: str
+    recommended: bool
+    facts: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Mitigated:
+    """What the template prints."""
+
+    recommendation: str
+    told: tuple[Told, ...]
+    table: tables.Table | None
+    figures: tuple[FigureView, ...]
+
+
+def view(document: Mapping[str, Any], figures: Sequence[Figure], data: dict[str, Any]) -> Mitigated | None:
+    """The section, or None for a run without mitigations."""
+    entries = document.get(SECTION) or []
+    if not entries:
+        return None
+    return Mitigated(
+        str((document.get("recommended") or {}).get("text") or ""),
+        tuple(_told(entry) for entry in entries),
+        tables.table([_row(row) for row in document.get("evaluation") or []], _UNITS, _LABELS),
+        tuple(views.draw_all(SECTION, figures, data)),
+    )
+
+
+def _row(row: Mapping[str, Any]) -> dict[str, Any]:
+    keys = (
+        "mitigation",
+        "task",
+        "metric",
+        "baseline",
+        "mitigated",
+        "delta",
+        "p_value",
+        "p_holm",
+        "n",
+        "changed",
+    )
+    found = {key: row.get(key) for key in keys}
+    found["delta_ci_low"], found["delta_ci_high"] = row.get("ci_low"), row.get("ci_high")
+    return found | {key: row.get(key) for key in ("detectable", "test", "interval", "verdict")}
+
+
+def _told(entry: Mapping[str, Any]) -> Told:
+    verdict = entry.get("verdict") or {}
+    effect, cost = entry.get("effect") or {}, entry.get("cost") or {}
+    facts = []
+    if effect.get("text"):
+        facts.append(("effect", str(effect["text"])))
+    if entry.get("acted") and isinstance(effect.get("kl_mean"), int | float):
+        facts.append(("KL to the unchanged model", f"{number(effect['kl_mean'])} nats per token"))
+    for name, what in (("read", "per token read"), ("write", "per token written")):
+        if isinstance(cost.get(f"{name}_ms_added"), int | float):
+            added, before = cost[f"{name}_ms_added"], cost[f"{name}_ms"]
+            facts.append(
+                (f"added ms {what}", f"{number(added)}, from {number(before)} (median of paired rounds)")
+            )
+    calibration = entry.get("calibration") or {}
+    if calibration.get("text"):
+        passes = f"{calibration.get('passes')} passes over {calibration.get('split', {}).get('items')} items"
+        facts.append(("calibration", f"{calibration['text']} {passes}."))
+    return Told(
+        str(entry.get("label") or ""),
+        str(verdict.get("judgement") or ""),
+        str(verdict.get("text") or ""),
+        bool(entry.get("recommended")),
+        tuple(facts),
+    )
