@@ -316,7 +316,7 @@ def _finished(setting: _Setting, results: list[Result]) -> MitigationRun:
     entries = [entry(result, verdicts[result.label]) for result in results]
     best = recommended(entries, rows)
     for one in entries:
-        one["recommended"] = entry["label"] == best
+        one["recommended"] = one["label"] == best
     base, after = setting.run, dict(setting.after)
     if setting.store is not None:
         for result in results:
