@@ -241,9 +241,7 @@ def _refuse_beside_resume(given: dict[str, Any]) -> None:
     defaults = {"bos": "auto", "dtype": "auto", "seed": 0, "calibration_items": 0.4}
     allowed = {"resume", "as_json", "fail_if", "quiet", "no_text", "offline"}
     changed = sorted(
-        name
-        for name, value in given.items()
-        if name not in allowed and value not in (defaults.get(name), None, False, [])
+        name for name, value in given.items() if name not in allowed and value and value != defaults.get(name)
     )
     if changed:
         flags = ", ".join(
