@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from sinklens.pipeline.options import ProfileOptions
 
-EXPERIMENTS = {"effects": "Verify", "sensitivity": "Sensitivity"}
+EXPERIMENTS = {
+    "effects": "Verify",
+    "sensitivity": "Sensitivity",
+    "visual_effects": "Removal",
+    "visual_exit": "Exit",
+    "visual_horizon": "Horizon",
+}
 
 
 def print_plan(model: str | None, options: ProfileOptions, *, as_json: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -10,26 +11,25 @@ from sinklens.tracers import signals as sig
 from sinklens.tracers.executor import TracePlan, partition
 from sinklens.tracers.record_vision import vision_tower
 from sinklens.tracers.signals import LISTED, PLACED, POSITIONED, Signal, Source
-from sinklens.tracers.signals_visual import KEY_CLASSES, MASS_FLOORS, SHARE_BINS
+from sinklens.tracers.signals_pictures import LENS, LENS_RANKS, PAIR_SETS, QUERY_SETS, REASONS
+from sinklens.tracers.signals_visual import KEY_CLASSES, LEAST_ENERGY, MASS_FLOORS, SHARE_BINS
 
+from . import visual_experiments as visual
 from .cost import available_memory
 from .options import ProfileOptions
 from .picture_prompts import has_pictures, refuse_without_pictures
 from .prepare import EFFECTS, READERS, SENSITIVITY, analyzers_for, plan_for, read_prompts, those_that_apply
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sinklens.analyzers import Analyzer
     from sinklens.inputs.spec import Prompt, PromptSet
     from sinklens.models.opening import ModelDescription
 
 BYTES = 4
 VARIANTS = 2
 """Entries of the `variant` axis: as it is, and without the first token's column."""
-LARGE_PER_STATE = 4
-"""Entries of a state that stand out, about; more in narrow models, fewer in wide ones."""
-AXES_OF_PICTURES = (
-    "visual", "reason", "picture", "value", "sublayer", "query_set", "pair_set", "trace"
-)  # fmt: skip
-"""Axes of signals that prompts of text have none of; how many tokens a picture makes is known once it is read."""
 VERIFY_PASSES = 30
 """Passes of a verification, about: what is found is not known before, and every cause has two or three controls."""
 
@@ -86,26 +86,33 @@ def predict(model: str | None, options: ProfileOptions) -> tuple[ModelDescriptio
     plan = plan_for(options, analyzers)
     on_cpu = options.device in (None, "cpu")
     found = prediction(described, prompts, plan, on_cpu=on_cpu)
-    asked = experiments_of(options, {analyzer.name for analyzer in analyzers}, prompts)
+    asked = experiments_of(options, analyzers, prompts, described.info.layers)
     for cost in asked.values():
         cost["seconds"] = _seconds(described, cost["tokens"]) if on_cpu else None
     return described, prompts, replace(found, experiments=asked)
 
 
 def experiments_of(
-    options: ProfileOptions, analyzers: set[str], prompts: PromptSet
+    options: ProfileOptions, analyzers: Sequence[Analyzer], prompts: PromptSet, layers: int
 ) -> dict[str, dict[str, Any]]:
     """The experiments that are asked for or may run, with their passes and tokens, about."""
     from .variants import planned_tokens
     from .verify import cut
 
     found: dict[str, dict[str, Any]] = {}
-    if options.verify is not False and analyzers & set(READERS[EFFECTS]):
+    names = {analyzer.name for analyzer in analyzers}
+    if options.verify is not False and names & set(READERS[EFFECTS]):
         tokens = VERIFY_PASSES * sum(map(len, cut(prompts, 0)))
         found[EFFECTS] = {"passes": VERIFY_PASSES, "tokens": tokens, "if_short": options.verify is None}
     if options.sensitivity and not has_pictures(prompts):
         passes, tokens = planned_tokens(prompts.prompts)
         found[SENSITIVITY] = {"passes": passes, "tokens": tokens, "if_short": False}
+    for name in visual.PROMPTS:
+        chosen = visual.pictured(prompts, name)
+        if chosen and options.verify is not False and names & set(READERS[name]):
+            passes = visual.passes_before(prompts, layers, analyzers, name)
+            tokens = round(passes * sum(map(len, chosen)) / len(chosen))
+            found[name] = {"passes": passes, "tokens": tokens, "if_short": options.verify is None}
     return found
 
 
@@ -121,9 +128,7 @@ def prediction(
         weights=described.loaded_bytes,
         working=working_bytes(described, widest, plan) + picture_bytes(described, prompts, plan),
         available=available_memory(),
-        disk=sum(
-            record_bytes(described, len(prompt), plan, patches_of(prompt)) for prompt in prompts.prompts
-        ),
+        disk=sum(record_bytes(described, prompt, plan) for prompt in prompts.prompts),
         seconds=_seconds(described, tokens) if on_cpu else None,
         batches=len(batches),
         signals=tuple(
@@ -139,9 +144,41 @@ def patches_of(prompt: Prompt) -> int:
     return max((int(grid.members.max()) + 1 for grid in grids if grid.members is not None), default=0)
 
 
-def record_bytes(described: ModelDescription, length: int, plan: TracePlan, patches: int = 0) -> int:
+def picture_sizes(prompt: Prompt, hidden: int) -> dict[str, int]:
+    """Lengths of the axes that only prompts with pictures have, all 0 for text alone."""
+    spans = None if prompt.visual is None else prompt.visual.spans
+    tokens = 0 if spans is None else int(spans.visual.sum())
+    pictures = 0 if spans is None else len(spans.pictures)
+    of_sets = {"sublayer": 2, "trace": 2, "query_set": len(QUERY_SETS), "pair_set": len(PAIR_SETS)}
+    return {
+        "visual": tokens,
+        "picture": pictures,
+        "value": 0
+        if spans is None
+        else min(
+            hidden,
+            max(
+                (
+                    sum(int((grid.positions >= 0).sum()) for grid in spans.of_picture(i))
+                    for i in range(pictures)
+                ),
+                default=0,
+            ),
+        ),
+        "patch": patches_of(prompt),
+        "reason": len(REASONS),
+        **{axis: size if tokens else 0 for axis, size in of_sets.items()},
+    }
+
+
+def large_per_state(hidden: int) -> float:
+    """Entries that hold the least energy listed: those of a state of normal numbers, and one that stands out."""
+    return 1 + hidden * math.erfc(math.sqrt(LEAST_ENERGY * hidden / 2))
+
+
+def record_bytes(described: ModelDescription, prompt: Prompt, plan: TracePlan) -> int:
     """Size of one prompt's record on disk, at most: as many positions are kept as may be."""
-    tower, vision = described.anatomy.main, vision_tower(described.anatomy)
+    tower, vision, length = described.anatomy.main, vision_tower(described.anatomy), len(prompt)
     sizes = {
         "layer": len(tower.blocks),
         "head": tower.heads,
@@ -160,19 +197,21 @@ def record_bytes(described: ModelDescription, length: int, plan: TracePlan, patc
         "col": sig.PREFIX,
         "variant": VARIANTS,
         "dim": tower.hidden_size,
-        "large": len(tower.blocks) * length * LARGE_PER_STATE,
+        "large": len(tower.blocks) * round(length * large_per_state(tower.hidden_size)),
         "share_bin": SHARE_BINS,
         "floor": len(MASS_FLOORS),
         "key_class": len(KEY_CLASSES),
-        **dict.fromkeys(AXES_OF_PICTURES, 0),
         "vision_layer": 0 if vision is None else len(vision.blocks),
         "vision_head": 0 if vision is None else vision.heads,
-        "patch": patches,
+        **picture_sizes(prompt, tower.hidden_size),
     }
     dense = any(block.down_proj or block.shared_down_proj for block in tower.blocks)
-    absent = {*([] if dense else [Source.DOWN_PROJ]), *([] if patches else [Source.VISION])}
+    absent = {*([] if dense else [Source.DOWN_PROJ]), *([] if sizes["patch"] else [Source.VISION])}
     kept = [signal for signal in plan.signals if signal.source not in absent]
-    return sum(_elements(signal, sizes) * BYTES * _arrays(signal) for signal in kept)
+    lens = {**sizes, "rank": LENS_RANKS}
+    return sum(
+        _elements(signal, lens if signal in LENS else sizes) * BYTES * _arrays(signal) for signal in kept
+    )
 
 
 def _arrays(signal: Signal) -> int:

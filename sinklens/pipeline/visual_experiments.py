@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sinklens.analyzers import VisualTokens
 from sinklens.analyzers.base import Analyzer, Finding
-from sinklens.evaluation.removal import TokenSet, planned_passes, removal_effects
+from sinklens.evaluation.removal import DRAWS, TokenSet, planned_passes, removal_effects
 from sinklens.evaluation.visual_depth import exit_depths, horizon_information, windows
-from sinklens.inputs.spec import Prompt
+from sinklens.inputs.spec import Prompt, PromptSet
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import Trace
 
@@ -39,9 +40,24 @@ class Planned:
     nothing: str | None = None
 
 
-def pictured(setting: Setting, name: str) -> list[Prompt]:
-    prompts = [prompt for prompt in setting.prepared.prompts.prompts if prompt.visual is not None]
-    return prompts[: PROMPTS[name]]
+USUAL_SETS = 2
+"""Sets of tokens that a prompt has, about, before it is known what is found: one of a class, and objects or sinks."""
+
+
+def pictured(prompts: PromptSet, name: str) -> list[Prompt]:
+    return [prompt for prompt in prompts.prompts if prompt.visual is not None][: PROMPTS[name]]
+
+
+def passes_before(prompts: PromptSet, layers: int, analyzers: Sequence[Analyzer], name: str) -> int:
+    """Passes an experiment will make, about, before anything is found."""
+    chosen = pictured(prompts, name)
+    if name == REMOVAL:
+        return len(chosen) * (1 + USUAL_SETS * (1 + DRAWS))
+    if name == EXIT:
+        return len(chosen) * (layers + 1)
+    reader: Any = _reader(analyzers, "information-horizon")
+    groups = sum(len(windows(p.visual.spans, reader.window)) for p in chosen if p.visual is not None)
+    return (groups + 2 * len(chosen)) * -(-layers // reader.every)
 
 
 def token_sets(prompts: Sequence[Prompt], trace: Trace, findings: Mapping[str, Finding]) -> list[TokenSet]:
@@ -65,6 +81,15 @@ def token_sets(prompts: Sequence[Prompt], trace: Trace, findings: Mapping[str, F
     return [*sets, *_objects(known, trace)]
 
 
+def every_token(run: Run) -> dict[str, Finding]:
+    """The findings, with the tokens of all prompts in the table of `visual-tokens`, which lists a few for readers."""
+    readers = [analyzer for analyzer in run.analyzers if isinstance(analyzer, VisualTokens)]
+    return {
+        **run.findings,
+        **{a.name: replace(a, pictures=len(run.trace)).analyze(run.trace) for a in readers},
+    }
+
+
 def _of_class(rows: Mapping[str, list[dict[str, Any]]], cls: str) -> list[dict[str, Any]]:
     return [row for row in rows.get("visual-tokens", ()) if row["cls"] == cls]
 
@@ -82,36 +107,31 @@ def _objects(known: set[int], trace: Trace) -> list[TokenSet]:
 
 def planned(setting: Setting, run: Run, name: str) -> Planned:
     """How much an experiment would have to do."""
-    prompts = pictured(setting, name)
+    prompts = pictured(setting.prepared.prompts, name)
     longest = max(map(len, prompts), default=0)
     if not prompts:
         return Planned(0, 0, "No prompt has pictures.")
-    layers = len(setting.prepared.opened.anatomy.main.blocks)
     if name == REMOVAL:
-        sets = token_sets(prompts, run.trace, run.findings)
+        sets = token_sets(prompts, run.trace, every_token(run))
         if not sets:
             return Planned(0, longest, "No finding names visual tokens that could be taken out.")
         return Planned(planned_passes(prompts, sets), longest)
-    if name == EXIT:
-        return Planned(len(prompts) * (layers + 1), longest)
-    reader = _reader(run, "information-horizon")
-    groups = sum(len(windows(p.visual.spans, reader.window)) for p in prompts if p.visual is not None)
-    return Planned((groups + 2 * len(prompts)) * -(-layers // reader.every), longest)
+    layers = len(setting.prepared.opened.anatomy.main.blocks)
+    return Planned(passes_before(setting.prepared.prompts, layers, run.analyzers, name), longest)
 
 
 def perform(setting: Setting, run: Run, name: str) -> dict[str, Any]:
     """Run one; plain JSON for the manifest."""
-    opened, prompts = setting.prepared.opened, pictured(setting, name)
+    opened, prompts = setting.prepared.opened, pictured(setting.prepared.prompts, name)
     progress: Callable[[int, int], None] = setting.listener.progress
     if name == REMOVAL:
-        sets = token_sets(prompts, run.trace, run.findings)
+        sets = token_sets(prompts, run.trace, every_token(run))
         return removal_effects(opened, prompts, sets, seed=setting.options.seed, progress=progress)
     if name == EXIT:
         return exit_depths(opened, prompts, progress)
-    reader = _reader(run, "information-horizon")
+    reader = _reader(run.analyzers, "information-horizon")
     return horizon_information(opened, prompts, side=reader.window, every=reader.every, progress=progress)
 
 
-def _reader(run: Run, name: str) -> Any:
-    found: Analyzer = next(analyzer for analyzer in run.analyzers if analyzer.name == name)
-    return found
+def _reader(analyzers: Sequence[Analyzer], name: str) -> Any:
+    return next(analyzer for analyzer in analyzers if analyzer.name == name)

@@ -165,3 +165,16 @@ def test_a_dry_run_knows_how_much_will_be_stored() -> None:
     kinds = {record_name for record in run.trace for record_name in record.arrays}
     # This model has no learned sinks, and no down projection beside those of its experts.
     assert set(predicted.signals) - kinds <= {"learned_sink_mass", "down_proj_top"}
+
+
+def test_a_dry_run_knows_how_much_pictures_will_store() -> None:
+    options = ProfileOptions(n=6, analyzers=("all",))
+    predicted = predict("bundled:vlm-shapes", options)[2]
+    run = sinklens.profile("bundled:vlm-shapes", n=6, analyzers=("all",), verify=False)
+    stored = sum(
+        array.nbytes
+        for record in run.trace
+        for name, array in record.arrays.items()
+        if not name.startswith("thumbnail")
+    )
+    assert 0.9 * stored <= predicted.disk <= 1.4 * stored
