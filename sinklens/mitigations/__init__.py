@@ -17,6 +17,7 @@ from .knock_out import KnockOut
 from .learned_sink import LearnedSink
 from .massive import MassiveActivations
 from .method import Method, registry
+from .quantise import FakeQuantisation
 from .recipes import Recipe
 from .recipes import load_recipe as load
 from .scaling import AttentionScaling
@@ -30,6 +31,7 @@ __all__ = [
     "Edits",
     "Effect",
     "ExpertPruning",
+    "FakeQuantisation",
     "KnockOut",
     "LearnedSink",
     "MassiveActivations",
