@@ -63,8 +63,8 @@ class GazeShift(Analyzer):
     needs = frozenset({pic.GAZE_SHIFT, pic.QUERIES_RECEIVED, pic.QUERIES_VISIBLE})
     reference = Reference(
         key="gift2025",
-        title="Gaze Shift-guided cross-modal Fusion Enhancement",
-        authors="the authors of arXiv 2510.22067",
+        title="Capturing Gaze Shifts for Guidance: Cross-Modal Fusion Enhancement for VLM Hallucination Mitigation",
+        authors="Zheng Qi and Chao Shang and Evangelia Spiliopoulou and Nikolaos Pappas",
         year=2025,
         arxiv="2510.22067",
         section="gaze shift saliency; inference.py, lines 210-258",

@@ -57,8 +57,10 @@ class MatrixEntropy(Analyzer):
     needs = frozenset({pic.QUERY_ENTROPY})
     reference = Reference(
         key="entropyprune2026",
-        title="EntropyPrune",
-        authors="the authors of arXiv 2602.17196",
+        title="EntropyPrune: Matrix Entropy Guided Visual Token Pruning for Multimodal Large Language Models",
+        code="https://github.com/YahongWang1/EntropyPrune",
+        authors="Yahong Wang and Juncheng Wu and Zhangkai Ni and Chengmei Yang and Yihang Liu and Longzhen Yang "
+        "and Yuyin Zhou and Ying Wen and Lianghua He",
         year=2026,
         arxiv="2602.17196",
         section="matrix entropy and the entropy collapse layer",

@@ -52,8 +52,10 @@ class VisualRank(Analyzer):
     needs = frozenset({pic.VISUAL_SPECTRUM})
     reference = Reference(
         key="agilepruner2026",
-        title="AgilePruner",
-        authors="the authors of arXiv 2603.01236",
+        title="AgilePruner: An Empirical Study of Attention and Diversity for Adaptive Visual Token Pruning in "
+        "Large Vision-Language Models",
+        code="https://github.com/cvsp-lab/AgilePruner",
+        authors="Changwoo Baek and Jouwon Song and Sohyeon Kim and Kyeongbo Kong",
         year=2026,
         arxiv="2603.01236",
         section="effective rank of visual features",
