@@ -7,9 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from sinklens.core.errors import DataError, InterruptedRun, UsageError
+from sinklens.core.errors import DataError, InterruptedRun, ModelError, UsageError
 from sinklens.evaluation.running import Question
 from sinklens.evaluation.splits import CalibrationSplit, refuse_overlap
 from sinklens.evaluation.tasks import Task
@@ -17,6 +15,7 @@ from sinklens.mitigations import Method
 from sinklens.mitigations.recipes import Recipe, recipe_for
 from sinklens.models.fingerprint import fingerprint
 from sinklens.models.spec import OpenedModel
+from sinklens.tracers.backends import backend_of, modes_restored
 from sinklens.tracers.executor import trace
 from sinklens.tracers.store import RunStore
 
@@ -35,7 +34,6 @@ from .mitigate_options import MitigateOptions, stored_options
 from .mitigate_setup import Job, assigned, entry, is_run_folder, jobs, of_run, options_from, recommended
 from .mitigation_run import REQUEST, MitigationRun, slug, write_results
 from .prepare import Prepared, model_request, prepare
-from .profile import modes_restored
 from .run import Run, load_run, write_run
 from .scoring import calibrate, check_fits, put_on
 from .session import Session
@@ -81,11 +79,8 @@ def mitigate(
     asked = options or options_from(methods, tasks, recipes, settings)
     if isinstance(model, Run) or is_run_folder(model):
         model, asked = of_run(model, asked)
-    module = model.module if isinstance(model, OpenedModel) else model
-    if isinstance(module, nn.Module):
-        with modes_restored(module):
-            return _start(model, tokenizer, asked, out, force, listener, argv)
-    return _start(model, tokenizer, asked, out, force, listener, argv)
+    with modes_restored(model.module if isinstance(model, OpenedModel) else model):
+        return _start(model, tokenizer, asked, out, force, listener, argv)
 
 
 @dataclass
@@ -153,6 +148,7 @@ def _run(
     argv: list[str] | None,
     request: str | None,
 ) -> MitigationRun:
+    prepared = replace(prepared, opened=_as_transformers(prepared.opened))
     opened = prepared.opened
     for job in jobs:
         if job.recipe is not None:
@@ -173,6 +169,22 @@ def _run(
     except KeyboardInterrupt:
         raise _interrupted(setting, results, len(jobs)) from None
     return _finished(setting, results)
+
+
+def _as_transformers(opened: OpenedModel) -> OpenedModel:
+    """The model that is measured, asked and edited alike, also where another library holds it.
+
+    Raises:
+        ModelError: That would be another model than the one given.
+    """
+    found = backend_of(opened).for_experiments(opened)
+    if isinstance(found, str):
+        raise ModelError(
+            "Mitigations cannot be judged on this model.",
+            detail=found,
+            hint="Take the hooks or edits off, or give the transformers model.",
+        )
+    return found
 
 
 def _base_run(

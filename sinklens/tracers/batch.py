@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -92,10 +93,16 @@ def forward(model: nn.Module, batch: Batch, *, logits: bool = True) -> Any:
         logits: With False, heads that can are asked for the last position only; no signal needs logits, and a
             large vocabulary makes them the largest tensor of the pass.
     """
+    with under_way(batch), torch.no_grad():
+        return model(**forward_inputs(model, batch, logits=logits))
+
+
+@contextmanager
+def under_way(batch: Batch) -> Iterator[None]:
+    """Name the batch whose pass runs inside: some mitigations read the pictures of its prompts."""
     token = _running.set(batch)
     try:
-        with torch.no_grad():
-            return model(**forward_inputs(model, batch, logits=logits))
+        yield
     finally:
         _running.reset(token)
 

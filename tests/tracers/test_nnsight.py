@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import sinklens
 from sinklens.core.errors import ModelError
+from sinklens.inputs.spans import Kind
+from sinklens.mitigations import VAR
 from sinklens.models.catalog import bundled
 from sinklens.tracers.backends import backend_of, backends, open_with
 from sinklens.tracers.executor import TracePlan, trace_batch
 from tests.families import FAMILIES, build, tokenizer
+from tests.pictures import batch_for, picture_prompt
 from tests.tracers.agreement import WRAPPED, State, batch_of, differences, recorded
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
@@ -82,6 +87,56 @@ def test_edits_that_the_model_carries_are_measured() -> None:
     assert float(changed[0].arrays["residual_norm"][1].max()) == 0.0
     assert float(plain[0].arrays["residual_norm"][1].min()) > 0.0
     assert differences(plain, recorded(held, "llama")) == []
+    # Experiments and mitigations run outside of traces, where edits are not in effect.
+    run = sinklens.profile(edited, prompts=PROMPTS, analyzers=["primary-sinks"], verify=True)
+    assert "1 edit that it carries" in str(run.causal_effects.reason)
+    with pytest.raises(ModelError, match="cannot be judged"):
+        sinklens.mitigate(edited, "zero-tuning:gamma=2", prompts=PROMPTS)
+
+
+def test_mitigations_are_judged_as_on_the_transformers_model() -> None:
+    def judged(model: Any) -> list[dict[str, Any]]:
+        settings = {
+            "tokenizer": tokenizer(),
+            "prompts": PROMPTS,
+            "n_items": 4,
+            "analyzers": ["primary-sinks"],
+        }
+        run = sinklens.mitigate(model, "zero-tuning:layers=1+2:gamma=3", **settings)
+        return [
+            {key: value for key, value in row.items() if not key.startswith("ms_")}
+            for row in run.evaluation.rows
+        ]
+
+    held = wrapped("llama")
+    held._module.train()
+    state = State(held._module)
+    assert judged(held) == judged(build("llama"))
+    assert state.changed(held._module) == []
+
+
+def test_pictures_of_the_running_prompts_are_known_inside_a_trace() -> None:
+    """Where spans say something else than the ids, a mitigation goes by the spans."""
+    prompt = picture_prompt("llava", 23)
+    assert prompt.visual is not None
+    kinds = np.array(prompt.visual.spans.kinds)
+    kinds[np.flatnonzero(kinds == Kind.VISUAL)[:4]] = Kind.SYSTEM
+    spans = replace(prompt.visual.spans, kinds=kinds)
+    batch = batch_for(replace(prompt, visual=replace(prompt.visual, spans=spans)))
+    method, records = VAR(dims=(3, 17, 40), tau=0.5, rho=0.1, floor=0.0, p=0.9), []
+    for model in (build("llava"), wrapped("llava")):
+        with method(getattr(model, "_module", model)):
+            records.append(trace_batch(open_with(model), batch, TracePlan()).records)
+    assert differences(*records) == []
+    assert differences(trace_batch(open_with(build("llava")), batch, TracePlan()).records, records[1])
+
+
+def test_other_dtypes_are_measured() -> None:
+    run = sinklens.profile(
+        wrapped("llama"), prompts=PROMPTS, analyzers=["primary-sinks"], sensitivity=True, verify=False
+    )
+    assert not [note for note in run.sensitivity.notes if "float16" in note]
+    assert {"in bfloat16", "in float16"} <= {row["variant"] for row in run.sensitivity.rows}
 
 
 def test_findings_are_those_of_transformers() -> None:

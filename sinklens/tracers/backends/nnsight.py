@@ -18,7 +18,7 @@ from sinklens.core.errors import ModelError
 from sinklens.models.opening import open_model
 from sinklens.models.spec import OpenedModel
 
-from ..batch import Batch, forward_inputs
+from ..batch import Batch, forward_inputs, under_way
 from .base import Backend, in_memory
 
 
@@ -58,13 +58,22 @@ class NNsight(Backend):
         model, last = opened.handle, opened.anatomy.main.final_norm
         if not logits and last is not None:
             after = part(model, last)
-            with torch.no_grad(), model.trace(**inputs) as tracer:
+            with under_way(batch), torch.no_grad(), model.trace(**inputs) as tracer:
                 after.input  # noqa: B018  the pass has reached the end of the last block
                 tracer.stop()
             return None
-        with torch.no_grad(), model.trace(**inputs):
+        with under_way(batch), torch.no_grad(), model.trace(**inputs):
             output = nnsight.save(model.output)
         return output
+
+    def for_experiments(self, opened: OpenedModel) -> OpenedModel | str:
+        """The module outside of traces: experiments copy it and run it as transformers does."""
+        if edits := len(opened.handle._edits):
+            return (
+                f"The model was measured with {edits} edit{'s' * (edits > 1)} that it carries, and experiments run "
+                "on the model without them."
+            )
+        return replace(opened, backend="hf", handle=None)
 
 
 def part(model: Any, path: str) -> Any:
