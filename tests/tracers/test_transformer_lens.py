@@ -17,7 +17,10 @@ from sinklens.tracers.backends.bridge_attention import Seam
 from sinklens.tracers.batch import first_tensor, forward
 from sinklens.tracers.executor import TracePlan, trace_batch
 from sinklens.tracers.selfcheck import self_check
+from sinklens.tracers.signals import ALL_SIGNALS
+from sinklens.tracers.sink_dims import SinkDims, SinkRule
 from tests.families import build, tokenizer
+from tests.pictures import batch_for, picture_prompt
 from tests.tracers.agreement import WRAPPED, State, batch_of, differences, recorded
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
@@ -221,6 +224,23 @@ def test_the_self_check_passes_on_a_bridge() -> None:
     assert {"bridge = transformers", "blocked = dense, padded batch", "attention mass is one"} <= {
         check.name for check in checks
     }
+
+
+@pytest.mark.parametrize("family", ["llava", "gemma3"])
+def test_pictures_are_seen_as_in_transformers(family: str) -> None:
+    """Every signal, those of the vision tower included, and the checks of pictures."""
+    model, prompt = build(family), picture_prompt(family, 23)
+    rule = SinkRule(SinkDims.given((3, 17, 40), 64), 1.9)
+    plan = TracePlan(frozenset(ALL_SIGNALS), sinks=rule)
+    ours, theirs = (
+        trace_batch(open_with(model, backend=name), batch_for(prompt), plan).records
+        for name in ("transformer-lens", "hf")
+    )
+    assert differences(theirs, ours) == []
+    assert {"vision_received", "visual_mass", "phi"} <= ours[0].arrays.keys()
+    checks = self_check(open_with(bridge(family)), [prompt], plan)
+    assert [check.name for check in checks if not check.passed] == []
+    assert {"vision tower: blocked = dense", "bridge = transformers"} <= {check.name for check in checks}
 
 
 def test_signals_that_no_hook_shows_are_refused_or_said(monkeypatch: pytest.MonkeyPatch) -> None:
