@@ -71,7 +71,8 @@ def build_model(recipe: Recipe, seed: int | None = None) -> PreTrainedModel:
     return model
 
 
-def _batches(recipe: Recipe, seed: int) -> Iterator[torch.Tensor]:
+def batches_of(recipe: Recipe, seed: int) -> Iterator[torch.Tensor]:
+    """Token ids of the training sequences, `[batch, length]`, without end."""
     rng = np.random.default_rng(seed + 1)
     while True:
         chunk = torch.from_numpy(recipe.task.sample(CHUNK, recipe.length, rng))
@@ -172,7 +173,7 @@ def train(
         on_step: Called with the step (1-based) and its training loss in nats.
     """
     seed = recipe.seed if seed is None else seed
-    batches = ({"input_ids": ids, "labels": ids} for ids in _batches(recipe, seed))
+    batches = ({"input_ids": ids, "labels": ids} for ids in batches_of(recipe, seed))
     model = build_model(recipe, seed)
     return fit(model, recipe, batches, at=at, on_checkpoint=on_checkpoint, on_step=on_step)
 

@@ -56,9 +56,9 @@ def test_checkpoints_on_request_are_the_states_on_the_way() -> None:
 
 def test_held_out_sequences_are_not_training_sequences() -> None:
     seen: list[torch.Tensor] = []
-    from sinklens.testbeds.train import _batches
+    from sinklens.testbeds.train import batches_of
 
-    for _, batch in zip(range(20), _batches(SHORT, SHORT.seed), strict=False):
+    for _, batch in zip(range(20), batches_of(SHORT, SHORT.seed), strict=False):
         seen.append(batch)
     training = {tuple(row) for row in torch.cat(seen).tolist()}
     assert not training & {tuple(row) for row in held_out(SHORT, 64).tolist()}
