@@ -94,3 +94,19 @@ RANDOM_VISUAL_TOKENS = Reference(
     arxiv="2512.07580",
     code="https://github.com/YahongWang1/Information-Horizon",
 )
+VISUAL_SINK_GATING = Reference(
+    key="choi2026when",
+    title="When Sinks Help or Hurt: Unified Framework for Attention Sink in Large Vision-Language Models",
+    authors="Jiho Choi and Jaemin Kim and Sanghwan Kim and Seunghoon Hong and Jin-Hwi Park",
+    year=2026,
+    arxiv="2604.03316",
+)
+PAYING_ATTENTION_TO_IMAGE = Reference(
+    key="liu2024paying",
+    title="Paying More Attention to Image: A Training-Free Method for Alleviating Hallucination in LVLMs",
+    authors="Shi Liu and Kecheng Zheng and Wei Chen",
+    year=2024,
+    arxiv="2407.21771",
+    code="https://github.com/LALBJ/PAI",
+    venue="European Conference on Computer Vision",
+)

@@ -17,15 +17,18 @@ from .knock_out import KnockOut
 from .learned_sink import LearnedSink
 from .massive import MassiveActivations
 from .method import Method, registry
+from .pai import PAI
 from .quantise import FakeQuantisation
 from .recipes import Recipe
 from .recipes import load_recipe as load
 from .scaling import AttentionScaling
+from .sink_gating import SinkGating
 from .var import VAR
 from .zero_tuning import ZeroTuning
 
 __all__ = [
     "ACT",
+    "PAI",
     "VAR",
     "AttentionScaling",
     "Edits",
@@ -40,6 +43,7 @@ __all__ = [
     "NothingEdited",
     "Outcome",
     "Recipe",
+    "SinkGating",
     "ZeroTuning",
     "chosen_methods",
     "load",

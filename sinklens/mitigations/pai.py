@@ -1,0 +1,127 @@
+"""PAI: the logits of image tokens raised by a share of their size, in the row that chooses the next token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Self
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from sinklens.core.errors import ModelError, UsageError
+from sinklens.core.papers import PAYING_ATTENTION_TO_IMAGE
+from sinklens.inputs.spans import Kind
+from sinklens.kernels.key_sets import Factors, KeySets, Shares
+from sinklens.models.spec import OpenedModel, Tower
+
+from .base import Mitigation, Seen, registry
+from .kinds import kinds_of, visual_ids
+
+
+@registry.register("pai")
+@dataclass(frozen=True, kw_only=True)
+class PAI(Mitigation):
+    """Makes the token that is about to be generated look harder at the picture.
+
+    How it is computed: in the last row of every pass (the last prompt token, then each generated one) the logit z of
+    every visual token becomes z + alpha·|z| before the softmax, in the layers from `start` to before `end`. z is what
+    the softmax sees: scaled, capped, with what an additive mask adds. A learned sink logit takes its part in the
+    softmax.
+
+    Compared with the paper: this is the attention step of Liu et al., with their defaults. They also subtract, at the
+    output, what the model says without the picture; that changes logits of words, not attention, and is not part of
+    this method.
+
+    When not to trust it: |z| has no meaning under a shift of all logits, which the softmax ignores, so the strength
+    differs from head to head for no reason of the picture's. Visual sinks are raised with everything else, and with
+    the largest logits they can take most of it. Captions get shorter and name fewer objects, so report coverage
+    beside hallucination. Only the last row of a batch row changes, so scores of the tokens of a prompt do not.
+
+    Args:
+        alpha: Share of |z| that is added, at least 0.
+        start, end: First layer, and the one after the last; None for the last layer of the model.
+    """
+
+    alpha: float = 0.5
+    start: int = 2
+    end: int | None = None
+
+    name = "pai"
+    title = "PAI (pay attention to image)"
+    formula = (
+        '<math display="block"><msub><msup><mi>z</mi><mo>′</mo></msup><mrow><mi>n</mi><mi>k</mi></mrow></msub>'
+        "<mo>=</mo><msub><mi>z</mi><mrow><mi>n</mi><mi>k</mi></mrow></msub><mo>+</mo><mi>α</mi><mo>|</mo><msub><mi>z</mi>"
+        "<mrow><mi>n</mi><mi>k</mi></mrow></msub><mo>|</mo><mspace width='1em'/><mi>k</mi><mo>∈</mo><mi>V</mi></math>"
+    )
+    reference = PAYING_ATTENTION_TO_IMAGE.at("attention to image tokens, before the softmax")
+    grid = MappingProxyType({"alpha": (0.2, 0.5, 0.8)})
+    logits_needed = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not math.isfinite(self.alpha) or self.alpha < 0:
+            raise UsageError(f"{self.name}: alpha must be a number of at least 0, got {self.alpha}.")
+        if self.start < 0 or (self.end is not None and self.end <= self.start):
+            raise UsageError(
+                f"{self.name}: start and end must be layers with start before end, got {self.start} and {self.end}."
+            )
+
+    @property
+    def identity(self) -> bool:
+        return self.alpha == 0.0
+
+    def own_layers(self, count: int) -> Collection[int]:
+        return range(self.start, count if self.end is None else min(self.end, count))
+
+    def check(self, tower: Tower) -> None:
+        super().check(tower)
+        if self.layers is None and self.heads is None and not self.own_layers(len(tower.blocks)):
+            raise UsageError(
+                f"{self.name}: there is no layer {self.start}.",
+                detail=f"The model has layers 0 to {len(tower.blocks) - 1}.",
+                hint="Give a smaller start.",
+            )
+
+    def fitted(self, model: nn.Module | OpenedModel, tower: Tower) -> Self:
+        module = model.module if isinstance(model, OpenedModel) else model
+        config: Any = module.config
+        if not visual_ids(config):
+            raise ModelError(
+                f"{self.title} needs a model that reads pictures.",
+                detail=f"The config of {type(module).__name__} names no image token.",
+            )
+        return self
+
+    def rows(self, seen: Seen) -> Bool[Tensor, "batch query"]:
+        """The last real row of each prompt."""
+        real = seen.rows
+        return real & (real.flip(1).cumsum(1).flip(1) == 1)
+
+    def sets(self, seen: Seen) -> KeySets | None:
+        """Every visual token as a set of its own."""
+        visual = kinds_of(seen.tokens, seen.call, seen.config) == int(Kind.VISUAL)
+        width = int(visual.sum(1).max())
+        if width == 0:
+            seen.nothing("no prompt has visual tokens")
+            return None
+        found = visual.to(torch.uint8).sort(dim=1, descending=True, stable=True)
+        places, valid = found.indices[:, :width], found.values[:, :width] > 0
+        return seen.sets_of(places[:, None, :, None], valid[:, None, :, None])
+
+    def factors(self, seen: Seen, shares: Shares) -> Factors:
+        assert shares.logits is not None  # `logits_needed` asks for them
+        return raised(shares, shares.logits, self.alpha)
+
+
+def raised(shares: Shares, logits: Float[Tensor, "batch head row key"], alpha: float) -> Factors:
+    """Weights of keys whose logit z becomes z + alpha |z|, and the softmax's new sum.
+
+    Logits of keys that the row does not see mean nothing and are left out.
+    """
+    factors = torch.exp(torch.where(shares.mass > 0, alpha * logits.abs(), 0.0))
+    divisor = (factors * shares.mass).sum(-1) + shares.rest + shares.learned
+    return Factors(factors, divisor, (divisor > 0) & torch.isfinite(divisor))
