@@ -32,9 +32,9 @@ class PAI(Mitigation):
     the softmax sees: scaled, capped, with what an additive mask adds. A learned sink logit takes its part in the
     softmax.
 
-    Compared with the paper: this is the attention step of Liu et al., with their defaults. They also subtract, at the
-    output, what the model says without the picture; that changes logits of words, not attention, and is not part of
-    this method.
+    Compared with the paper: this is the attention step of Liu et al. Their strength and layers differ from model to
+    model; the defaults here are a start, not a copy of theirs. They also subtract, at the output, what the model says
+    without the picture; that changes logits of words, not attention, and is not part of this method.
 
     When not to trust it: |z| has no meaning under a shift of all logits, which the softmax ignores, so the strength
     differs from head to head for no reason of the picture's. Visual sinks are raised with everything else, and with

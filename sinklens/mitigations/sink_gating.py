@@ -90,10 +90,8 @@ class SinkGating(VisualSinkMethod):
 
     def gates(self, layer: int) -> tuple[float, float]:
         """Of visual sinks and of other visual tokens in a layer."""
-        sink, rest = (
-            value if isinstance(value, float) else tuple(value)[layer] for value in (self.sink, self.rest)
-        )
-        return sink, rest
+        sink, rest = (_listed(value) for value in (self.sink, self.rest))
+        return sink[layer % len(sink)], rest[layer % len(rest)]
 
     def rows(self, seen: Seen) -> Bool[Tensor, "batch query"]:
         return self.text_rows(seen)
