@@ -9,6 +9,7 @@ from typing import Any
 from sinklens.core.canonical import plain
 from sinklens.core.errors import DataError, InterruptedRun, SelfCheckError, UsageError
 from sinklens.core.manifest import Clock, build_manifest
+from sinklens.models.fingerprint import weights_hash
 from sinklens.tracers.backends import backend_of
 from sinklens.tracers.executor import TracePlan, empty_trace, trace
 from sinklens.tracers.selfcheck import Check
@@ -106,6 +107,8 @@ class Session:
             inputs=self.prepared.prompts.description,
             tracing=described.tracing,
         )
+        if not self.prepared.opened.info.files_sha256:
+            described.manifest["weights"] = weights_hash(self.prepared.opened.plain)
         if self.store is not None and status == "running":
             self.store.write_manifest(stored_manifest(described, self.prepared.analyzers, checks))
 
@@ -165,6 +168,8 @@ def _same_run(before: dict[str, Any], prepared: Prepared, now: Trace) -> None:
         "the prompts": (before["inputs"].get("sha256"), prepared.prompts.description.get("sha256")),
         "the tracing": (before["tracing"], plain(now.tracing)),
     }
+    if "weights" in before:  # of a model in memory, which has no files
+        pairs["the weights"] = (before["weights"], weights_hash(prepared.opened.plain))
     changed = [what for what, (then, today) in pairs.items() if then != today]
     if changed:
         raise DataError(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import os
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 import sinklens
-from sinklens.core.errors import ModelError, UsageError
+from sinklens.core.errors import DataError, InterruptedRun, ModelError, UsageError
 from sinklens.tracers.backends import backend_of, backends, open_with
 from sinklens.tracers.backends.bridge_attention import Seam
 from sinklens.tracers.batch import first_tensor, forward
@@ -81,6 +82,35 @@ class _Failing:
     def valid(self) -> Any:
         self._left -= 1
         return self._valid if self._left > 0 else 1 / 0
+
+
+def test_a_run_is_resumed_with_the_same_bridge_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model has no files that could tell, so its weights do."""
+    from sinklens.tracers import executor
+
+    (tmp_path / "prompts.txt").write_text("\n".join(prompt[:130] for prompt in PROMPTS) + "\n")
+    settings: dict[str, Any] = {"tokenizer": tokenizer(), "verify": False, "analyzers": ["primary-sinks"]}
+    settings |= {"prompts": str(tmp_path / "prompts.txt"), "batch_size": 1}
+    real, done = executor._run, []
+
+    def stopped(*given: Any) -> Any:
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return real(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(executor, "_run", stopped)
+        with pytest.raises(InterruptedRun):
+            sinklens.profile(bridge("llama"), out=tmp_path / "run", **settings)
+    for other, what in (
+        (bridge("llama", seed=3), "the weights changed"),
+        (build("llama"), "the tracing changed"),
+    ):
+        with pytest.raises(DataError, match=what):
+            sinklens.profile(other, tokenizer=tokenizer(), resume=tmp_path / "run")
+    run = sinklens.profile(bridge("llama"), tokenizer=tokenizer(), resume=tmp_path / "run")
+    assert differences(sinklens.profile(build("llama"), **settings).trace.records, run.trace.records) == []
 
 
 def test_a_bridge_is_traced_by_itself() -> None:
