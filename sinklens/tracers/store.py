@@ -198,11 +198,13 @@ class RunStore:
             manifest = json.loads(self.manifest_path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise DataError(f"{self.manifest_path} is damaged: {error}.") from error
+        if not isinstance(manifest, dict):
+            raise DataError(f"{self.manifest_path} is damaged: it holds no JSON object.")
         schema = manifest.get("schema")
         if schema != SCHEMA:
             raise DataError(
                 f"{self.folder} has schema {schema!r}; this version reads {SCHEMA!r}.",
-                hint="Upgrade sinklens: pip install --upgrade sinklens",
+                hint=_version_for(manifest),
             )
         return manifest
 
@@ -215,13 +217,35 @@ class RunStore:
     def load(self) -> Trace:
         """The trace of a run, complete or not."""
         manifest = self.read_manifest()
-        model = manifest["model"]
-        info = ModelInfo(**{k: v for k, v in model.items() if k in ModelInfo.__dataclass_fields__})
-        layers = tuple(LayerInfo(**layer) for layer in manifest["layers"])
-        return Trace(info, layers, self.load_records(), manifest["tracing"], manifest)
+        if manifest.get("status") == "complete" and not (self.folder / "arrays.safetensors").is_file():
+            raise DataError(
+                f"{self.folder} is a complete run, but its arrays.safetensors is missing.",
+                hint="Copy the whole folder, or run the profile again with --force.",
+            )
+        try:
+            model = manifest["model"]
+            info = ModelInfo(**{k: v for k, v in model.items() if k in ModelInfo.__dataclass_fields__})
+            layers = tuple(LayerInfo(**layer) for layer in manifest["layers"])
+            tracing = manifest["tracing"]
+        except (KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{self.manifest_path} is damaged: its part on the model or the tracing is missing or not "
+                f"readable ({error}).",
+                hint="Copy the whole folder again, or run the profile again with --force.",
+            ) from error
+        return Trace(info, layers, self.load_records(), tracing, manifest)
 
     def _shards(self) -> list[Path]:
         return sorted((self.folder / "shards").glob("*.safetensors"))
+
+
+def _version_for(manifest: dict[str, Any]) -> str:
+    """What to install to read a run of another schema, as far as its manifest says."""
+    writer = manifest.get("sinklens")
+    version = writer.get("version") if isinstance(writer, dict) else None
+    if not version:
+        return "Read it with the version of sinklens that wrote it; the manifest does not say which."
+    return f"It was written by sinklens {version}; read it with that version or a newer one that knows the schema."
 
 
 def describe_trace(trace: Trace) -> dict[str, Any]:

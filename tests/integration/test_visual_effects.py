@@ -40,6 +40,7 @@ def test_words_of_the_vocabulary_are_named(run: Any) -> None:
 def test_the_run_comes_back_from_its_folder_and_has_a_report(run: Any, tmp_path: Any) -> None:
     folder = run.save(tmp_path / "run")
     again = sl.load(folder)
+    assert isinstance(again, sl.Run)
     assert again.findings["visual-effects"].rows == run.findings["visual-effects"].rows
     assert again.findings["visual-tokens"].rows == run.findings["visual-tokens"].rows
     changed = again.analyze("visual-tokens:first_cosine=0.0").findings["visual-tokens"]

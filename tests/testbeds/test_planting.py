@@ -355,6 +355,7 @@ def test_planting_into_half_precision_weights_works() -> None:
 @pytest.mark.parametrize("family", api.SAVED_FAMILIES)
 def test_plant_testbed_saves_a_folder_that_answers_to_its_truth(family: str, tmp_path: Path) -> None:
     truth = api.plant_testbed(family, tmp_path, seed=4)
+    assert isinstance(truth, Truth)
     saved = json.loads((tmp_path / "truth.json").read_text())
     assert saved == json.loads(json.dumps(truth.to_json()))
     model = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
