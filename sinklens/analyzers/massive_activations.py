@@ -259,7 +259,8 @@ def _largest(trace: Trace) -> dict[str, Any]:
     largest = max(float(np.nanmax(np.abs(record[sig.RESIDUAL_TOP][:, 0]))) for record in trace)
     for record in trace:
         value, median = record[sig.RESIDUAL_TOP][:, 0], record[sig.RESIDUAL_MEDIAN]
-        ratio = np.abs(value) / np.maximum(median, np.finfo(np.float32).tiny)
+        with np.errstate(over="ignore"):  # a median of 0 has no ratio: infinite
+            ratio = np.abs(value) / np.maximum(median, np.finfo(np.float32).tiny)
         layer = int(np.nanargmax(ratio))
         if ratio[layer] > best["max_ratio"]:
             position = int(record["residual_top_pos"][layer, 0])

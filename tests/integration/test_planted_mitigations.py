@@ -1,0 +1,61 @@
+"""A planted sink in the way of a task: judged through `mitigate`, the mitigation for it wins and the others do not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import sinklens as sl
+from sinklens.cli.main import main
+from sinklens.testbeds import plant_testbed
+
+ITEMS = 64
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.parametrize("sink", ["first", "inner"])
+def test_the_mitigation_for_the_sink_is_helpful_and_no_other_is(sink: str, seed: int, tmp_path: Path) -> None:
+    truth: Any = plant_testbed(f"retrieval-{sink}", tmp_path / "bed", seed=seed)
+    other_head = f"L{truth.layer}H{(truth.head + 1) % 4}"
+    methods = [
+        "zero-tuning:gamma=0.25",
+        "act:beta=0.4",
+        "zero-tuning:gamma=4",
+        f"zero-tuning:gamma=0.25:heads={other_head}",
+    ]
+    run = sl.mitigate(
+        str(tmp_path / "bed"),
+        methods,
+        tasks=f"task:{tmp_path / 'bed' / 'task.jsonl'}",
+        n_items=ITEMS,
+        n=2,
+        seed=seed,
+    )
+    verdicts = dict(zip(methods, (e["verdict"]["judgement"] for e in run.entries), strict=True))
+    remedy = f"{truth.remedy}:" + ":".join(f"{k}={v}" for k, v in truth.remedy_parameters.items())
+    expected = {method: "no measurable change" for method in methods} | {remedy: "helpful"}
+    if sink == "first":
+        expected["act:beta=0.4"] = "did not act"  # its sinks are those behind the first token
+    assert verdicts == expected
+    best = next(entry for entry in run.entries if entry["recommended"])
+    assert best["name"] == truth.remedy
+    row = next(r for r in run.rows if r["mitigation"] == best["label"] and r["role"] == "primary")
+    assert row["baseline"] < 0.4
+    assert row["mitigated"] == 1.0
+
+
+def test_calibration_finds_it_from_the_command_line(tmp_path: Path, capsys: Any) -> None:
+    """The head is not told: ZeroTuning finds it on one part of the questions and is judged on the rest."""
+    bed, out = tmp_path / "bed", tmp_path / "run"
+    assert main(["testbed", "plant", "retrieval-first", "--seed", "1", "--out", str(bed)]) == 0
+    truth = json.loads((bed / "truth.json").read_text())
+    capsys.readouterr()
+    asked = ["-m", str(bed), "--task", f"task:{bed / 'task.jsonl'}", "--with", "zero-tuning", "--calibrate"]
+    assert main(["mitigate", "-q", "-n", "2", "--n-items", "80", *asked, "--json", "--out", str(out)]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)["mitigations"]
+    assert entry["verdict"]["judgement"] == "helpful"
+    assert entry["parameters"]["gamma"] < 1
+    assert [truth["layer"], truth["head"]] in entry["parameters"]["heads"]
