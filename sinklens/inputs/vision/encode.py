@@ -103,6 +103,7 @@ class PictureEncoder:
         self.notes.extend(f"{one.name}: {note}" for one in decoded for note in one.notes)
         text = self.text(document)
         features = self.process(text, [one.image() for one in decoded], document.source)
+        self._require_size(features, decoded, document.source)
         ids = tuple(features.pop("input_ids")[0].tolist())
         ids, features = self._with_bos(ids, features)
         token = image_token_id(self.config)
@@ -123,6 +124,23 @@ class PictureEncoder:
         )
         pieces = piece_reader(self.tokenizer)(ids)
         return Prompt(index, ids, pieces, document.source, document.domain, visual)
+
+    def _require_size(self, features: dict[str, Any], decoded: Sequence[Decoded], where: str) -> None:
+        """A processor that does not resize hands on any size, and the tower would stop at it."""
+        side = getattr(self.config.vision_config, "image_size", None)
+        shape = getattr(features.get("pixel_values"), "shape", ())
+        resizes = getattr(self.processor.image_processor, "do_resize", True)
+        if resizes or side is None or len(shape) != 4:
+            return
+        high, wide = side if isinstance(side, list | tuple) else (side, side)
+        if tuple(shape[2:]) != (high, wide):
+            sizes = ", ".join(f"{one.pixels.shape[1]} x {one.pixels.shape[0]}" for one in decoded)
+            raise DataError(
+                f"{where}: this model reads pictures of {wide} x {high} pixels only, and its processor does not "
+                "resize.",
+                detail=f"The prompt has pictures of {sizes} pixels.",
+                hint=f"Save them as {wide} x {high} pixels, or choose a model whose processor resizes.",
+            )
 
     def _painted(
         self, document: VisualDocument, text: str, picture: int, box: tuple[int, int, int, int]

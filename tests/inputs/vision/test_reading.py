@@ -318,3 +318,14 @@ def test_cell_means_are_exact_between_pixels():
             x = slice(max(0, round(10 * across[col])), round(10 * across[col + 1]))
             assert found[row, col] == pytest.approx(fine[y, x].mean())
     assert np.isnan(cell_means(mask, np.array([-3.0, -1.0]), np.array([0.0, 2.0]))).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (20, 4000), (41, 40)])
+def test_a_processor_that_does_not_resize_gets_no_other_size(height, width):
+    """Its tower would stop at the picture, with an error that is not about the picture."""
+    made, config = processor("llava"), build("llava").config
+    made.image_processor.do_resize = made.image_processor.do_center_crop = False
+    with pytest.raises(DataError, match="pictures of 40 x 40 pixels only") as met:
+        load_pictures([noise(height, width)], made, config)
+    assert f"{width} x {height}" in str(met.value)
+    assert len(load_pictures([noise(40, 40)], made, config).prompts) == 1
