@@ -99,7 +99,7 @@ class PositionBias(Analyzer):
         strongest = max(rows, key=lambda row: (row["biased"], abs(row["sigma"])))
         return self.finding(
             Status.FOUND if biased else Status.NOT_FOUND,
-            _verdict(summary, strongest, len(rows)),
+            _verdict(summary, strongest, biased, len(rows)),
             rows=sorted(rows, key=lambda row: (-row["biased"], -abs(row["sigma"]))),
             summary=summary,
             units=UNITS,
@@ -173,12 +173,15 @@ LABELS = {
 }
 
 
-def _verdict(summary: dict[str, Any], row: dict[str, Any], layers: int) -> str:
+def _verdict(summary: dict[str, Any], row: dict[str, Any], biased: list[dict[str, Any]], layers: int) -> str:
     where = f"σ = {row['sigma']:+.2f} in layer {row['layer']} (R² {row['explained']:.2f})"
     if not summary["biased_layers"]:
         return f"No layer prefers visual tokens by their place: at most {where}."
-    which = "late" if row["sigma"] > 0 else "early"
-    return f"{summary['biased_layers']} of {layers} layers prefer {which} visual tokens: {where}."
+    late = sum(item["sigma"] > 0 for item in biased)
+    if 0 < late < len(biased):
+        return f"{late} of {layers} layers prefer late visual tokens and {len(biased) - late} early ones: most {where}."
+    which = "late" if late else "early"
+    return f"{len(biased)} of {layers} layers prefer {which} visual tokens: most {where}."
 
 
 def _notes(records: list[PromptRecord], summary: dict[str, Any]) -> list[str]:

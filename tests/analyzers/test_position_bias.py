@@ -67,6 +67,10 @@ def test_no_bias() -> None:
     assert finding.notes
     early = PositionBias().analyze(trace([record(0, **received(picture(-0.9)))], 4))
     assert "prefer early" in early.verdict
+    both = picture(1.2)
+    both[0] = picture(-0.9)[0]
+    mixed = PositionBias().analyze(trace([record(0, **received(both))], 4))
+    assert "3 of 4 layers prefer late visual tokens and 1 early ones" in mixed.verdict
 
 
 def test_reasons() -> None:
