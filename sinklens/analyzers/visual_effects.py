@@ -65,12 +65,13 @@ class VisualEffects(Analyzer):
         rows = [self._row(item) for item in effects["sets"] if item["n_prompts"]]
         if not rows:
             return self.not_applicable("no picture has as many other visual tokens as were named.")
+        whose = "answers" if effects.get("answered") else "texts after the pictures"
         order = {HURTS: 0, HELPS: 1, LESS: 2, OPEN: 3, FREE: 4}
         rows.sort(key=lambda row: order[row["verdict"]])
         told = [row for row in rows if row["verdict"] != OPEN]
         return self.finding(
             Status.FOUND if told else Status.NOT_FOUND,
-            " ".join(map(_sentence, rows)),
+            " ".join(_sentence(row, whose) for row in rows),
             rows=rows,
             summary={
                 "base_loss": effects["base"]["loss"]["mean"],
@@ -171,26 +172,26 @@ def _interval(row: dict[str, Any], key: str) -> str:
     return f", 95 % interval {row[f'{key}_low']:+.3f} to {row[f'{key}_high']:+.3f}"
 
 
-def _sentence(row: dict[str, Any]) -> str:
+def _sentence(row: dict[str, Any], whose: str) -> str:
     many = f"{row['label']} ({row['removed']:.1f} per prompt)"
     against = f"{row['loss_mean']:+.3f} nats against as many random others{_interval(row, 'loss')}"
     if row["verdict"] == HURTS:
         return (
-            f"The answers need the {many}: the loss rises by {row['own_loss']:.3f} without them, {against}."
+            f"The {whose} need the {many}: the loss rises by {row['own_loss']:.3f} without them, {against}."
         )
     if row["verdict"] == FREE:
         return f"The {many} can be taken out: the loss changes by {row['own_loss']:+.3f}, {against}."
     if row["verdict"] == LESS:
         return (
-            f"The answers need the {many} less than random tokens: the loss changes by {row['own_loss']:+.3f} "
+            f"The {whose} need the {many} less than random tokens: the loss changes by {row['own_loss']:+.3f} "
             "without them, "
             f"{against}."
         )
     if row["verdict"] == HELPS:
         return (
-            f"The answers are better without the {many}: the loss falls by {-row['own_loss']:.3f}, {against}."
+            f"The {whose} are better without the {many}: the loss falls by {-row['own_loss']:.3f}, {against}."
         )
-    return f"Whether the answers need the {many} is open: {against}."
+    return f"Whether the {whose} need the {many} is open: {against}."
 
 
 def _figure(

@@ -62,6 +62,8 @@ def test_prompts_without_an_answer_are_said_to_be() -> None:
         trace([record(0)], experiments={"visual_effects": {**given, "answered": 0}})
     )
     assert any("No prompt has an answer" in note for note in finding.notes)
+    assert "texts after the pictures" in finding.verdict
+    assert "answers" not in finding.verdict
 
 
 def test_reasons() -> None:
