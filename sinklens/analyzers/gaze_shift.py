@@ -72,7 +72,7 @@ class GazeShift(Analyzer):
     )
 
     def analyze(self, trace: Trace) -> Finding:
-        reason = why_none(trace, *self.needs)
+        reason = why_none(trace, *(self.needs - {pic.GAZE_SHIFT}))
         if reason:
             return self.not_applicable(reason)
         layers = len(trace.layers)

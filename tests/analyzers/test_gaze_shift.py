@@ -56,5 +56,8 @@ def test_reasons() -> None:
     assert GazeShift().analyze(trace([record(0)])).status is Status.NOT_APPLICABLE
     nothing = made(np.full(VISUAL, np.nan), np.ones(VISUAL))
     assert "two words" in (GazeShift().analyze(trace([record(0, **nothing)], 32)).reason or "")
+    short = made(np.ones(VISUAL), np.ones(VISUAL))
+    del short["gaze_shift"]  # prompts of one word have none
+    assert "two words" in (GazeShift().analyze(trace([record(0, **short)], 32)).reason or "")
     with pytest.raises(UsageError, match="layer"):
         GazeShift(layer=40).analyze(trace([record(0, **made(np.ones(VISUAL), np.ones(VISUAL)))], 32))
