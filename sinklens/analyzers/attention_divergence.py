@@ -86,6 +86,11 @@ class AttentionDivergence(Analyzer):
                 {"layer": layer, "removable": float(both), "by_text": float(text), "by_visual": float(visual)}
             )
         most = max(rows, key=lambda row: row["removable"])
+        first = (
+            ""
+            if most["layer"] == rows[0]["layer"]
+            else f", layer {rows[0]['layer']} without {100 * rows[0]['removable']:.0f} %"
+        )
         x = np.array(known)
         series = tuple(
             Series(name, x, np.array([row[key] for row in rows]), emphasis=key == "removable")
@@ -98,8 +103,7 @@ class AttentionDivergence(Analyzer):
         return self.finding(
             Status.FOUND if most["removable"] >= 0.5 else Status.NOT_FOUND,
             f"At a loss of {100 * self.loss:g} % of the attention, layer {most['layer']} could do without "
-            f"{100 * most['removable']:.0f} % of the visual tokens, layer {rows[0]['layer']} without "
-            f"{100 * rows[0]['removable']:.0f} % (mean over {len(records)} prompts).",
+            f"{100 * most['removable']:.0f} % of the visual tokens{first} (mean over {len(records)} prompts).",
             rows=rows,
             summary={"n_prompts": len(records), "most": most["removable"], "most_layer": most["layer"]},
             units=UNITS,

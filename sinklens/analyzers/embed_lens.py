@@ -14,7 +14,7 @@ from sinklens.tracers import signals_pictures as pic
 from sinklens.tracers.trace import PromptRecord, Trace
 
 from .base import Analyzer, Finding, Status, registry
-from .pictured import why_none, with_pictures, word
+from .pictured import cells_of, spans_of, why_none, with_pictures, word
 
 
 @registry.register("embed-lens")
@@ -76,7 +76,8 @@ class EmbedLens(Analyzer):
             return self.not_applicable("the vocabulary has no row that counts as a neighbour.")
         rows = [row for layer in layers for row in self._rows(trace, records, layer)]
         first = [row for row in rows if row["layer"] == layers[0]]
-        common = [row for row in first if row["picture_share"] >= self.common] if len(records) > 1 else []
+        n_pictures = sum(len(spans_of(record).pictures) for record in records)
+        common = [row for row in first if row["picture_share"] >= self.common] if n_pictures > 1 else []
         summary = self._summary(records, layers, rows, common)
         return self.finding(
             Status.FOUND if common else Status.NOT_FOUND,
@@ -86,20 +87,22 @@ class EmbedLens(Analyzer):
             units=UNITS,
             labels=LABELS,
             figures=_figures(records, layers) if len(layers) > 1 else [],
-            notes=["One picture alone cannot tell what is common to pictures."] if len(records) == 1 else [],
+            notes=["One picture alone cannot tell what is common to pictures."] if n_pictures == 1 else [],
         )
 
     def _rows(self, trace: Trace, records: list[PromptRecord], layer: int) -> list[dict[str, Any]]:
         """Vocabulary tokens by the visual tokens whose nearest they are."""
         cosines: dict[int, list[float]] = defaultdict(list)
-        pictures: dict[int, set[int]] = defaultdict(set)
+        pictures: dict[int, set[tuple[int, int]]] = defaultdict(set)
         total = 0
         for record in records:
             ids, values = record[pic.LENS_ID][layer, :, 0], record[pic.LENS_COSINE][layer, :, 0]
             total += len(ids)
-            for token, value in zip(ids.tolist(), values.tolist(), strict=True):
-                cosines[token].append(value)
-                pictures[token].add(record.index)
+            for cell in cells_of(record):
+                token = int(ids[cell.place])
+                cosines[token].append(float(values[cell.place]))
+                pictures[token].add((record.index, cell.image))
+        n_pictures = sum(len(spans_of(record).pictures) for record in records)
         order = sorted(cosines, key=lambda token: (-len(cosines[token]), token))[: self.most_rows]
         return [
             {
@@ -110,7 +113,7 @@ class EmbedLens(Analyzer):
                 "share": len(cosines[token]) / total,
                 "cosine": float(np.mean(cosines[token])),
                 "n_pictures": len(pictures[token]),
-                "picture_share": len(pictures[token]) / len(records),
+                "picture_share": len(pictures[token]) / n_pictures,
             }
             for token in order
         ]
@@ -143,14 +146,14 @@ UNITS = {
     "n_visual": "visual tokens whose nearest vocabulary token it is",
     "share": "share of all visual tokens",
     "cosine": "cosine with its input embedding, mean over them",
-    "n_pictures": "prompts with pictures in which it is the nearest of some visual token",
-    "picture_share": "share of those prompts",
+    "n_pictures": "pictures in which it is the nearest of some visual token",
+    "picture_share": "share of all pictures",
     "layer": "the block that begins",
 }
 LABELS = {
     "n_visual": "visual tokens",
-    "n_pictures": "prompts with pictures",
-    "picture_share": "share of prompts",
+    "n_pictures": "pictures",
+    "picture_share": "share of pictures",
     "cosine": "mean cosine of the nearest",
     "cosine_second": "mean cosine of the second nearest",
     "common_tokens": "vocabulary tokens near some visual token of most pictures",

@@ -98,7 +98,7 @@ class VisualExitLayer(Analyzer):
         }
         early = int((first < layers).sum())
         return self.finding(
-            Status.FOUND if early else Status.NOT_FOUND,
+            Status.FOUND if summary["exit_median"] < layers else Status.NOT_FOUND,
             _verdict(summary, early, self.epsilon),
             rows=rows,
             summary=summary,
@@ -128,6 +128,11 @@ def _verdict(summary: dict[str, Any], early: int, epsilon: float) -> str:
         return (
             f"Every prompt needs its picture in all {summary['layers']} layers (KL below {epsilon:g} is never "
             f"reached)."
+        )
+    if summary["exit_median"] >= summary["layers"]:
+        return (
+            f"Most prompts need their picture in every layer; {early} of {summary['n_prompts']} could do without it "
+            f"before the end (KL below {epsilon:g} and the same most likely tokens)."
         )
     never = (
         f"; {summary['never']} of {summary['n_prompts']} need it in every layer" if summary["never"] else ""

@@ -21,7 +21,7 @@ class Kind(IntEnum):
     VISUAL = 1
     DELIMITER = 2  # stands around or between the parts of a picture: start and end marks, row ends
     QUESTION = 3  # text after the first picture, and all text of a prompt without one
-    GENERATED = 4  # the model's own answer
+    GENERATED = 4  # the answer: the model's own, or the known one that a prompt ends with
 
 
 @dataclass(frozen=True)

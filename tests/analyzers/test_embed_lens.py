@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from sinklens.analyzers import EmbedLens, Status
@@ -56,6 +58,27 @@ def test_one_picture_says_nothing_of_others() -> None:
     finding = EmbedLens().analyze(trace([looked(0)]))
     assert finding.status is Status.NOT_FOUND
     assert finding.notes
+
+
+def test_pictures_are_counted_and_not_prompts() -> None:
+    """One prompt of two pictures: token 7 is near both, the tokens of the second row of cells near one."""
+    one = looked(0)
+    assert one.spans is not None
+    (whole,) = one.spans.grids
+    parts = [
+        replace(whole, picture=i, positions=rows)
+        for i, rows in enumerate((whole.positions[:2], whole.positions[2:]))
+    ]
+    picture = one.spans.pictures[0]
+    one.spans = replace(
+        one.spans, pictures=(picture, replace(picture, name="second.png")), grids=tuple(parts)
+    )
+    one.arrays["lens_id"][::2, whole.positions[2:].ravel()[:1] - 1, 0] = 7
+    finding = EmbedLens(every=2).analyze(trace([one]))
+    assert not finding.notes
+    assert (finding.rows[0]["token_id"], finding.rows[0]["n_pictures"]) == (7, 2)
+    assert finding.rows[0]["picture_share"] == 1.0
+    assert finding.rows[1]["picture_share"] == 0.5
 
 
 def test_reasons_for_not_applying() -> None:

@@ -37,6 +37,14 @@ def test_the_first_layer_below_epsilon() -> None:
     assert "1 of 3 need it in every layer" in finding.verdict
 
 
+def test_one_early_exit_does_not_speak_for_the_others() -> None:
+    finding = found([3, 1, 0.001], [3, 2, 1], [3, 2, 1])
+    assert finding.status is Status.NOT_FOUND
+    assert finding.verdict.startswith(
+        "Most prompts need their picture in every layer; 1 of 3 could do without it"
+    )
+
+
 def test_the_likeliest_tokens_must_stay() -> None:
     finding = found([0.001, 0.001], agrees=[[False, True]])
     assert finding.summary["exit_median"] == 1

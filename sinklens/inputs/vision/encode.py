@@ -12,8 +12,10 @@ from sinklens.core.errors import DataError, ModelError, UsageError
 
 from ..encode import Bos, bos_token_id
 from ..pieces import piece_reader
+from ..spans import Kind
 from ..spec import Prompt, Visual
 from .again import Store
+from .answers import answer_tokens
 from .assemble import assemble, image_token_id, marks_around
 from .documents import VisualDocument
 from .layouts import lay_out
@@ -111,6 +113,9 @@ class PictureEncoder:
         sizes = [(one.pixels.shape[0], one.pixels.shape[1]) for one in decoded]
         layout = lay_out(self.config, self.processor, features, sizes, sum(i == token for i in ids))
         spans = assemble(ids, layout, [one.picture for one in decoded], image_token=token, around=self.around)
+        answer = answer_tokens(self.tokenizer, ids, text, document.answer)
+        if answer is not None:
+            spans.kinds[answer] = Kind.GENERATED
         masks = [read_mask(mask, one) for mask, one in zip(document.masks, decoded, strict=False)]
         masks += [None] * (len(decoded) - len(masks))
         visual = Visual(

@@ -5,20 +5,25 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import sinklens as sl
 from sinklens.core.errors import DataError, ModelError, SinklensError, UsageError
 from sinklens.inputs.cutting import cut_prompt, least_length, without_pictures
 from sinklens.inputs.spans import Kind
 from sinklens.inputs.vision import holds_pictures, load_pictures
+from sinklens.inputs.vision.answers import answer_tokens
 from sinklens.inputs.vision.documents import read_documents
 from sinklens.inputs.vision.masks import cell_means
 from sinklens.inputs.vision.pictures import Decoded, refer, thumbnail
 from tests.inputs.vision.painting import noise
 from tests.vlms import build, processor
+
+PICTURES = Path(sl.__file__).parent / "checkpoints" / "vlm-shapes" / "sinklens_pictures.jsonl"
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +184,44 @@ def test_jsonl_lines(tmp_path, llava):
     assert between == "<bos> and  ?"
     assert prompts.description["pictures"]["n"] == 3
     assert prompts.description["source"] == "rows.jsonl"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "marked"),
+    [
+        ("how many ? two cats, two dogs", "two dogs", "two dogs"),  # the last of two places that begin alike
+        ("how many ? two", "two", "two"),
+        ("how many ? two\n", " two ", "two"),
+        ("how many ? two", "three", ""),
+        ("how many ? two", None, ""),
+        ("how many ? two", "  ", ""),
+    ],
+)
+def test_an_answer_at_the_end_of_a_text_is_marked(tmp_path, llava, text, answer, marked):
+    Image.fromarray(noise(30, 50)).save(tmp_path / "a.png")
+    path = jsonl(tmp_path, {"image": "a.png", "text": text, "answer": answer})
+    (prompt,) = load_pictures(None, *llava, prompts=path).prompts
+    places = prompt.visual.spans.is_(Kind.GENERATED).nonzero()[0]
+    assert "".join(prompt.pieces[place] for place in places).strip() == marked
+    if marked:
+        assert places.tolist() == list(range(places[0], places[-1] + 1))
+        assert (prompt.visual.spans.kinds[places[-1] + 1 :] == Kind.QUESTION).all()
+
+
+def test_an_answer_whose_first_token_holds_more_than_the_answer_is_not_marked():
+    def joined(text, **_):
+        return {"input_ids": [1, 2] if text.endswith("ab") else [7]}
+
+    assert answer_tokens(joined, (0, 1, 2), "aab", "ab") is None
+
+
+def test_the_bundled_pictures_end_with_their_answers():
+    prepared = sl.profile("bundled:vlm-shapes", n=3, analyzers=["visual-tokens"], verify=False)
+    rows = json.loads("[" + ",".join(PICTURES.read_text().splitlines()) + "]")
+    for record in prepared.trace:
+        said = [record.pieces[at] for at in record.spans.is_(Kind.GENERATED).nonzero()[0]]
+        row = next(row for row in rows if f"{row['image']}".endswith(record.spans.pictures[0].name))
+        assert [piece.strip() for piece in said] == row["answer"].split()
 
 
 @pytest.mark.parametrize(
