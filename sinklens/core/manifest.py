@@ -18,6 +18,10 @@ from importlib import metadata
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
+
 from .canonical import plain
 
 SCHEMA = "sinklens/manifest/1"
@@ -99,6 +103,13 @@ def package_version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def required_versions(name: str) -> SpecifierSet | None:
+    """The versions of a distribution that sinklens, or an extra of it, asks for; None if it asks for none."""
+    wanted = [Requirement(line) for line in metadata.requires("sinklens") or ()]
+    same = [one.specifier for one in wanted if canonicalize_name(one.name) == canonicalize_name(name)]
+    return same[0] if same else None
 
 
 def _versions() -> dict[str, str]:

@@ -23,6 +23,7 @@ from sinklens.core.manifest import (
     git_state,
     manifest_diff,
     peak_memory,
+    required_versions,
 )
 
 
@@ -166,3 +167,11 @@ def test_diff():
     assert "versions.torch" not in manifest_diff(a, b, ignore=("versions",))
     first, second = build_manifest(clock=Clock(), argv=["a"]), build_manifest(clock=Clock(), argv=["b"])
     assert manifest_diff(first, second) == {}
+
+
+def test_versions_asked_for_are_read_from_the_package():
+    wanted = required_versions("transformer_lens")
+    assert wanted is not None
+    assert wanted.contains("4.3.1")
+    assert not wanted.contains("3.9.0")
+    assert required_versions("no-such-package") is None

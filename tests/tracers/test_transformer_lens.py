@@ -232,6 +232,12 @@ def test_a_missing_library_names_what_to_install(monkeypatch: pytest.MonkeyPatch
         open_with(build("llama"), backend="transformer-lens")
 
 
+def test_a_release_it_was_not_made_for_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sinklens.tracers.backends.base.package_version", lambda name: "3.1.0")
+    with pytest.raises(ModelError, match=r"needs TransformerLens .*>=4\.3.*; 3\.1\.0 is installed"):
+        open_with(build("llama"), backend="transformer-lens")
+
+
 def test_backends_are_told_apart_and_misspelt_ones_explained() -> None:
     held = bridge("llama")
     assert backends["transformer-lens"].owns(held)

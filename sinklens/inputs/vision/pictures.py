@@ -24,6 +24,8 @@ THUMBNAIL = 448
 """Longest side of the small copies that a run keeps, in pixels."""
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".wmv")
 _ADDRESS = re.compile(r"^[a-z][a-z0-9+.-]+://|^data:image/", re.IGNORECASE)
+# PNG, JPEG, GIF, TIFF (both byte orders), BMP, WebP
+_STARTS = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\x00", b"MM\x00*", b"BM", b"RIFF")
 _HOW = (
     "Pictures are files that Pillow reads (PNG, JPEG, WebP, GIF, TIFF, ...), PIL images, or arrays of uint8."
 )
@@ -128,6 +130,8 @@ def _from_file(path: Path, name: str) -> Decoded:
             image.load()
             return _from_image(image, name)
     except UnidentifiedImageError as error:
+        if any(data.startswith(start) for start in _STARTS):  # cut off before its header ends
+            raise _damaged(name, data, "it ends before its header does") from error
         raise DataError(
             f"{name!r} is not a picture that Pillow knows, whatever its extension {path.suffix!r} says.",
             detail=f"It starts with the bytes {data[:8].hex(' ')}. {_HOW}",
@@ -136,11 +140,15 @@ def _from_file(path: Path, name: str) -> Decoded:
     except Image.DecompressionBombError as error:
         raise DataError(f"{name!r} has too many pixels to be opened safely: {error}") from error
     except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise DataError(
-            f"The picture {name!r} is damaged: {str(error) or type(error).__name__}.",
-            detail=f"The file has {len(data)} bytes.",
-            hint="Copy it again from where it came from, or leave it out.",
-        ) from error
+        raise _damaged(name, data, str(error) or type(error).__name__) from error
+
+
+def _damaged(name: str, data: bytes, why: str) -> DataError:
+    return DataError(
+        f"The picture {name!r} is damaged: {why}.",
+        detail=f"The file has {len(data)} bytes.",
+        hint="Copy it again from where it came from, or leave it out.",
+    )
 
 
 def _from_image(image: Image, name: str) -> Decoded:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from sinklens.core.errors import ModelError
+from sinklens.core.manifest import package_version, required_versions
 from sinklens.inputs.spec import Prompt
 from sinklens.kernels.spec import AttentionCall, AttentionStatistics, Want
 from sinklens.models.spec import OpenedModel
@@ -95,11 +96,17 @@ class Backend(ABC):
         return self.package is None or find_spec(self.package) is not None
 
     def require(self) -> None:
-        """Refuse, with what to install, if the library is missing."""
+        """Refuse, with what to install, if the library is missing or of a release this backend was not made for."""
+        install = f"Install it: pip install 'sinklens[{self.extra}]'"
         if not self.installed:
             raise ModelError(
-                f"The {self.name} backend needs {self.title}, which is not installed.",
-                hint=f"Install it: pip install 'sinklens[{self.extra}]'",
+                f"The {self.name} backend needs {self.title}, which is not installed.", hint=install
+            )
+        wanted = required_versions(self.package) if self.package else None
+        found = package_version(self.package) if self.package else None
+        if wanted is not None and found is not None and not wanted.contains(found, prereleases=True):
+            raise ModelError(
+                f"The {self.name} backend needs {self.title} {wanted}; {found} is installed.", hint=install
             )
 
     def missing(self, opened: OpenedModel) -> Mapping[Signal, str]:

@@ -98,6 +98,7 @@ def test_arrays_in_memory():
     [
         ("text.png", b"not a picture at all", "not a picture that Pillow knows"),
         ("empty.jpg", b"", "0 bytes"),
+        ("cut.png", b"\x89PNG\r\n\x1a\n\x00\x00", "is damaged: it ends before its header does"),
         ("film.mp4", b"x", "is a video"),
     ],
 )
