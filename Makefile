@@ -73,7 +73,7 @@ bench: $(RUN_STAMP)  ## Cost of tracing against a plain forward pass (some minut
 notebooks: $(RUN_STAMP)  ## Run the notebooks in notebooks/ again and keep their results
 	HF_HUB_OFFLINE=1 $(BIN)/python notebooks/run.py
 
-pages: $(RUN_STAMP)  ## Write docs/analyzers.md and docs/signals.md from the code again
+pages: $(RUN_STAMP)  ## Write the generated pages of docs/ from the code again
 	$(BIN)/python docs/generate.py
 
 reports: $(RUN_STAMP)  ## Make the example reports in reports/ again

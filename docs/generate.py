@@ -1,4 +1,4 @@
-"""Writes docs/analyzers.md, docs/signals.md and the table of docs/backends.md from the code.
+"""Writes docs/analyzers.md, docs/signals.md, docs/api.md and the table of docs/backends.md from the code.
 
     python docs/generate.py
 
@@ -69,6 +69,13 @@ def backends_page() -> str:
     before, _, rest = page.partition(_TABLE)
     head, _, after = rest.partition(_TABLE_END)
     return f"{before}{_TABLE}{head.partition(chr(10))[0]}\n{_capabilities()}{_TABLE_END}{after}"
+
+
+def api_page() -> str:
+    """Every public name; see `api_reference.py` beside this file."""
+    from api_reference import page
+
+    return page()
 
 
 def _capabilities() -> str:
@@ -184,6 +191,7 @@ def main() -> None:
     (HERE / "analyzers.md").write_text(analyzers_page(), encoding="utf-8")
     (HERE / "signals.md").write_text(signals_page(), encoding="utf-8")
     (HERE / "backends.md").write_text(backends_page(), encoding="utf-8")
+    (HERE / "api.md").write_text(api_page(), encoding="utf-8")
 
 
 if __name__ == "__main__":
