@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure, Lines, Series
-from sinklens.core.reference import Reference
+from sinklens.core.papers import ATTENTION_DEBIASING
+from sinklens.core.recency import no_outliers, recency_fit
 from sinklens.tracers import signals_pictures as pic
 from sinklens.tracers.trace import PromptRecord, Trace
 
@@ -18,7 +19,6 @@ from .base import Analyzer, Finding, Status, registry
 from .pictured import spans_of, text_received, visual_positions, why_none, with_pictures
 
 SETS = {"text": 0, "last": 1}
-MADS = 3.0
 
 
 @registry.register("position-bias")
@@ -59,15 +59,7 @@ class PositionBias(Analyzer):
         "<mi>σ</mi><mi>x</mi></mrow></msup></math>"
     )
     needs = frozenset({pic.QUERIES_RECEIVED, pic.QUERIES_VISIBLE})
-    reference = Reference(
-        key="zhao2025attention",
-        title="Attention Debiasing for Token Pruning in Vision Language Models",
-        authors="Kai Zhao and others",
-        year=2025,
-        arxiv="2508.17807",
-        section="position debiasing",
-        code="https://github.com/intcomp/attention-bias",
-    )
+    reference = ATTENTION_DEBIASING.at("position debiasing")
 
     def __post_init__(self) -> None:
         if self.queries not in SETS:
@@ -119,42 +111,6 @@ class PositionBias(Analyzer):
             "left_out": int((~kept).sum()),
             "biased": bool(abs(sigma) >= self.least and explained >= 0.5),
         }
-
-
-def no_outliers(values: Float[np.ndarray, " token"]) -> Bool[np.ndarray, " token"]:
-    """Tokens within three median absolute deviations of the median; all of them where most are equal."""
-    distance = np.abs(values - np.median(values))
-    deviation = np.median(distance)
-    return distance <= MADS * deviation if deviation > 0 else np.ones(len(values), dtype=bool)
-
-
-def recency_fit(
-    values: Float[np.ndarray, " token"], kept: Bool[np.ndarray, " token"] | None = None
-) -> tuple[float, float, float]:
-    """mu, sigma and R^2 of mu exp(sigma i / T), by least squares in linear space from a start in logarithms.
-
-    R^2 is 0 where nothing varies. Fitting the logarithms alone would give tiny values too much weight.
-    """
-    from scipy.optimize import least_squares
-
-    kept = np.ones(len(values), dtype=bool) if kept is None else kept
-    x, y = (np.arange(len(values)) / len(values))[kept], values[kept]
-    scale = float(y.mean())
-    if scale <= 0:
-        return 0.0, 0.0, 0.0
-    y = y / scale
-    positive = y > 0
-    slope, start = np.polyfit(x[positive], np.log(y[positive]), 1) if positive.sum() > 1 else (0.0, 0.0)
-    fit = least_squares(
-        lambda p: p[0] * np.exp(np.clip(p[1] * x, -50, 50)) - y,
-        (np.exp(start), slope),
-        xtol=1e-14,
-        ftol=1e-14,
-        gtol=1e-14,
-    )
-    total = float(((y - y.mean()) ** 2).sum())
-    explained = 1 - float((fit.fun**2).sum()) / total if total > 1e-20 else 0.0
-    return float(fit.x[0] * scale), float(fit.x[1]), explained
 
 
 UNITS = {

@@ -110,3 +110,28 @@ PAYING_ATTENTION_TO_IMAGE = Reference(
     code="https://github.com/LALBJ/PAI",
     venue="European Conference on Computer Vision",
 )
+ATTENTION_DEBIASING = Reference(
+    key="zhao2025attention",
+    title="Attention Debiasing for Token Pruning in Vision Language Models",
+    authors="Kai Zhao and others",
+    year=2025,
+    arxiv="2508.17807",
+    code="https://github.com/intcomp/attention-bias",
+)
+FASTV = Reference(
+    key="chen2024image",
+    title="An Image is Worth 1/2 Tokens After Layer 2: Plug-and-Play Inference Acceleration for Large Vision-Language "
+    "Models",
+    authors="Liang Chen and Haozhe Zhao and Tianyu Liu and Shuai Bai and Junyang Lin and Chang Zhou and Baobao Chang",
+    year=2024,
+    arxiv="2403.06764",
+    code="https://github.com/pkunlp-icler/FastV",
+)
+DIVPRUNE = Reference(
+    key="alvar2025divprune",
+    title="DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models",
+    authors="Saeed Ranjbar Alvar and Gursimran Singh and Mohammad Akbari and Yong Zhang",
+    year=2025,
+    arxiv="2503.02175",
+    code="https://github.com/vbdi/divprune",
+)
