@@ -19,13 +19,16 @@ from .profile import (
     Dtype,
     FailIf,
     Force,
+    Images,
     Model,
     NoText,
     Offline,
     Prompts,
+    Question,
     Quiet,
     Revision,
     SeqLen,
+    SinkDimsOf,
     Template,
     Trust,
     run_name,
@@ -42,8 +45,8 @@ EXAMPLES = (
     "sinklens mitigate -m ./checkpoint --with zero-tuning,act --task task:questions.jsonl --calibrate  ·  "
     "sinklens mitigate runs/gpt2-... --recipe recipe.json --task ppl  ·  sinklens mitigate --resume runs/..."
 )
-PROFILED = ("prompts", "n", "seq_len", "bos", "chat_template", "batch_size", "dtype", "device", "device_map",
-            "revision", "trust_remote_code", "seed")  # fmt: skip
+PROFILED = ("prompts", "images", "question", "n", "seq_len", "bos", "chat_template", "sink_dims", "batch_size",
+            "dtype", "device", "device_map", "revision", "trust_remote_code", "seed")  # fmt: skip
 
 
 def command(
@@ -94,11 +97,14 @@ def command(
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the splits, the resampling and the prompt sample.")] = 0,
     prompts: Prompts = None,
+    images: Images = None,
+    question: Question = None,
     n: Count = None,
     seq_len: SeqLen = None,
     analyzers: Analyzers = None,
     bos: Bos = "auto",
     chat_template: Template = False,
+    sink_dims: SinkDimsOf = None,
     batch_size: BatchSize = None,
     dtype: Dtype = "auto",
     device: Device = None,
@@ -211,10 +217,13 @@ def _search(text: str | None) -> dict[str, Any]:
     from sinklens.core.suggest import did_you_mean
     from sinklens.mitigations.act_search import ActSearch
     from sinklens.mitigations.calibration import GridSearch
+    from sinklens.mitigations.var_search import VarSearch
     from sinklens.mitigations.zero_tuning_search import ZeroTuningSearch
 
     known = {
-        name for cls in (ZeroTuningSearch, ActSearch, GridSearch) for name in cls.__dataclass_fields__
+        name
+        for cls in (ZeroTuningSearch, ActSearch, VarSearch, GridSearch)
+        for name in cls.__dataclass_fields__
     } - {"grid"}
     found: dict[str, Any] = {}
     for part in filter(None, (text or "").split(",")):

@@ -5,22 +5,21 @@ from __future__ import annotations
 from typing import Any
 
 from sinklens.core.errors import ModelError
-from sinklens.models.catalog import locate
-from sinklens.models.processors import load_processor
+from sinklens.models.processors import processor_of
 from sinklens.models.spec import OpenedModel
 
 from .items import Item
 from .running import Question
 
 
-def processor_of(opened: OpenedModel) -> Any:
-    """The processor that came with a model.
+def task_processor(opened: OpenedModel) -> Any:
+    """What reads the pictures of a task: the processor given with the model, else the one beside its checkpoint.
 
     Raises:
-        ModelError: It has none that reads pictures.
+        ModelError: There is none that reads pictures.
     """
     try:
-        return load_processor(locate(opened.info.id, opened.info.revision), False)
+        return processor_of(opened)
     except ModelError as error:
         raise ModelError(
             "The task has pictures, and no processor was found for them.", detail=error.what, hint=error.hint

@@ -9,6 +9,7 @@ from typing import Any
 
 from sinklens.core.errors import UsageError
 from sinklens.core.suggest import did_you_mean
+from sinklens.tracers.sink_dims import SinkDims
 
 from .method import Method, registry
 
@@ -144,6 +145,8 @@ def label_of(method: Method) -> str:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, SinkDims):
+        value = value.indices
     if isinstance(value, tuple):
         if value and isinstance(value[0], tuple):
             shown = [

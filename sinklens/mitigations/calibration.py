@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
+from sinklens.core.canonical import plain
 from sinklens.core.errors import UsageError
 from sinklens.models.spec import Tower
 
@@ -81,7 +82,7 @@ class Trials:
             self.log.append(
                 {
                     "what": what or ("unchanged" if method is None else "trial"),
-                    "parameters": {} if method is None else changed(method),
+                    "parameters": {} if method is None else plain(changed(method)),
                     "score": found.score,
                     "finer": found.finer,
                     "entropy": found.entropy,

@@ -58,7 +58,7 @@ class Recipe:
         cls = registry[self.method]
         try:
             return cls(**{key: _tuples(value) for key, value in self.parameters.items()})
-        except TypeError as error:
+        except (TypeError, KeyError) as error:
             raise DataError(
                 f"The recipe's parameters are not those of {self.method}: {error}.",
                 hint="It may come from another version; calibrate again.",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from jaxtyping import Bool
@@ -17,6 +17,9 @@ from sinklens.kernels.key_sets import Factors, KeySets, Shares
 from .base import Seen, registry
 from .kinds import picture_of
 from .visual import VisualSinkMethod
+
+if TYPE_CHECKING:
+    from .calibration import Search
 
 Sinks = Literal["all", "visual", "text"]
 Budget = Literal["visual", "text", "all"]
@@ -95,6 +98,11 @@ class VAR(VisualSinkMethod):
         for key, allowed in choices.items():
             if getattr(self, key) not in allowed:
                 raise UsageError(f"{self.name}: {key} must be one of {allowed}, got {getattr(self, key)!r}.")
+
+    def search(self, **settings: Any) -> Search:
+        from .var_search import VarSearch
+
+        return VarSearch(**settings)
 
     @property
     def moved(self) -> float:

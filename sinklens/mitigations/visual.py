@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Self, cast
@@ -40,6 +40,8 @@ class VisualSinkMethod(Mitigation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.dims, Mapping):  # of a recipe
+            object.__setattr__(self, "dims", SinkDims.from_json(cast("dict[str, Any]", self.dims)))
         if self.dims is not None and not isinstance(self.dims, SinkDims):
             dims = tuple(dict.fromkeys(int(dim) for dim in self.dims))
             if not dims or min(dims) < 0:

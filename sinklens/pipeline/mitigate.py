@@ -3,39 +3,34 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from sinklens.core.errors import DataError, InterruptedRun, ModelError, UsageError
 from sinklens.evaluation.running import Question
-from sinklens.evaluation.splits import CalibrationSplit, refuse_overlap
-from sinklens.evaluation.tasks import Task
-from sinklens.mitigations import Method
-from sinklens.mitigations.recipes import Recipe, recipe_for
+from sinklens.evaluation.splits import refuse_overlap
+from sinklens.mitigations.recipes import Recipe
 from sinklens.models.fingerprint import fingerprint
 from sinklens.models.spec import OpenedModel
 from sinklens.tracers.backends import backend_of, modes_restored
-from sinklens.tracers.executor import trace
 from sinklens.tracers.store import RunStore
 
 from .judging import (
-    Assignment,
-    Judged,
     Result,
-    ask_under,
     evaluation_rows,
-    kl_mean,
-    overhead,
     plain_columns,
 )
 from .listener import Listener, Silent
 from .mitigate_options import MitigateOptions, stored_options
 from .mitigate_setup import Job, assigned, entry, is_run_folder, jobs, of_run, options_from, recommended
 from .mitigation_run import REQUEST, MitigationRun, slug, write_results
+from .mitigation_sinks import with_dims
+from .mitigation_stages import Setting, judge_job, store_result, stored_result
 from .prepare import Prepared, model_request, prepare
-from .run import Run, load_run, write_run
-from .scoring import calibrate, check_fits, put_on
+from .run import Run, load_run
+from .scoring import check_fits
 from .session import Session
 
 
@@ -46,6 +41,7 @@ def mitigate(
     tasks: Any = (),
     recipes: Any = (),
     tokenizer: Any = None,
+    processor: Any = None,
     out: str | Path | None = None,
     force: bool = False,
     resume: str | Path | None = None,
@@ -61,6 +57,7 @@ def mitigate(
         methods: Mitigations, their names, or one string as of `--with`.
         tasks: Tasks or names of such.
         recipes: Recipes or files, put on as they are.
+        tokenizer, processor: For a model in memory; prompts and tasks with pictures need the latter.
         out: Run folder to write; None keeps everything in memory.
         resume: Folder of an interrupted run; finished mitigations are not run again.
         options: All options at once; or give them as keywords (`calibrate=True`, `seed`, ...), those of `profile`
@@ -75,35 +72,17 @@ def mitigate(
     """
     listener = listener or Silent()
     if resume is not None:
-        return _resumed(Path(resume), model, tokenizer, listener, argv)
+        return _resumed(Path(resume), model, (tokenizer, processor), listener, argv)
     asked = options or options_from(methods, tasks, recipes, settings)
     if isinstance(model, Run) or is_run_folder(model):
         model, asked = of_run(model, asked)
     with modes_restored(model.module if isinstance(model, OpenedModel) else model):
-        return _start(model, tokenizer, asked, out, force, listener, argv)
-
-
-@dataclass
-class _Setting:
-    """What all mitigations of a run share."""
-
-    opened: OpenedModel
-    options: MitigateOptions
-    listener: Listener
-    given: list[Assignment]
-    calibration: CalibrationSplit | None
-    calibration_task: Task | None
-    prepared: Prepared
-    run: Run
-    store: RunStore | None
-    baseline: dict[str, dict[str, list[float]]] = field(default_factory=dict)
-    probes: list[Question] = field(default_factory=list)
-    after: dict[str, Run] = field(default_factory=dict)
+        return _start(model, (tokenizer, processor), asked, out, force, listener, argv)
 
 
 def _start(
     model: Any,
-    tokenizer: Any,
+    readers: tuple[Any, Any],
     options: MitigateOptions,
     out: str | Path | None,
     force: bool,
@@ -112,20 +91,26 @@ def _start(
 ) -> MitigationRun:
     wanted = jobs(options)  # a misspelt mitigation is told before a large model is loaded
     if out is None:
-        prepared = prepare(model, tokenizer, options.profile, listener)
+        prepared = prepare(model, readers[0], options.profile, listener, readers[1])
         return _run(prepared, options, wanted, None, listener, argv, None)
     store = RunStore(out)
     with store.created(force=force), store.locked():
-        for stale in (store.folder / "results").glob("*.json"):
-            stale.unlink()
-        prepared = prepare(model, tokenizer, options.profile, listener)
+        _clear(store)
+        prepared = prepare(model, readers[0], options.profile, listener, readers[1])
         request = model_request(model, prepared.opened)
         store.write_text(REQUEST, json.dumps(options.request(request), indent=1) + "\n")
         return _run(prepared, options, wanted, store, listener, argv, request)
 
 
+def _clear(store: RunStore) -> None:
+    """Take away what an earlier run left in the folder; it would be taken for this one's."""
+    store.manifest_path.unlink(missing_ok=True)
+    for name in ("results", "after", "recipes"):
+        shutil.rmtree(store.folder / name, ignore_errors=True)
+
+
 def _resumed(
-    folder: Path, model: Any, tokenizer: Any, listener: Listener, argv: list[str] | None
+    folder: Path, model: Any, readers: tuple[Any, Any], listener: Listener, argv: list[str] | None
 ) -> MitigationRun:
     asked, options = stored_options(folder / REQUEST)
     if model is None and asked is None:
@@ -135,7 +120,9 @@ def _resumed(
         )
     store = RunStore(folder)
     with store.locked():
-        prepared = prepare(model if model is not None else asked, tokenizer, options.profile, listener)
+        prepared = prepare(
+            model if model is not None else asked, readers[0], options.profile, listener, readers[1]
+        )
         return _run(prepared, options, jobs(options), store, listener, argv, asked)
 
 
@@ -150,22 +137,24 @@ def _run(
 ) -> MitigationRun:
     prepared = replace(prepared, opened=_as_transformers(prepared.opened))
     opened = prepared.opened
+    jobs = with_dims(jobs, prepared, options.profile.sink_dims, listener)
     for job in jobs:
         if job.recipe is not None:
             job.recipe.check(opened)
-        check_fits(job.method, opened)
+        if not job.nothing:
+            check_fits(job.method, opened)
     task, given, calibration = assigned(opened, options, any(job.calibrate for job in jobs))
     for job in jobs:
         if job.recipe is not None:
             for one in given:
                 refuse_overlap(job.recipe.calibration.get("items") or (), one.split)
     base = _base_run(prepared, options, store, listener, argv, request)
-    setting = _Setting(opened, options, listener, given, calibration, task, prepared, base, store)
+    setting = Setting(opened, options, listener, given, calibration, task, prepared, base, store)
     results: list[Result] = []
     try:
         _ask_baseline(setting)
         for job in jobs:
-            results.append(_judged(setting, job))
+            results.append(judge_job(setting, job))
     except KeyboardInterrupt:
         raise _interrupted(setting, results, len(jobs)) from None
     return _finished(setting, results)
@@ -215,7 +204,7 @@ def _base_run(
         raise InterruptedRun(stopped.what, hint=hint) from None
 
 
-def _ask_baseline(setting: _Setting) -> None:
+def _ask_baseline(setting: Setting) -> None:
     """The unchanged model's answers, and the contexts on which predictions are compared."""
     for one in setting.given:
         setting.probes += one.task.probes(setting.opened, one.split.items[:8])
@@ -223,7 +212,7 @@ def _ask_baseline(setting: _Setting) -> None:
         prompts = setting.prepared.prompts.prompts[:8]
         setting.probes = [Question(prompt.token_ids, visual=prompt.visual) for prompt in prompts]
     mark = {one.task.name: one.split.sha256 for one in setting.given}
-    stored = _stored(setting.store, "baseline")
+    stored = stored_result(setting.store, "baseline")
     if stored is not None and stored["splits"] == mark:
         setting.baseline = stored["columns"]
         return
@@ -236,93 +225,10 @@ def _ask_baseline(setting: _Setting) -> None:
         setting.listener.stage(f"Task {one.task.name}: {len(one.split)} items, the model as it is")
         answers = one.task.ask(setting.opened, one.split.items, setting.listener.progress)
         setting.baseline[one.task.name] = plain_columns(answers)
-    _store(setting.store, "baseline", {"splits": mark, "columns": setting.baseline})
+    store_result(setting.store, "baseline", {"splits": mark, "columns": setting.baseline})
 
 
-def _judged(setting: _Setting, job: Job) -> Result:
-    """One mitigation from calibration to the profile under it."""
-    stored = _stored(setting.store, slug(job.label))
-    if stored is not None:
-        stored["judged"] = {name: Judged(**judged) for name, judged in stored["judged"].items()}
-        return Result(**stored)
-    opened, listener = setting.opened, setting.listener
-    method, result = job.method, Result(job.label, job.method.name, {}, False)
-    recipe = job.recipe
-    if job.calibrate:
-        found = _calibrated(setting, job)
-        result.calibration, recipe = found.to_json(), found.recipe
-        if recipe is None:
-            result.kept, result.parameters = found.text, job.method.parameters
-            _store(setting.store, slug(job.label), asdict(result))
-            return result
-        method = recipe.mitigation
-    result.parameters = method.parameters
-    for one in setting.given:
-        listener.stage(f"Judge {job.label} on {one.task.name}")
-        result.judged[one.task.name] = ask_under(opened, method, one, listener.progress)
-    outcomes = [judged.outcome for judged in result.judged.values()]
-    result.acted = any(outcome["acted"] for outcome in outcomes)
-    result.said = next((o["text"] for o in outcomes if o["acted"]), outcomes[0]["text"])
-    result.effect = {
-        "rows_edited": sum(outcome["rows_edited"] for outcome in outcomes),
-        "kl_mean": kl_mean(opened, method, setting.probes) if result.acted else 0.0,
-        "mean_mass_moved": max((o.get("mean_mass_moved", 0.0) for o in outcomes), default=0.0),
-    }
-    if result.acted:
-        result.cost = overhead(opened, method, setting.probes)
-        result.findings = _after(setting, job.label, method)
-        recipe = recipe or recipe_for(method, opened)
-        result.recipe = recipe.to_json()
-    _store(setting.store, slug(job.label), asdict(result))
-    return result
-
-
-def _calibrated(setting: _Setting, job: Job) -> Any:
-    assert setting.calibration is not None
-    assert setting.calibration_task is not None
-    wanted = job.method.search()
-    assert wanted is not None
-    own = {
-        key: v
-        for key, v in setting.options.search.items()
-        if key in getattr(wanted, "__dataclass_fields__", {})
-    }
-    search = job.method.search(**own)
-    assert search is not None
-    passes = search.passes(job.method, setting.opened.anatomy.main)
-    tokens = setting.calibration_task.tokens(setting.opened, setting.calibration.items)
-    setting.listener.stage(
-        f"Calibrate {job.label}: at most {passes} passes over {len(setting.calibration)} items ({tokens} tokens each)"
-    )
-    return calibrate(
-        setting.opened,
-        job.method,
-        setting.calibration_task,
-        setting.calibration,
-        search=search,
-        progress=setting.listener.progress,
-    )
-
-
-def _after(setting: _Setting, label: str, method: Method) -> dict[str, Any]:
-    """The findings while the mitigation is on, and its traces in the folder."""
-    setting.listener.stage(f"Profile under {label}")
-    plan = replace(setting.prepared.plan, signals=setting.prepared.plan.signals)
-    with put_on(method, setting.opened):
-        traced = trace(setting.opened, setting.prepared.prompts, plan, progress=setting.listener.progress)
-    traced.manifest = {**setting.run.trace.manifest, "status": "complete", "mitigation": label}
-    traced.manifest.pop("experiments", None)
-    run = Run(traced, setting.run.analyzers, setting.run.checks)
-    setting.after[label] = run
-    if setting.store is not None:
-        under = RunStore(setting.store.folder / "after" / slug(label))
-        under.create(force=True)
-        write_run(run, under)
-    found = {name: finding.to_json() for name, finding in run.findings.items()}
-    return found
-
-
-def _finished(setting: _Setting, results: list[Result]) -> MitigationRun:
+def _finished(setting: Setting, results: list[Result]) -> MitigationRun:
     """The run with its verdicts; written if it has a folder."""
     rows, verdicts = evaluation_rows(setting.given, setting.baseline, results, setting.options.seed)
     entries = [entry(result, verdicts[result.label]) for result in results]
@@ -358,7 +264,7 @@ def _finished(setting: _Setting, results: list[Result]) -> MitigationRun:
     return run
 
 
-def _described(setting: _Setting) -> dict[str, Any]:
+def _described(setting: Setting) -> dict[str, Any]:
     """What was asked, for the manifest."""
     return {
         "tasks": [{**one.task.describe(), "report": one.split.describe()} for one in setting.given],
@@ -368,7 +274,7 @@ def _described(setting: _Setting) -> dict[str, Any]:
     }
 
 
-def _interrupted(setting: _Setting, results: list[Result], total: int) -> InterruptedRun:
+def _interrupted(setting: Setting, results: list[Result], total: int) -> InterruptedRun:
     if setting.store is None:
         return InterruptedRun("Stopped. Nothing was saved, because the run has no folder.")
     if results:
@@ -377,16 +283,3 @@ def _interrupted(setting: _Setting, results: list[Result], total: int) -> Interr
         f"Stopped. {len(results)}/{total} mitigations are judged and saved.",
         hint=f"Continue: sinklens mitigate --resume {setting.store.folder}",
     )
-
-
-def _stored(store: RunStore | None, name: str) -> dict[str, Any] | None:
-    if store is None or not (store.folder / "results" / f"{name}.json").is_file():
-        return None
-    return json.loads((store.folder / "results" / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def _store(store: RunStore | None, name: str, data: Any) -> None:
-    if store is not None:
-        from sinklens.core.canonical import dumps
-
-        store.write_text(f"results/{name}.json", dumps(data) + "\n")

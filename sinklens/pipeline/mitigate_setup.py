@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sinklens.core.canonical import plain
 from sinklens.core.errors import UsageError
 from sinklens.evaluation.splits import CalibrationSplit, ReportSplit, given_splits, refuse_overlap
 from sinklens.evaluation.tasks import Task, read_task, tasks_for
@@ -48,8 +49,8 @@ def of_run(given: Any, options: MitigateOptions) -> tuple[str, MitigateOptions]:
             "The run was made from objects in memory, so its model or prompts cannot be opened again.",
             hint="Give the model itself: sl.mitigate(model, ...)",
         )
-    kept = ("prompts", "n", "seq_len", "bos", "chat_template", "pack", "seed", "dtype", "device", "device_map",
-            "revision", "trust_remote_code")  # fmt: skip
+    kept = ("prompts", "images", "question", "n", "seq_len", "bos", "chat_template", "sink_dims", "pack", "seed",
+            "dtype", "device", "device_map", "revision", "trust_remote_code")  # fmt: skip
     return model, replace(
         options, profile=replace(options.profile, **{key: request[key] for key in kept if key in request})
     )
@@ -57,12 +58,17 @@ def of_run(given: Any, options: MitigateOptions) -> tuple[str, MitigateOptions]:
 
 @dataclass
 class Job:
-    """One mitigation to be judged: given with its parameters, as a recipe, or to be calibrated."""
+    """One mitigation to be judged: given with its parameters, as a recipe, or to be calibrated.
+
+    Attributes:
+        nothing: Why the model has nothing that it could edit, so that it is not put on.
+    """
 
     label: str
     method: Method
     recipe: Recipe | None = None
     calibrate: bool = False
+    nothing: str = ""
 
 
 def jobs(options: MitigateOptions) -> list[Job]:
@@ -136,7 +142,7 @@ def entry(result: Result, verdicts: dict[str, Any]) -> dict[str, Any]:
     return {
         "label": result.label,
         "name": result.name,
-        "parameters": result.parameters,
+        "parameters": plain(result.parameters),
         "acted": result.acted,
         "kept_unchanged": result.kept is not None,
         "verdict": {

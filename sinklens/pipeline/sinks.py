@@ -40,20 +40,27 @@ def with_sinks(
     Raises:
         UsageError: Published dims that are not known or not this model's, or dims it does not have.
     """
-    asked = options.sink_dims
     pictured = [prompt for prompt in prompts.prompts if prompt.visual is not None]
     if not pictured:
         return replace(plan, signals=plan.signals - OF_PICTURES - {INPUT_TYPICAL})
     if not plan.signals & (OF_TEXT_QUERIES | {PHI}):
         return plan
-    size = opened.anatomy.main.hidden_size
-    if asked in (PUBLISHED, NOTES):
-        dims = known(opened.info.id, size, third_party=asked == NOTES)
-    elif asked is not None:
-        dims = SinkDims.given(parse_dims(asked), size)
-    else:
+    dims = dims_asked_for(options.sink_dims, opened)
+    if dims is None:
         dims = search_sink_dims(opened, [*texts(opened, options.bos), *pictured[:SEARCHED]], plan)
     return replace(plan, sinks=SinkRule(dims, **_threshold(analyzers)))
+
+
+def dims_asked_for(asked: str | None, opened: OpenedModel) -> SinkDims | None:
+    """The dims that `published`, `third-party` or numbers name; None if they are to be searched for.
+
+    Raises:
+        UsageError: They are not known, not this model's, or it does not have them.
+    """
+    size = opened.anatomy.main.hidden_size
+    if asked in (PUBLISHED, NOTES):
+        return known(opened.info.id, size, third_party=asked == NOTES)
+    return None if asked is None else SinkDims.given(parse_dims(asked), size)
 
 
 def _threshold(analyzers: tuple[Analyzer, ...]) -> dict[str, Any]:

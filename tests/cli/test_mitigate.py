@@ -10,7 +10,7 @@ import pytest
 
 import sinklens as sl
 from sinklens.cli.main import main
-from sinklens.pipeline import mitigate as pipeline
+from sinklens.pipeline import mitigation_stages as pipeline
 from sinklens.pipeline.mitigation_run import MitigationRun
 
 FAST = ["-q", "-n", "4", "--n-items", "60"]

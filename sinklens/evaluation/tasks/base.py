@@ -129,9 +129,9 @@ class Reader:
 
     @cached_property
     def _processor(self) -> Any:
-        from ..pictures import processor_of
+        from ..pictures import task_processor
 
-        return processor_of(self.opened)
+        return task_processor(self.opened)
 
     def context(self, item: Item) -> Question:
         """The prompt of an item as token ids, its picture included."""
