@@ -15,6 +15,7 @@ from typer.exceptions import TyperException
 from sinklens.core.errors import SinklensError
 
 from . import cite, compare, doctor, export, listing, mitigate, profile, report, testbed
+from .together import alone
 
 app = typer.Typer(
     name="sinklens",
@@ -50,6 +51,7 @@ def main(arguments: list[str]) -> int:
     verbose = "-vv" in arguments or "--traceback" in arguments
     arguments = [argument for argument in arguments if argument not in ("-vv", "--traceback")]
     try:
+        alone(arguments)
         result = typer.main.get_command(app).main(arguments, prog_name="sinklens", standalone_mode=False)
         sys.stdout.flush()  # here, where a closed pipe or a full disk can still be told from a bug
         return int(result or 0)

@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .together import several
+
 if TYPE_CHECKING:
     from sinklens.pipeline.options import ProfileOptions
+    from sinklens.pipeline.run import Run
 
 NAME = "profile"
 HELP = "Profile a model: sinks, massive activations, Super Experts, and whether the numbers can be trusted."
@@ -19,7 +22,7 @@ EXAMPLES = (
     "Examples:  sinklens profile  ·  sinklens profile -m gpt2 --prompts data.jsonl:text -n 200  ·  "
     "sinklens profile -m ./checkpoint --fail-if 'primary-sinks.sink_rate > 90'  ·  "
     "sinklens profile -m ./vlm --images photos --question 'What is this?'  ·  "
-    "sinklens profile --resume runs/gpt2-..."
+    "sinklens profile --resume runs/gpt2-...  ·  torchrun --nproc-per-node 4 -m sinklens profile -m gpt2 -n 1000"
 )
 
 Model = Annotated[
@@ -157,6 +160,9 @@ def command(
 
     quiet_libraries(offline=offline)
     options = chosen_options(context.params)
+    if several():
+        run_together(context.params, options)
+        return
     if dry_run:
         from .dry_run import print_plan
 
@@ -192,11 +198,10 @@ def chosen_options(given: dict[str, Any]) -> ProfileOptions:
 
 
 def run_profile(given: dict[str, Any], options: ProfileOptions) -> None:
-    """Profile, report, print, and hold the outcome against the conditions."""
-    from sinklens.pipeline.gate import check_gate
+    """Profile, then `conclude`."""
     from sinklens.pipeline.profile import profile
 
-    from .console import ConsoleListener, print_json, print_run
+    from .console import ConsoleListener
 
     model, resume = given["model"], given["resume"]
     listener = ConsoleListener(quiet=given["quiet"])
@@ -212,6 +217,47 @@ def run_profile(given: dict[str, Any], options: ProfileOptions) -> None:
         )
     finally:
         listener.close()
+    conclude(run, given)
+
+
+def run_together(given: dict[str, Any], options: ProfileOptions) -> None:
+    """The same by several processes, of which one talks."""
+    from sinklens.pipeline.together import profile_together
+
+    from .console import ConsoleListener
+    from .dry_run import print_plan
+    from .together import one_voice
+
+    model, resume = given["model"], given["resume"]
+    with one_voice() as team:
+        if given["dry_run"]:
+            if team.leads:
+                print_plan(model, options, as_json=given["as_json"])
+            return
+        listener = ConsoleListener(quiet=given["quiet"])
+        try:
+            run = profile_together(
+                model,
+                team,
+                out=None if resume else given["out"] or Path("runs") / run_name(model),
+                force=given["force"],
+                resume=resume,
+                listener=listener,
+                argv=sys.argv,
+                options=None if resume else options,
+            )
+        finally:
+            listener.close()
+        if run is not None:
+            conclude(run, given)
+
+
+def conclude(run: Run, given: dict[str, Any]) -> None:
+    """Report, print, and hold the outcome against the conditions."""
+    from sinklens.pipeline.gate import check_gate
+
+    from .console import print_json, print_run
+
     report = run.report(include_text=not given["no_text"])
     if given["as_json"]:
         print_json(run.document)

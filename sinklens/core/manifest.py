@@ -207,7 +207,7 @@ def _peak_cuda() -> int | None:
 
 
 # What differs between any two runs and says nothing about the difference of their results.
-VOLATILE = ("time", "memory", "command")
+VOLATILE = ("time", "memory", "command", "processes")
 
 
 def manifest_diff(

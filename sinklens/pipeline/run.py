@@ -36,6 +36,7 @@ SHARED_SECTIONS = (
     "status",
     "inputs",
     "tracing",
+    "processes",
     "mitigation",
 )
 MODEL_FIELDS = ("id", "revision", "family", "layers", "heads", "kv_heads", "hidden_size", "experts", "dtype")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sinklens.core.canonical import plain
-from sinklens.core.errors import DataError, InterruptedRun, SelfCheckError, UsageError
+from sinklens.core.errors import DataError, InterruptedRun, SelfCheckError, SinklensError, UsageError
 from sinklens.core.manifest import Clock, build_manifest
 from sinklens.models.fingerprint import weights_hash
 from sinklens.tracers.backends import backend_of
@@ -46,7 +46,7 @@ class Session:
         Args:
             before: The manifest of the interrupted run that this one continues.
         """
-        plan, checks = checked_plan(self.prepared)
+        plan, checks = self._checked()
         self.listener.checked(checks)
         empty = empty_trace(self.prepared.opened, plan)
         if before is not None:
@@ -64,15 +64,16 @@ class Session:
             write_run(run, self.store)
         return run
 
+    def _checked(self) -> tuple[TracePlan, list[Check]]:
+        return checked_plan(self.prepared)
+
+    def _traced(self, plan: TracePlan) -> Trace:
+        opened, prompts = self.prepared.opened, self.prepared.prompts
+        return trace(opened, prompts, plan, store=self.store, progress=self.listener.progress)
+
     def _measured(self, plan: TracePlan, checks: list[Check]) -> Run:
         """The main pass, then the experiments."""
-        result = trace(
-            self.prepared.opened,
-            self.prepared.prompts,
-            plan,
-            store=self.store,
-            progress=self.listener.progress,
-        )
+        result = self._traced(plan)
         self._describe(result, checks, "complete")
         note_words(result, self.prepared.opened.tokenizer)
         run = Run(result, self.prepared.analyzers, checks)
@@ -86,7 +87,7 @@ class Session:
         run.trace.manifest["time"]["wall_s"] = round(self.clock.seconds, 3)
         return run
 
-    def _interrupted(self) -> InterruptedRun:
+    def _interrupted(self) -> SinklensError:
         if self.store is None:
             return InterruptedRun("Stopped. Nothing was saved, because the run has no folder.")
         done, total = len(self.store.load_records()), len(self.prepared.prompts)
@@ -94,6 +95,10 @@ class Session:
             f"Stopped. {done}/{total} prompts saved.",
             hint=f"Continue: sinklens profile --resume {self.store.folder}",
         )
+
+    def _sections(self) -> dict[str, Any]:
+        """What the manifest says of this run besides."""
+        return {}
 
     def _describe(self, described: Trace, checks: list[Check], status: str) -> None:
         """Put the manifest on a trace and, while the run is going, on disk."""
@@ -106,6 +111,7 @@ class Session:
             request=self.request,
             inputs=self.prepared.prompts.description,
             tracing=described.tracing,
+            **self._sections(),
         )
         if not self.prepared.opened.info.files_sha256:
             described.manifest["weights"] = weights_hash(self.prepared.opened.plain)
@@ -145,6 +151,24 @@ def resume_run(
     before = store.read_manifest()
     if before.get("status") == "complete":
         return load_run(folder)
+    asked, options = asked_before(folder, before, model)
+    with store.locked():
+        opens = model if model is not None else asked
+        prepared = prepare(opens, tokenizer, options, listener, processor)
+        return Session(prepared, options, store, listener, argv, asked).run(before)
+
+
+def asked_before(
+    folder: Path, before: dict[str, Any], model: Any = None
+) -> tuple[str | None, ProfileOptions]:
+    """The model and the options of an interrupted run, from its manifest.
+
+    Args:
+        model: The model in memory, if its owner gives it again.
+
+    Raises:
+        UsageError: The run was of objects in memory that are not given again.
+    """
     request = dict(before["request"])
     asked = request.pop("model")
     given = request.pop("prompts_given", None)
@@ -154,11 +178,7 @@ def resume_run(
             hint="Start it again from Python.",
         )
     request["analyzers"] = tuple(request["analyzers"])
-    options = ProfileOptions(**request)
-    with store.locked():
-        opens = model if model is not None else asked
-        prepared = prepare(opens, tokenizer, options, listener, processor)
-        return Session(prepared, options, store, listener, argv, asked).run(before)
+    return asked, ProfileOptions(**request)
 
 
 def _same_run(before: dict[str, Any], prepared: Prepared, now: Trace) -> None:

@@ -187,7 +187,7 @@ def trace(
     for group in partition(everything, most=plan.batch_prompts, tokens=plan.batch_tokens):
         if all(prompt.index in done for prompt in group):
             continue
-        records = _run(opened, group, plan, device, len(done))
+        records = run_group(opened, group, plan, device, len(done))
         result.records += records
         done |= {record.index for record in records}
         if store:
@@ -214,9 +214,10 @@ def empty_trace(opened: OpenedModel, plan: TracePlan) -> Trace:
     return Trace(opened.info, layer_table(opened.anatomy.main), [], tracing)
 
 
-def _run(
+def run_group(
     opened: OpenedModel, group: Collection[Prompt], plan: TracePlan, device: torch.device, done: int
 ) -> list[PromptRecord]:
+    """The records of one batch, after `done` prompts."""
     pad = getattr(opened.tokenizer, "pad_token_id", None) or 0
     try:
         batch = collate(list(group), pad_id=pad, device=device)

@@ -17,7 +17,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -140,18 +140,12 @@ class RunStore:
             shards.rmdir()
 
     def _write_arrays(self, path: Path, records: list[PromptRecord]) -> None:
-        from safetensors.numpy import save
-
-        tensors = {
-            f"{r.index}/{name}": np.ascontiguousarray(a) for r in records for name, a in r.arrays.items()
-        }
-        header = {"prompts": json.dumps([record.describe() for record in records], ensure_ascii=False)}
         with self._guard():
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(path.name + ".partial")
             try:
                 with open(partial, "wb") as file:
-                    file.write(save(tensors, metadata=header))
+                    file.write(packed(records))
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(partial, path)
@@ -253,20 +247,45 @@ def describe_trace(trace: Trace) -> dict[str, Any]:
     return {"model": asdict(trace.info), "layers": as_plain(trace.layers), "tracing": trace.tracing}
 
 
+def packed(records: Iterable[PromptRecord]) -> bytes:
+    """Records as the bytes of a safetensors file, whose header tells everything but the arrays."""
+    from safetensors.numpy import save
+
+    records = list(records)
+    tensors = {f"{r.index}/{name}": np.ascontiguousarray(a) for r in records for name, a in r.arrays.items()}
+    header = {"prompts": json.dumps([record.describe() for record in records], ensure_ascii=False)}
+    return save(tensors, metadata=header)
+
+
+def unpacked(data: bytes) -> list[PromptRecord]:
+    """The records of `packed`."""
+    from safetensors.numpy import load
+
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return _records(json.loads(header["__metadata__"]["prompts"]), load(data).items())
+
+
 def _read_arrays(path: Path) -> list[PromptRecord]:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "numpy") as file:
             described = json.loads((file.metadata() or {})["prompts"])
-            arrays: dict[int, dict[str, np.ndarray]] = {}
-            for key in file.keys():  # noqa: SIM118 (a safetensors handle is no mapping)
-                index, name = key.split("/", 1)
-                arrays.setdefault(int(index), {})[name] = file.get_tensor(key)
+            # A safetensors handle is no mapping.
+            return _records(described, ((key, file.get_tensor(key)) for key in file.keys()))  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise DataError(
             f"{path} is damaged: {error}.", hint="Delete this file and resume the run to make it again."
         ) from error
+
+
+def _records(
+    described: Iterable[dict[str, Any]], tensors: Iterable[tuple[str, np.ndarray]]
+) -> list[PromptRecord]:
+    arrays: dict[int, dict[str, np.ndarray]] = {}
+    for key, tensor in tensors:
+        index, name = key.split("/", 1)
+        arrays.setdefault(int(index), {})[name] = tensor
     return [
         PromptRecord(
             entry["index"],
