@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from .edits import MapEdit
+from .gains import scale_of
 from .key_sets import Factors, KeySets, Shares
 from .shapes import Sizes
 
@@ -46,9 +49,9 @@ class EditNotes:
             among: Only these; the others were kept before.
         """
         one, edit = torch.ones_like(shares.rest), self.edit
-        rest = torch.where(edited, one / found.divisor, 1.0)
-        scale = torch.where(edited[..., None], found.factors / found.divisor[..., None], 1.0)
-        scale = torch.cat([scale.expand_as(shares.mass), rest[..., None]], -1)
+        rest = torch.where(edited, found.kept * one / found.divisor, 1.0)
+        scale = torch.where(edited[..., None], scale_of(shares, replace(found, edited=edited)), 1.0)
+        scale = torch.cat([scale, rest[..., None]], -1)
         learned = rest if found.learned else one
         for kept, value in ((edit.scale, scale), (edit.learned, learned)):
             if among is not None:

@@ -112,9 +112,10 @@ def edited(
     columns = torch.arange(keys.start, keys.stop, device=weights.device)[None, None]
     for edit in edits:
         part = edit.of_block(rows)
-        weights = weights * part.at(columns.expand(weights.shape[0], -1, -1))
-        learned = learned * part.learned
-        learned = learned if part.added is None else learned + part.added
+        # Some edits are told in double precision; the map keeps its own.
+        weights = (weights * part.at(columns.expand(weights.shape[0], -1, -1))).to(weights.dtype)
+        learned = (learned * part.learned).to(learned.dtype)
+        learned = learned if part.added is None else (learned + part.added).to(learned.dtype)
     return weights, learned
 
 

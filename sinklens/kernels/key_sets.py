@@ -50,22 +50,41 @@ class Shares:
 
 @dataclass(frozen=True)
 class Factors:
-    """What becomes of a block of rows: `A'[k in g] = c_g A / D`, `A'[other k] = A / D`.
+    """What becomes of a block of rows: `A'[k in g] = c_g A / D`, `A'[other k] = kept A / D`.
 
     Attributes:
         factors: `c_g`, broadcastable to `Shares.mass`.
         divisor: `D`, broadcastable to `Shares.rest`; positive. Entries of rows that are not `edited` are ignored.
         edited: Rows to change; the others keep the kernel's output bit for bit.
         learned: Whether the learned sink's share is divided too. It writes nothing, so only `Transferred.moved` asks.
+        kept: Of other keys, and of the learned sink where that is divided.
+        made: `c_g A`, where neither factor may be a number of its own; `gains.py` makes it.
     """
 
     factors: Float[Tensor, "#batch #head #row group"]
     divisor: Float[Tensor, "#batch #head #row"]
     edited: Bool[Tensor, "#batch #head #row"]
     learned: bool = True
+    kept: Float[Tensor, "#batch #head #row"] | float = 1.0
+    made: Float[Tensor, "batch head row group"] | None = None
 
 
-Rule = Callable[[Shares], Factors]
+@dataclass(frozen=True)
+class Gains:
+    """What becomes of a block of rows whose logits change: `z'_k = z_k + gain_k`, and the softmax again.
+
+    The logit twin of `Factors`, for sets of one key each: a gain may be larger than any factor that is a number.
+
+    Attributes:
+        gains: Broadcastable to `Shares.logits`, finite. Keys that the row does not see have no say.
+        edited: Rows to change.
+    """
+
+    gains: Float[Tensor, "#batch #head #row group"]
+    edited: Bool[Tensor, "#batch #head #row"]
+
+
+Rule = Callable[[Shares], Factors | Gains]
 
 
 def key_sets(groups: Bool[Tensor, "group batch key"] | Bool[Tensor, "group batch head key"]) -> KeySets:

@@ -24,7 +24,8 @@ from ..core.errors import UsageError
 from .blocked import attention_fused, attention_sweep
 from .edit_notes import EditNotes
 from .edits import MapEdit, edited, off_keys
-from .key_sets import Columns, Factors, KeySets, Rule, Shares, checked_sizes, own_columns
+from .gains import in_range, moved_by
+from .key_sets import Columns, Factors, Gains, KeySets, Rule, Shares, checked_sizes, own_columns
 from .shapes import Sizes, four_axes, sizes_of, visible_of
 from .spec import AttentionCall, BlockPlan, Stat, Want
 
@@ -196,29 +197,47 @@ class _Transfer:
         return Transferred(result, edited_rows, moved, again, self.notes and self.notes.edit)
 
     def _block(self, output: Float[Tensor, "b h r d"], rows: slice, allowed: Tensor | None) -> Transferred:
-        weights, logits = self._weights(rows)
+        weights, logits, logs = self._weights(rows)
         shares = self._shares(weights, rows)
         if self.tells_logits:
             shares = replace(shares, logits=logits)
-        found = self.rule(shares)
+        found = self._found(shares, logs)
         touched = self._touched(found, shares, allowed)
-        weak = touched & (found.divisor * self.gain < 1.0)
+        weak = touched & (found.divisor * self.gain < found.kept)
         edited = touched & found.edited & ~weak
         wide = output.to(self.kind)
-        changed = (wide + self._mixed(weights, found.factors - 1.0)) / found.divisor[..., None]
+        changed = self._changed(found, wide, weights)
         # Rows that are not edited keep every bit, which a round trip through float32 keeps too.
         changed = torch.where(edited[..., None], changed, wide)
-        moved = torch.where(edited, _moved(shares, found), 0.0).sum(dtype=torch.float64)
+        moved = torch.where(edited, moved_by(shares, found), 0.0).sum(dtype=torch.float64)
         count = edited.sum()
         if self.notes is not None:
             self.notes.keep(rows, shares, found, edited)
         if bool(weak.any()):
-            more, moved_more = self._again(changed, weights, shares, weak, rows)
+            more, moved_more = self._again(changed, weights, logs, shares, weak, rows)
             count, moved = count + more, moved + moved_more
         return Transferred(changed.to(output.dtype), count, moved, weak.sum())
 
+    def _found(self, shares: Shares, logs: Tensor) -> Factors:
+        """What the rule says of some rows, as factors."""
+        found = self.rule(shares)
+        return in_range(found, logs, shares) if isinstance(found, Gains) else found
+
+    def _changed(self, found: Factors, output: Tensor, weights: Tensor) -> Float[Tensor, "b h r d"]:
+        """`(kept o + sum_g (c_g - kept) o_g) / D`."""
+        if found.made is None:
+            return (output + self._mixed(weights, found.factors - 1.0)) / found.divisor[..., None]
+        kept = torch.as_tensor(found.kept)[..., None]
+        return (kept * output + self._written(found.made - kept * weights)) / found.divisor[..., None]
+
     def _again(
-        self, changed: Float[Tensor, "b h r d"], weights: Tensor, shares: Shares, weak: Tensor, rows: slice
+        self,
+        changed: Float[Tensor, "b h r d"],
+        weights: Tensor,
+        logs: Tensor,
+        shares: Shares,
+        weak: Tensor,
+        rows: slice,
     ) -> tuple[Tensor, Tensor]:
         """Put rows computed without the sets in their place in `changed`; how many changed, and what they moved."""
         few = weak.flatten(0, 1).any(0).nonzero()[:, 0]
@@ -226,16 +245,22 @@ class _Transfer:
         rest, mixed = self._rest(few + rows.start)
         logits = None if shares.logits is None else shares.logits[:, :, few]
         shares = Shares(shares.mass[:, :, few], rest, shares.learned[:, :, few], logits)
-        found = self.rule(shares)
+        found = self._found(shares, logs[:, :, few])
         edited = weak & found.edited & self._touched(found, shares, None)
-        mended = (mixed + self._mixed(weights, found.factors)) / found.divisor[..., None]
+        if found.made is None:
+            mended = (mixed + self._mixed(weights, found.factors)) / found.divisor[..., None]
+        else:
+            kept = torch.as_tensor(found.kept)[..., None]
+            mended = (kept * mixed + self._written(found.made)) / found.divisor[..., None]
         changed[:, :, few] = torch.where(edited[..., None], mended, changed[:, :, few])
         if self.notes is not None:
             self.notes.keep(few + rows.start, shares, found, edited, among=weak)
-        return edited.sum(), torch.where(edited, _moved(shares, found), 0.0).sum(dtype=torch.float64)
+        return edited.sum(), torch.where(edited, moved_by(shares, found), 0.0).sum(dtype=torch.float64)
 
     def _touched(self, found: Factors, shares: Shares, allowed: Tensor | None) -> Tensor:
         """Rows with mass in a set whose weights the factors change, if they may be edited at all."""
+        if found.made is not None:
+            return found.edited if allowed is None else found.edited & allowed
         changes = ((found.factors != 1.0) | (found.divisor != 1.0)[..., None]) & (shares.mass > 0)
         return changes.any(-1) if allowed is None else changes.any(-1) & allowed
 
@@ -248,8 +273,11 @@ class _Transfer:
         learned = off_keys(learned, self.call.edits, rows)
         return Shares(mass, (1.0 - learned - mass.sum(-1)).clamp(min=0.0), learned)
 
-    def _weights(self, rows: slice) -> tuple[Float[Tensor, "b h r column"], Float[Tensor, "b h r column"]]:
-        """`A` at the columns of the sets, 0 where there is no column or the row does not see it; and the logits."""
+    def _weights(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """`A` at the columns of the sets, 0 where there is no column or the row does not see it; logits; ln `A`.
+
+        Each is `[b h r column]`.
+        """
         query = self.call.query[:, :, rows].to(self.kind).unflatten(1, (self.sizes.kv_heads, -1))
         logits = (query @ self.key.mT).flatten(1, 2) * self.call.scale
         if self.call.softcap is not None:
@@ -259,10 +287,13 @@ class _Transfer:
             logits = logits + bias
         if self.own is not None:
             visible = visible & (self.columns[:, :, None] != self.own[rows, None])
-        weights = torch.exp(logits - self.lse[:, :, rows, None]).clamp(max=1.0)
+        logs = (logits - self.lse[:, :, rows, None]).clamp(max=0.0)
+        weights = torch.exp(logs)
         for edit in self.call.edits:
-            weights = weights * edit.of_block(rows).at(self.columns)
-        return torch.where(visible, weights, 0.0), logits
+            factor = edit.of_block(rows).at(self.columns)
+            weights = weights * factor
+            logs = logs + factor.log() if self.tells_logits else logs
+        return torch.where(visible, weights, 0.0), logits, torch.where(visible, logs, float("-inf"))
 
     def _seen(self, rows: slice) -> tuple[Tensor, Tensor | None]:
         """Which columns are there and visible, and what an additive mask adds to them."""
@@ -281,8 +312,11 @@ class _Transfer:
 
     def _mixed(self, weights: Tensor, factors: Tensor) -> Float[Tensor, "b h r d"]:
         """`sum_g factors_g o_g`."""
-        scaled = (weights * self.line.spread(factors)).unflatten(1, (self.sizes.kv_heads, -1))
-        return (scaled @ self.value).flatten(1, 2)
+        return self._written(weights * self.line.spread(factors))
+
+    def _written(self, weights: Float[Tensor, "b h r column"]) -> Float[Tensor, "b h r d"]:
+        """What weights on the columns write."""
+        return (weights.unflatten(1, (self.sizes.kv_heads, -1)) @ self.value).flatten(1, 2)
 
     def _gathered(
         self, tensor: Float[Tensor, "b kv_head key d"]
@@ -333,13 +367,6 @@ class _Transfer:
         assert mask is not None  # rows of a call always have one
         mask = mask & ~inside if mask.dtype == torch.bool else torch.where(inside, float("-inf"), mask)
         return replace(call, mask=mask, learned_sinks=None, counted=None)
-
-
-def _moved(shares: Shares, found: Factors) -> Float[Tensor, "b h r"]:
-    """Half the sum of `|A' - A|`: every set and the rest are scaled as a whole."""
-    gone = (shares.mass * (found.factors / found.divisor[..., None] - 1.0)).abs().sum(-1)
-    others = shares.rest + shares.learned if found.learned else shares.rest
-    return 0.5 * (gone + others * (1.0 / found.divisor - 1.0).abs())
 
 
 def _row_blocks(sizes: Sizes, width: int, plan: BlockPlan) -> Iterator[slice]:

@@ -50,7 +50,8 @@ class ACT(Mitigation):
 
     When not to trust it: the last tokens are seen by few queries, so a token that attends to itself passes for a sink
     (`min_visible` leaves such columns out; the paper does not). alpha / N falls with the length, so long prompts
-    have more sinks. A prompt that is read in pieces has the sinks of its first piece. In a model without sinks inside
+    have more sinks. generate() with a prompt in pieces (`prefill_chunk_size`) is refused; where a program of one's own
+    continues from a cache, the sinks of the first pass stay. In a model without sinks inside
     the prompt it does nothing, and says so.
 
     Args:
@@ -115,6 +116,12 @@ class ACT(Mitigation):
 
     def sets(self, seen: Seen) -> KeySets | None:
         if seen.first:
+            if not seen.tokens.whole(seen.call.query.shape[2]):
+                raise ModelError(
+                    f"{self.title} needs the whole prompt in one pass.",
+                    detail="Sinks are found over all of its rows before the first of them is edited.",
+                    hint="Generate without prefill_chunk_size.",
+                )
             found = key_sets((self.sinks(seen) & seen.chosen[:, None])[None])
             seen.memory["sinks"] = found
         elif "sinks" not in seen.memory:
@@ -131,7 +138,9 @@ class ACT(Mitigation):
 
     def sinks(self, seen: Seen) -> Bool[Tensor, "batch head key"]:
         """Sinks of every head by the rule above; the keys are those of the first pass, which are its tokens."""
-        rows = seen.rows
+        rows = seen.rows.clone()
+        if seen.tokens.prompt:
+            rows[:, seen.tokens.prompt :] = False  # an answer that is read along with its prompt
         call = replace(seen.call, counted=rows)
         # Both in one compiled pass, which is faster than one that starts from the kernel's log-sum-exp.
         found = attention_sweep(call, Want(frozenset({Stat.RECEIVED, Stat.LSE})))

@@ -6,7 +6,6 @@ A method says which keys (`sets`) and what becomes of their mass (`factors`). Th
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -14,7 +13,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from sinklens.kernels.key_sets import Factors, KeySets, Shares
+from sinklens.kernels.key_sets import Factors, Gains, KeySets, Rule, Shares
 from sinklens.kernels.transfer import Transferred, transfer
 
 from .attention_method import AttentionMethod
@@ -32,7 +31,7 @@ class Mitigation(AttentionMethod):
         """The keys whose mass is moved; None if there are none in this call."""
 
     @abstractmethod
-    def factors(self, seen: Seen, shares: Shares) -> Factors:
+    def factors(self, seen: Seen, shares: Shares) -> Factors | Gains:
         """What becomes of a block of rows. Heads that are not chosen are left alone by the caller."""
 
     def rows(self, seen: Seen) -> Bool[Tensor, "batch query"]:
@@ -40,7 +39,7 @@ class Mitigation(AttentionMethod):
         return seen.rows
 
     logits_needed: ClassVar[bool] = False
-    """Whether `factors` reads `Shares.logits`; all sets are single keys then."""
+    """Whether `factors` reads `Shares.logits` or gives `Gains`; all sets are single keys then."""
 
     def edit(self, seen: Seen, output: Tensor, *, remember: bool) -> Transferred | None:
         with torch.no_grad():
@@ -59,8 +58,8 @@ class Mitigation(AttentionMethod):
             logits=self.logits_needed,
         )
 
-    def _rule(self, seen: Seen) -> Callable[[Shares], Factors]:
-        def rule(shares: Shares) -> Factors:
+    def _rule(self, seen: Seen) -> Rule:
+        def rule(shares: Shares) -> Factors | Gains:
             found = self.factors(seen, shares)
             return replace(found, edited=found.edited & seen.chosen[:, None])
 

@@ -15,10 +15,11 @@ from sinklens.core.errors import ModelError
 from sinklens.inputs.spans import Kind
 from sinklens.inputs.vision.assemble import image_token_id, marks_around
 from sinklens.kernels.spec import AttentionCall
-from sinklens.models.spec import Tower
+from sinklens.models.spec import OpenedModel, Tower
 from sinklens.tracers.sink_dims import Cut, phi
 from sinklens.tracers.states import input_tap
 
+from .seen import Seen
 from .tokens import Tokens
 
 
@@ -83,6 +84,37 @@ def visual_ids(config: Any) -> list[int]:
     return [token for token in dict.fromkeys(found) if isinstance(token, int)]
 
 
+def needs_pictures(title: str, model: nn.Module | OpenedModel) -> Any:
+    """The config of a model that reads pictures.
+
+    Raises:
+        ModelError: It reads text only.
+    """
+    module = model.module if isinstance(model, OpenedModel) else model
+    config: Any = module.config
+    if not visual_ids(config):
+        raise ModelError(
+            f"{title} needs a model that reads pictures.",
+            detail=f"The config of {type(module).__name__} names no image token.",
+        )
+    return config
+
+
+def choosing_rows(seen: Seen) -> Bool[Tensor, "batch query"]:
+    """Rows that choose a token: that of the last token of each prompt, and those of the answer behind it.
+
+    None in a pass that reads a prompt in pieces and does not reach its end.
+    """
+    tokens, queries = seen.tokens, seen.call.query.shape[2]
+    real = tokens.real(seen.call)
+    key = "choosing", real.device
+    if key not in tokens.memo:
+        given = real & (kinds_of(tokens, seen.call, seen.config) != int(Kind.GENERATED))
+        left = given.flip(1).cumsum(1).flip(1) - given.long()
+        tokens.memo[key] = (real & (left == 0) & tokens.whole(queries))[:, tokens.past :]
+    return tokens.memo[key]
+
+
 def picture_of(visual: Bool[Tensor, "batch token"]) -> Int[Tensor, "batch token"]:
     """Number of the picture of each visual token: visual tokens that follow each other are one picture."""
     starts = visual & ~torch.nn.functional.pad(visual[:, :-1], (1, 0))
@@ -94,7 +126,7 @@ class SinkWatch:
     """Sinks by their states, as the blocks of the running pass read them.
 
     Attributes:
-        update: Whether tokens after the first pass over an input can be sinks too.
+        update: Whether tokens after the prompt can be sinks too.
     """
 
     tokens: Tokens
@@ -117,8 +149,16 @@ class SinkWatch:
         )
         if tokens.past == 0 or begun != tokens.inputs or known is None:
             known = now
+            if not self.update and tokens.prompt:
+                known[:, tokens.prompt :] = False
         elif len(known) == len(now) and known.shape[1] >= tokens.past:
-            now = now if self.update else torch.zeros_like(now)
+            if self.update and tokens.generation.beams > 1:
+                raise ModelError(
+                    "Sinks among generated tokens cannot be followed through a beam search.",
+                    detail="Beams take over each other's tokens, and what is known of those does not move with them.",
+                    hint="Generate with num_beams=1, or leave out update_decode.",
+                )
+            now = now if self.update or tokens.reading else torch.zeros_like(now)
             known = torch.cat([known[:, : tokens.past], now], 1)
         self._found[layer] = (tokens.inputs, known)
 

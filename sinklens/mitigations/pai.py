@@ -6,20 +6,20 @@ import math
 from collections.abc import Collection
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Self
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from sinklens.core.errors import ModelError, UsageError
+from sinklens.core.errors import UsageError
 from sinklens.core.papers import PAYING_ATTENTION_TO_IMAGE
 from sinklens.inputs.spans import Kind
-from sinklens.kernels.key_sets import Factors, KeySets, Shares
+from sinklens.kernels.key_sets import Gains, KeySets, Shares
 from sinklens.models.spec import OpenedModel, Tower
 
 from .base import Mitigation, Seen, registry
-from .kinds import kinds_of, visual_ids
+from .kinds import choosing_rows, kinds_of, needs_pictures
 
 
 @registry.register("pai")
@@ -27,26 +27,27 @@ from .kinds import kinds_of, visual_ids
 class PAI(Mitigation):
     """Makes the token that is about to be generated look harder at the picture.
 
-    How it is computed: in the last row of every pass (the last prompt token, then each generated one) the logit z of
-    every visual token becomes z + alpha·|z| before the softmax, in the layers from `start` to before `end`. z is what
-    the softmax sees: scaled, capped, with what an additive mask adds. A learned sink logit takes its part in the
-    softmax.
+    How it is computed: in the rows that choose a token (that of the last prompt token, and those of the answer) the
+    logit z of every visual token becomes z + alpha·|z| before the softmax, in the layers from `start` to before `end`.
+    z is what the softmax sees: scaled, capped, with what an additive mask adds. A learned sink logit takes its part in
+    the softmax. The weights are worked out from logits, so no strength is too large for them.
 
-    Compared with the paper: this is the attention step of Liu et al. Their strength and layers differ from model to
-    model; the defaults here are a start, not a copy of theirs. They also subtract, at the output, what the model says
-    without the picture; that changes logits of words, not attention, and is not part of this method.
+    Compared with the paper: this is the attention step of Liu et al., as in their program, whose defaults (alpha 0.2,
+    from the third layer to the last) are the defaults here; values of the paper for single models were not verified.
+    They also subtract, at the output, what the model says without the picture; that changes logits of words, not
+    attention, and is not part of this method.
 
     When not to trust it: |z| has no meaning under a shift of all logits, which the softmax ignores, so the strength
     differs from head to head for no reason of the picture's. Visual sinks are raised with everything else, and with
     the largest logits they can take most of it. Captions get shorter and name fewer objects, so report coverage
-    beside hallucination. Only the last row of a batch row changes, so scores of the tokens of a prompt do not.
+    beside hallucination. Rows inside of a prompt do not change, so scores of its tokens do not.
 
     Args:
         alpha: Share of |z| that is added, at least 0.
         start, end: First layer, and the one after the last; None for the last layer of the model.
     """
 
-    alpha: float = 0.5
+    alpha: float = 0.2
     start: int = 2
     end: int | None = None
 
@@ -87,41 +88,26 @@ class PAI(Mitigation):
             )
 
     def fitted(self, model: nn.Module | OpenedModel, tower: Tower) -> Self:
-        module = model.module if isinstance(model, OpenedModel) else model
-        config: Any = module.config
-        if not visual_ids(config):
-            raise ModelError(
-                f"{self.title} needs a model that reads pictures.",
-                detail=f"The config of {type(module).__name__} names no image token.",
-            )
+        needs_pictures(self.title, model)
         return self
 
     def rows(self, seen: Seen) -> Bool[Tensor, "batch query"]:
-        """The last real row of each prompt."""
-        real = seen.rows
-        return real & (real.flip(1).cumsum(1).flip(1) == 1)
+        return choosing_rows(seen)
 
     def sets(self, seen: Seen) -> KeySets | None:
         """Every visual token as a set of its own."""
         visual = kinds_of(seen.tokens, seen.call, seen.config) == int(Kind.VISUAL)
-        width = int(visual.sum(1).max())
-        if width == 0:
+        if not bool(visual.any()):
             seen.nothing("no prompt has visual tokens")
             return None
-        found = visual.to(torch.uint8).sort(dim=1, descending=True, stable=True)
-        places, valid = found.indices[:, :width], found.values[:, :width] > 0
-        return seen.sets_of(places[:, None, :, None], valid[:, None, :, None])
+        return seen.one_by_one(visual)
 
-    def factors(self, seen: Seen, shares: Shares) -> Factors:
+    def factors(self, seen: Seen, shares: Shares) -> Gains:
         assert shares.logits is not None  # `logits_needed` asks for them
-        return raised(shares, shares.logits, self.alpha)
+        return raised(shares.logits, self.alpha)
 
 
-def raised(shares: Shares, logits: Float[Tensor, "batch head row key"], alpha: float) -> Factors:
-    """Weights of keys whose logit z becomes z + alpha |z|, and the softmax's new sum.
-
-    Logits of keys that the row does not see mean nothing and are left out.
-    """
-    factors = torch.exp(torch.where(shares.mass > 0, alpha * logits.abs(), 0.0))
-    divisor = (factors * shares.mass).sum(-1) + shares.rest + shares.learned
-    return Factors(factors, divisor, (divisor > 0) & torch.isfinite(divisor))
+def raised(logits: Float[Tensor, "batch head row key"], alpha: float | Tensor) -> Gains:
+    """Logits z that become z + alpha |z|; `alpha` may differ from key to key."""
+    gains = alpha * logits.abs()
+    return Gains(gains, torch.ones_like(gains[..., 0], dtype=torch.bool))

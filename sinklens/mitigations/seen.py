@@ -77,6 +77,13 @@ class Seen:
         own = torch.arange(self.call.query.shape[2], device=columns.device) + self.tokens.past - self.dropped
         return KeySets(columns, valid & (columns >= 0), keep_own, own)
 
+    def one_by_one(self, member: Bool[Tensor, "batch token"]) -> KeySets:
+        """Each of some tokens as a set of its own, in their order; at least one is there."""
+        width = int(member.sum(1).max())
+        found = member.to(torch.uint8).sort(dim=1, descending=True, stable=True)
+        places, valid = found.indices[:, :width], found.values[:, :width] > 0
+        return self.sets_of(places[:, None, :, None], valid[:, None, :, None])
+
     def positions(self, positions: tuple[int, ...], *, keep_own: bool = False) -> KeySets:
         """One set: the given positions of each prompt's own tokens, for all heads."""
         places, valid = self.tokens.places(positions, self.call)

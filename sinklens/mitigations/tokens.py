@@ -22,6 +22,8 @@ from sinklens.kernels.spec import AttentionCall
 from sinklens.models.spec import Tower
 from sinklens.tracers.batch import Batch, running
 
+from .generating import Generation, listening
+
 
 @dataclass
 class Tokens:
@@ -31,7 +33,9 @@ class Tokens:
         passes: Forward passes begun.
         past: Tokens that were in the cache when the pass began. 0 starts a new input.
         inputs: Inputs begun; whatever was learned from an earlier one no longer holds.
-        prompt: Tokens of the first pass over the input.
+        prompt: Tokens of the prompt: those of the first pass over the input, or what generate() says it is.
+        reading: Whether the pass reads (a piece of) a prompt.
+        generation: What generate() is about, where it runs.
         ids: Their ids, cached ones included; None where the model was not given them.
         batch: The prompts of the pass, where it is one of a trace.
     """
@@ -40,6 +44,8 @@ class Tokens:
     past: int = 0
     inputs: int = 0
     prompt: int = 0
+    reading: bool = True
+    generation: Generation = field(default_factory=Generation)
     ids: Tensor | None = None
     batch: Batch | None = None
     _mask: Tensor | None = None
@@ -55,6 +61,8 @@ class Tokens:
         with ExitStack() as stack:
             for depth, path in enumerate(_around(tower)):
                 module = model.get_submodule(path)
+                if depth == 0:
+                    self.generation = stack.enter_context(listening(module))
                 hook = module.register_forward_pre_hook(self._hook(depth, module), with_kwargs=True)
                 stack.callback(hook.remove)
             yield self
@@ -92,14 +100,21 @@ class Tokens:
         """Take in the ids of the pass."""
         self.batch = running()
         ids = ids if isinstance(ids, Tensor) and ids.ndim == 2 else None
+        self.reading = self.past == 0 or self.generation.prefilling
+        if self.reading:
+            # Without a cache generate() gives prompt and answer together, again and again.
+            self.prompt = self.generation.prompt or (0 if ids is None else ids.shape[1])
         if self.past == 0:
-            self.prompt = 0 if ids is None else ids.shape[1]
             self.ids = ids
             return
         before, self.ids = self.ids, None
         if ids is None or before is None or len(ids) != len(before) or before.shape[1] < self.past:
             return
         self.ids = torch.cat([before[:, : self.past], ids], 1)
+
+    def whole(self, queries: int) -> bool:
+        """Whether a pass of `queries` tokens reaches the end of the prompt."""
+        return self.past + queries >= self.prompt
 
     def real(self, call: AttentionCall) -> Bool[Tensor, "batch token"]:
         """Which tokens, cached ones included, are not padding.

@@ -18,7 +18,7 @@ from sinklens.models.spec import OpenedModel, Tower
 from sinklens.tracers.sink_dims import TAU, Cut, SinkDims, cut_for, known, published
 
 from .base import Mitigation, Seen
-from .kinds import SinkWatch, kinds_of, visual_ids
+from .kinds import SinkWatch, kinds_of, needs_pictures
 from .tokens import Tokens
 
 
@@ -57,13 +57,7 @@ class VisualSinkMethod(Mitigation):
         return False
 
     def fitted(self, model: nn.Module | OpenedModel, tower: Tower) -> Self:
-        module = model.module if isinstance(model, OpenedModel) else model
-        config: Any = module.config
-        if not visual_ids(config):
-            raise ModelError(
-                f"{self.title} needs a model that reads pictures.",
-                detail=f"The config of {type(module).__name__} names no image token.",
-            )
+        config = needs_pictures(self.title, model)
         names = [getattr(config, "_name_or_path", None)]
         if isinstance(model, OpenedModel):
             names.insert(0, model.info.id)

@@ -41,7 +41,7 @@ class GateOracle(Oracle):
         gate[self.visual & sink] = sink_gate
         gate[self.visual & ~sink] = rest_gate
         new = weights * gate[:, None, None]
-        whole = new.sum(-1, keepdim=True)
+        whole = new.sum(-1, keepdim=True) + 1.0 - weights.sum(-1, keepdim=True)  # a learned sink takes part
         rows = (self.real & ~self.visual)[:, None, :, None] & (whole > 1e-9)
         return torch.where(rows, new / whole.clamp(min=1e-300), weights)
 
