@@ -14,7 +14,7 @@ from typer.exceptions import TyperException
 
 from sinklens.core.errors import SinklensError
 
-from . import cite, compare, doctor, export, listing, mitigate, profile, report, testbed
+from . import cite, compare, doctor, export, listing, mitigate, probe, profile, report, testbed
 from .together import alone
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 for module in (profile, mitigate, report, compare, export, cite, doctor, listing):
     app.command(module.NAME, help=module.HELP, epilog=module.EXAMPLES)(module.command)
+app.add_typer(probe.app, name="probe")
 app.add_typer(testbed.app, name="testbed")
 
 

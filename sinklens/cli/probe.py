@@ -1,0 +1,248 @@
+"""`sinklens probe`: experiments beside a profile."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .environment import quiet_libraries
+from .profile import (
+    AsJson,
+    Bos,
+    Count,
+    Device,
+    DeviceMap,
+    Dtype,
+    Force,
+    Model,
+    Offline,
+    Prompts,
+    Quiet,
+    Revision,
+    SeqLen,
+    Trust,
+    run_name,
+)
+
+if TYPE_CHECKING:
+    from sinklens.mitigations.quantise import FakeQuantisation
+    from sinklens.pipeline.options import ProfileOptions
+    from sinklens.pipeline.probe import Probe
+
+app = typer.Typer(no_args_is_help=True, help="Experiments beside a profile: quantisation, streaming.")
+
+QUANTISATION = (
+    "Examples:  sinklens probe quantisation --grid weights=4:activations=4  ·  "
+    "sinklens probe quantisation -m ./moe --grid weights=8 --grid weights=4:experts=4:weights-by=tensor --json"
+)
+STREAMING = (
+    "Examples:  sinklens probe streaming  ·  "
+    "sinklens probe streaming -m ./checkpoint --prompts book.txt --cache 4+1020 --cache 1+1023"
+)
+OPTIONS = (
+    "prompts",
+    "n",
+    "seq_len",
+    "bos",
+    "seed",
+    "dtype",
+    "device",
+    "device_map",
+    "revision",
+    "trust_remote_code",
+)
+
+Seed = Annotated[int, typer.Option(help="Seed of the prompt sample and the controls.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for probe.json. [default: runs/MODEL-PROBE-TIME]")]
+
+
+@app.command(
+    "quantisation",
+    help="What quantising costs, and how much of it massive dims, sink tokens and Super Experts explain.",
+    epilog=QUANTISATION,
+)
+def quantisation_command(
+    context: typer.Context,
+    model: Model = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--grid",
+            help="How to quantise, as parameters of fake-quantisation; may be repeated. [default: weights=8]",
+        ),
+    ] = None,
+    protect: Annotated[
+        Path | None, typer.Option("--protect", help="protect.json of an earlier probe: what to keep.")
+    ] = None,
+    draws: Annotated[int, typer.Option("--draws", help="Random controls per grid.")] = 5,
+    prompts: Prompts = None,
+    n: Count = None,
+    seq_len: SeqLen = None,
+    bos: Bos = "auto",
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    offline: Offline = False,
+    out: Out = None,
+    force: Force = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    from sinklens.pipeline.probe_quantisation import PROTECT, probe_quantisation
+
+    quiet_libraries(offline=offline)
+    grids = [grid_of(text) for text in grid or ["weights=8"]]
+    settings = {"protect": protect, "draws": draws}
+    found = _run("quantisation", probe_quantisation, context.params, grids, settings)
+    if as_json:
+        return
+    for text, result in zip(grid or ["weights=8"], found.results, strict=True):
+        print(f"{text}: {result['verdict']}")
+        _table(
+            [("", "loss", "added (95 %)"), *((name, _number(row["loss"]["mean"]), _interval(row["added"]))
+             for name, row in result["variants"].items())]
+        )  # fmt: skip
+    _places(found, PROTECT)
+
+
+@app.command(
+    "streaming",
+    help="Perplexity over long texts with a bounded cache: first tokens kept, dropped, at wrong positions.",
+    epilog=STREAMING,
+)
+def streaming_command(
+    context: typer.Context,
+    model: Model = None,
+    cache: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--cache",
+            help="First and recent tokens, as 4+508; may be repeated. [default: 4+508, of bundled models 4+60]",
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", help="Length of a text. [default: 2048, or all there is]")
+    ] = None,
+    chunk: Annotated[int, typer.Option("--chunk", help="Tokens per pass.")] = 1,
+    prompts: Prompts = None,
+    n: Annotated[int | None, typer.Option("-n", "--n", help="Number of texts. [default: 8]")] = None,
+    bos: Bos = "auto",
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    offline: Offline = False,
+    out: Out = None,
+    force: Force = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    from sinklens.evaluation.streaming import CONDITIONS
+    from sinklens.pipeline.probe_streaming import probe_streaming
+
+    quiet_libraries(offline=offline)
+    caches = [cache_of(text) for text in cache or []]
+    found = _run("streaming", probe_streaming, context.params, caches, {"tokens": tokens, "chunk": chunk})
+    if as_json:
+        return
+    for result in found.results:
+        print(f"{result['start']}+{result['recent']}: {result['verdict']}")
+        rows = [(title, _number(result[name]["perplexity"]), _number(result[name]["after_full"]),
+                 _interval(result[name]["added"])) for name, title in CONDITIONS.items()]  # fmt: skip
+        _table([("", "perplexity", "once full", "loss added (95 %)"), *rows])
+    _places(found)
+
+
+def grid_of(text: str) -> FakeQuantisation:
+    """`weights=4:activations=4` as a way to quantise."""
+    from sinklens.core.errors import UsageError
+    from sinklens.mitigations.asking import make_method
+    from sinklens.mitigations.quantise import FakeQuantisation
+
+    method = make_method(f"{FakeQuantisation.name}:{text.removeprefix(FakeQuantisation.name).lstrip(':')}")
+    assert isinstance(method, FakeQuantisation)
+    kept = method.protect_layers or method.protect_dims or method.protect_positions or method.protect_experts
+    if kept:
+        raise UsageError(
+            "--grid: what is kept is found by the probe, or named by --protect.",
+            hint="Leave protect_... out of the grid.",
+        )
+    return method
+
+
+def cache_of(text: str) -> tuple[int, int]:
+    """`4+508` as first and recent tokens."""
+    from sinklens.core.errors import UsageError
+
+    start, plus, recent = text.partition("+")
+    if not plus or not start.strip().isdigit() or not recent.strip().isdigit():
+        raise UsageError(
+            f"--cache takes the first and the recent tokens, got {text!r}.",
+            hint="For instance: --cache 4+508",
+        )
+    return int(start), int(recent)
+
+
+def _run(name: str, probe: Any, given: dict[str, Any], what: list[Any], settings: dict[str, Any]) -> Probe:
+    """Run a probe with the options of the command line; print its document if that was asked for."""
+    from sinklens.pipeline.options import ProfileOptions
+
+    from .console import ConsoleListener, print_json
+
+    options: ProfileOptions = ProfileOptions(**{key: given[key] for key in OPTIONS if key in given})
+    base, _, clock = run_name(given["model"]).rpartition("-")
+    model, _, day = base.rpartition("-")
+    listener = ConsoleListener(quiet=given["quiet"])
+    try:
+        found: Probe = probe(
+            given["model"],
+            what,
+            options=options,
+            out=given["out"] or Path("runs") / f"{model}-{name}-{day}-{clock}",
+            force=given["force"],
+            listener=listener,
+            argv=sys.argv,
+            **settings,
+        )
+    finally:
+        listener.close()
+    if given["as_json"]:
+        print_json(found.document)
+    return found
+
+
+def _places(found: Probe, *more: str) -> None:
+    from sinklens.pipeline.probe import FILE
+
+    from .console import WIDTH
+
+    for name in (FILE, *more):
+        print(f"{'Saved':<{WIDTH}}{found.folder / name if found.folder else name}")
+
+
+def _table(rows: list[tuple[str, ...]]) -> None:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print(
+            "    " + "  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip()
+        )
+    print()
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _interval(found: dict[str, Any] | None) -> str:
+    if found is None or found["mean"] is None:
+        return "-"
+    ends = "" if found["low"] is None else f" ({found['low']:+.3g} to {found['high']:+.3g})"
+    return f"{found['mean']:+.3g}{ends}"
