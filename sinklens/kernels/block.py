@@ -76,7 +76,19 @@ def edited_block(block: Block, peak: Peak, call: AttentionCall) -> Block:
 
 
 def row_peaks(logits: Float[Tensor, "b h r k"], weights: Float[Tensor, "b h r k"]) -> Peak:
-    """Largest logit of each row, the first on ties, and the weight there.
+    """Largest logit of each row, the first on ties, and the weight there."""
+    return peak_at(*row_tops(logits), weights)
+
+
+def peak_at(
+    index: Int[Tensor, "b h r"], logit: Float[Tensor, "b h r"], weights: Float[Tensor, "b h r k"]
+) -> Peak:
+    """The peak from what `row_tops` found, once the weights are there."""
+    return Peak(index, logit, _pick(weights, index))
+
+
+def row_tops(logits: Float[Tensor, "b h r k"]) -> tuple[Int[Tensor, "b h r"], Float[Tensor, "b h r"]]:
+    """Place and value of the largest logit of each row, the first on ties.
 
     On CPU a plain maximum is vectorised and one with its place is not, so the place is searched among the
     maxima of 64 keys each, and then among the 64 keys of the winner.
@@ -84,7 +96,7 @@ def row_peaks(logits: Float[Tensor, "b h r k"], weights: Float[Tensor, "b h r k"
     keys = logits.shape[3]
     if logits.device.type != "cpu" or keys < 4 * _CHUNK:
         logit, index = logits.max(-1)
-        return Peak(index, logit, _pick(weights, index))
+        return index, logit
     rest = keys % _CHUNK
     tops = logits[..., : keys - rest].unflatten(-1, (-1, _CHUNK)).amax(-1)
     if rest:
@@ -97,8 +109,7 @@ def row_peaks(logits: Float[Tensor, "b h r k"], weights: Float[Tensor, "b h r k"
     else:
         each = torch.arange(chunk.numel(), device=logits.device) * tops.shape[-1]
         inner = logits.view(-1, _CHUNK).index_select(0, each.add_(chunk.flatten())).max(-1).indices
-    index = chunk.mul_(_CHUNK).add_(inner.view_as(chunk))
-    return Peak(index, logit, _pick(weights, index))
+    return chunk.mul_(_CHUNK).add_(inner.view_as(chunk)), logit
 
 
 def _pick(table: Tensor, index: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Two entry points with the same definitions (`spec.Stat`, oracle in `reference.py
 * `attention_sweep` computes statistics only, beside a kernel that has made the output. With that kernel's
   log-sum-exp it needs no pass for the softmax denominator.
 
-Where the compiled kernels are there, float32 calls without soft cap and additive mask go through one of them as a
+Where the compiled kernels are there, calls without soft cap and additive mask go through one of them as a
 whole (`rowpass.attend`), others block by block through its row pass, and the rest through torch.
 
 Query heads that share a key head are rows of the same matrix product, so GQA repeats nothing. Keys that no
@@ -25,9 +25,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import UsageError
-from .block import Block, Peak, edited_block, row_peaks
+from .block import Block, Peak, edited_block, peak_at, row_tops
 from .groups import KeyGroups
-from .reduce import PER_KEY, Accumulator, needs_peak
+from .reduce import PER_KEY, Accumulator, needs_peak, reads_logits
 from .rowpass import attend_serves, native_serves
 from .scores import Scores
 from .shapes import sizes_of
@@ -200,13 +200,16 @@ class _Pass:
             # The second buffer is scratch of statistics that read the weights.
             buffer = self._buffer(logits) if found.reads_weights else logits
             return Block(rows, keys, logits, buffer, peak, done=done)
-        buffer = self._buffer(logits)
+        tops = row_tops(logits) if peaks else None
+        # In place where nobody reads the logits afterwards: half as much has to stay in cache.
+        apart = bool(self.call.edits) or reads_logits(self.want.stats)
+        buffer = self._buffer(logits) if apart else logits
         if found.known:
             # exp2 rather than exp, whose CPU kernel is several times slower where it underflows.
             torch.exp2(logits, out=buffer)
         else:
             torch.softmax(logits, -1, out=buffer)
-        return Block(rows, keys, buffer, logits, row_peaks(logits, buffer) if peaks else None)
+        return Block(rows, keys, buffer, logits, None if tops is None else peak_at(*tops, buffer))
 
     def _walk(self) -> Iterator[tuple[slice, slice]]:
         """Blocks of rows, with the keys each of them needs.

@@ -45,6 +45,11 @@ def needs_peak(stats: frozenset[Stat], *, known: bool) -> bool:
     return bool(stats & _FROM_PEAK) or (not known and bool(stats & _FROM_NORM))
 
 
+def reads_logits(stats: frozenset[Stat]) -> bool:
+    """Whether `Block.logits` is read, or used as scratch beside the weights."""
+    return bool(stats & (_FROM_PRODUCT | {Stat.RECEIVED_SQUARED, Stat.RECEIVED_MAX, Stat.GROUP_OUTPUT}))
+
+
 class Accumulator:
     """Collects the statistics of a call (or a chunk of one) from its blocks of rows, last to first.
 

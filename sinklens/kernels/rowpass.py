@@ -97,9 +97,19 @@ def attend_serves(call: AttentionCall, plan: BlockPlan) -> bool:
     tensors = (call.query, call.key, call.value)
     mask = call.mask
     lines = mask is None or (mask.dtype == torch.bool and mask.shape[-1] > 1 and mask.stride(-1) == 1)
-    plain = lines and call.softcap is None and all(t.dtype == torch.float32 for t in tensors)
+    plain = lines and call.softcap is None and all(_read(t.dtype) for t in tensors)
     # A single row meets each key once: laying the keys out for it would cost more than it saves.
     return plain and plan.score_dtype == torch.float32 and call.query.shape[2] > 1
+
+
+def _read(dtype: torch.dtype) -> bool:
+    """Whether the compiled attention takes numbers of a type; half-precision ones as float32, which holds them exactly.
+
+    Where the processor multiplies tiles of bfloat16 numbers (AMX), torch's products are faster than that.
+    """
+    if dtype == torch.bfloat16:
+        return not torch.cpu._is_amx_tile_supported()
+    return dtype in (torch.float32, torch.float16)
 
 
 def pass_rows(logits: Float[Tensor, "b h r k"], request: RowRequest) -> RowResults:
@@ -120,7 +130,7 @@ def pass_rows(logits: Float[Tensor, "b h r k"], request: RowRequest) -> RowResul
 def attend(
     call: AttentionCall, request: RowRequest, output: Float[Tensor, "b q h value_dim"] | None, scores: int
 ) -> RowResults:
-    """Whole attention of float32 tensors, with a boolean mask or none, without a soft cap.
+    """Whole attention, with a boolean mask or none, without a soft cap; in float32 whatever the tensors are.
 
     Args:
         request: For all rows and keys as one block; `known`, `keep` and `half` have no meaning here.
@@ -144,11 +154,13 @@ def attend(
     ):
         setattr(whole, name, size)
     given = {"query": call.query, "key": call.key, "value": call.value}
+    given = {name: t.float() for name, t in given.items()}
     given = {name: t if t.stride(-1) == 1 else t.contiguous() for name, t in given.items()}
     if call.mask is not None:
         given["mask"] = four_axes(call.mask, q, keys).expand(b, h, q, keys)
-    if output is not None:
-        given["output"] = output.transpose(1, 2)
+    made = None if output is None else _output(output)
+    if made is not None:
+        given["output"] = made.transpose(1, 2)
     for name, tensor in given.items():
         setattr(whole, name, tensor.data_ptr())
         setattr(whole, f"{name}_stride", tensor.stride()[:3])
@@ -157,7 +169,16 @@ def attend(
     whole.packed = space.take("packed", (threads, whole.packed_stride), torch.float32, device).data_ptr()
     whole.logits = space.take("logits", (threads, tile, line), torch.float32, device).data_ptr()
     library.sinklens_attend(ctypes.byref(whole), threads, ctypes.byref(asked))
+    if output is not None and made is not None and made is not output:
+        output.copy_(made)
     return results
+
+
+def _output(output: Float[Tensor, "b q h value_dim"]) -> Float[Tensor, "b q h value_dim"]:
+    """Where the compiled attention writes: float32, and rounded from there if the output is narrower."""
+    if output.dtype == torch.float32:
+        return output
+    return workspace().take("output", tuple(output.shape), torch.float32, output.device)
 
 
 def _tiling(units: int, group: int, threads: int, most: int, *, tall: bool) -> tuple[int, int]:

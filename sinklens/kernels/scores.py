@@ -53,8 +53,7 @@ class Scores:
     def _keys(self) -> Float[Tensor, "batch kv_head key width"]:
         key = self.call.key
         if not self._column:
-            key = key.to(self._product)
-            return key if key.shape[0] == 1 and key.stride(-1) == 1 else key.contiguous()
+            return key.to(self._product).contiguous()
         wide = torch.empty(*key.shape[:3], key.shape[3] + 1, dtype=self._product, device=self.device)
         wide[..., :-1].copy_(key)
         wide[..., -1:] = 1.0

@@ -51,11 +51,12 @@ def narrow(case: Case) -> tuple[AttentionCall, Want, BlockPlan]:
     return call, replace(want, stats=SERVED, groups=groups if case.seed % 2 else groups[:, :, 0]), plan
 
 
-def compare(case: Case) -> None:
+def compare(case: Case, *, output_bound: float = 2e-6) -> None:
     call, want, plan = narrow(case)
     true_output, truth = expected(call, want)
     output, fused = attention_fused(call, want, plan)
-    assert output_error(output, true_output, call) <= 2e-6
+    assert output.dtype == case.dtype
+    assert output_error(output, true_output, call) <= output_bound
     assert_close(fused, truth, ties=near_ties(call))
     assert_close(attention_sweep(call, want, None, plan), truth, ties=near_ties(call))
 
@@ -68,6 +69,23 @@ masks = st.sampled_from(["causal", "bidirectional", *BOOLEAN])
 @given(cases(softcap=None, groups="empty"), masks, st.sampled_from([2, 37, 70, 131]))
 def test_attention_in_tiles_equals_the_definition(case: Case, mask: str, keys: int) -> None:
     compare(replace(case, mask=mask, keys=keys))
+
+
+@pytest.mark.parametrize("tiles_of_bfloat16", [False, True])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 2**-7), (torch.float16, 2**-10)])
+def test_half_precision_models_are_computed_in_float32(
+    dtype: torch.dtype,
+    bound: float,
+    tiles_of_bfloat16: bool,
+    used: list[AttentionCall],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of bfloat16, torch makes the products where the processor has instructions for whole tiles of it."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles_of_bfloat16)
+    for seed, mask in enumerate(("causal", "window", "left padding", "by head")):
+        case = Case(2, 2, 3, 61, 61, 24, 21, mask, None, True, True, True, "empty", 9_000, seed, dtype)
+        compare(case, output_bound=bound)
+    assert len(used) == (0 if tiles_of_bfloat16 and dtype == torch.bfloat16 else 8)
 
 
 @pytest.mark.parametrize("value_dim", [3, 16, 33, 64, 90, 128])
@@ -188,7 +206,7 @@ def test_where_it_does_not_serve(used: list[AttentionCall]) -> None:
     assert not attend_serves(replace(call, mask=mask.mT[..., :1] > 0), plan)
     assert not attend_serves(replace(call, softcap=3.0), plan)
     assert not attend_serves(replace(call, query=call.query[:, :, -1:]), plan)
-    assert not attend_serves(replace(call, value=call.value.bfloat16()), plan)
+    assert not attend_serves(replace(call, value=call.value.double()), plan)
     assert not attend_serves(call, BlockPlan(score_dtype=torch.bfloat16))
     attention_fused(call, want, plan)  # asks for what needs the weights
     attention_fused(call, replace(want, stats=SERVED), replace(plan, native=False))
