@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from sinklens.core.counts import counted
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure, Heatmap, Lines, Series
 from sinklens.tracers import signals as sig
@@ -156,7 +157,8 @@ def _figures(weights: list[np.ndarray], rows: list[dict[str, Any]]) -> list[Figu
         Heatmap(
             "weights",
             "Token weights by layer",
-            f"The first {length} positions, mean over {len(weights)} prompts; each prompt and layer is scaled alone.",
+            f"The first {length} positions, mean over {counted(len(weights), 'prompt')}; each prompt and layer "
+            "is scaled alone.",
             mean([w[:, :length] for w in weights]),
             "weight",
             x_label="position",
@@ -165,7 +167,7 @@ def _figures(weights: list[np.ndarray], rows: list[dict[str, Any]]) -> list[Figu
             "pressed",
             "Tokens that the scale hardly tells apart",
             "Share of the tokens beside the heaviest whose weight lies in the lowest twentieth of the scale, mean over "
-            f"{len(weights)} prompts.",
+            f"{counted(len(weights), 'prompt')}.",
             (Series("share of tokens", layers, np.array([row["pressed"] for row in rows]), emphasis=True),),
             "layer",
             "share",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float
 
+from sinklens.core.counts import counted
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Lines, Series
 from sinklens.core.reference import Reference
@@ -103,7 +104,8 @@ class AttentionDivergence(Analyzer):
         return self.finding(
             Status.FOUND if most["removable"] >= 0.5 else Status.NOT_FOUND,
             f"At a loss of {100 * self.loss:g} % of the attention, layer {most['layer']} could do without "
-            f"{100 * most['removable']:.0f} % of the visual tokens{first} (mean over {len(records)} prompts).",
+            f"{100 * most['removable']:.0f} % of the visual tokens{first} (mean over "
+            f"{counted(len(records), 'prompt')}).",
             rows=rows,
             summary={"n_prompts": len(records), "most": most["removable"], "most_layer": most["layer"]},
             units=UNITS,
@@ -113,7 +115,7 @@ class AttentionDivergence(Analyzer):
                     "removable",
                     "Visual tokens that could go",
                     f"Share of the visual tokens that hold the last {100 * self.loss:g} % of the attention, by which "
-                    f"queries, mean over {len(records)} prompts.",
+                    f"queries, mean over {counted(len(records), 'prompt')}.",
                     series,
                     "layer",
                     "share of visual tokens",

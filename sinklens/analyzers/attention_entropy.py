@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sinklens.core.counts import counted, verb
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure, Heatmap
 from sinklens.core.papers import ACTIVE_DORMANT
@@ -105,7 +106,9 @@ class AttentionEntropy(Analyzer):
         rows.sort(key=lambda row: (row["row_ratio"], row["layer"], row["head"]))
         known = int((~np.isnan(ratio)).sum())
         where = [(row["layer"], row["head"]) for row in rows]
-        text = f"{len(rows)} of {known} heads are sink heads by entropy"
+        text = (
+            f"{len(rows)} of {known} heads {verb(len(rows), 'is a sink head', 'are sink heads')} by entropy"
+        )
         return self.finding(
             Status.FOUND if rows else Status.NOT_FOUND,
             f"{text}: {named(where, 2)}." if rows else f"{text}.",
@@ -182,7 +185,8 @@ def _figures(ratio: PerHead, peak: PerHead, sinks: np.ndarray, n: int) -> list[F
         Heatmap(
             "rows",
             "Row entropy: how widely queries spread their attention",
-            f"Over the logarithm of the keys a row sees; mean over queries and {n} prompts. 0 is one key, 1 is "
+            f"Over the logarithm of the keys a row sees; mean over queries and {counted(n, 'prompt')}. 0 is one "
+            "key, 1 is "
             "uniform. Rings: sink heads by entropy.",
             ratio,
             "ratio",
@@ -193,7 +197,7 @@ def _figures(ratio: PerHead, peak: PerHead, sinks: np.ndarray, n: int) -> list[F
             "columns",
             "Column entropy: how evenly the most evenly attended key is looked at",
             "Of the weights of one key over the queries that see it, normalised to sum 1, over the logarithm of their "
-            f"number; largest over keys that at least 16 queries see, mean over {n} prompts.",
+            f"number; largest over keys that at least 16 queries see, mean over {counted(n, 'prompt')}.",
             peak,
             "ratio",
             marks=rings,

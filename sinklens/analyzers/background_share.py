@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from sinklens.core.counts import counted, verb
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Estimate, Figure, Intervals, Tile
 from sinklens.core.papers import VISUAL_SINKS
@@ -202,7 +203,7 @@ def _verdict(total: Share, prompts: int, found: bool, level: float) -> str:
     size = (
         f"{100 * total.share:.1f} % of the {total.sinks} visual sinks and {100 * total.base:.1f} % of all "
         "visual tokens are "
-        f"on the background ({prompts} prompts; difference {100 * (total.share - total.base):+.1f} points, "
+        f"on the background ({counted(prompts, 'prompt')}; difference {100 * (total.share - total.base):+.1f} points, "
         f"{100 * level:g} % interval {100 * total.low:+.1f} to {100 * total.high:+.1f})"
     )
     if found:
@@ -214,7 +215,9 @@ def _verdict(total: Share, prompts: int, found: bool, level: float) -> str:
 
 def _figure(rows: list[dict[str, Any]], total: Share, prompts: int, level: float) -> Figure:
     entries = [
-        Estimate("any layer", total.share - total.base, total.low, total.high, note=f"{total.sinks} sinks")
+        Estimate(
+            "any layer", total.share - total.base, total.low, total.high, note=counted(total.sinks, "sink")
+        )
     ]
     entries += [
         Estimate(
@@ -222,15 +225,15 @@ def _figure(rows: list[dict[str, Any]], total: Share, prompts: int, level: float
             row["difference"],
             row["ci_low"],
             row["ci_high"],
-            note=f"{row['sinks']} sinks",
+            note=counted(row["sinks"], "sink"),
         )
         for row in sorted(rows, key=lambda row: row["layer"])
     ]
     return Intervals(
         "difference",
         "Sinks on the background beyond the base rate",
-        f"Share of visual sinks on the background less that of all visual tokens, pooled over {prompts} "
-        "prompts with masks.",
+        f"Share of visual sinks on the background less that of all visual tokens, pooled over "
+        f"{counted(prompts, 'prompt')} with masks.",
         tuple(entries),
         "difference of shares",
         interval=f"{100 * level:g} % bootstrap interval over prompts",
@@ -240,7 +243,8 @@ def _figure(rows: list[dict[str, Any]], total: Share, prompts: int, level: float
 
 def _notes(seen: list[Pictured], pictured: int) -> list[str]:
     left = pictured - len(seen)
-    notes = [f"{left} prompts without a mask were left out."] if left else []
+    were = verb(left, "was", "were")
+    notes = [f"{counted(left, 'prompt')} without a mask {were} left out."] if left else []
     if len(seen) < 10:
-        notes.append(f"{len(seen)} prompts with masks are few for an interval.")
+        notes.append(f"{counted(len(seen), 'prompt')} with masks: too few for an interval.")
     return notes

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from sinklens.core.counts import counted
 from sinklens.core.figures import Figure, Lines, Series
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
@@ -203,7 +204,7 @@ def _figures(
             "alignment",
             "Alignment with the first token by layer",
             f"Mean squared cosine of the other tokens' states with the first token's, and share of tokens with "
-            f"|cosine| above {aligned:g}; mean over {prompts} prompts.",
+            f"|cosine| above {aligned:g}; mean over {counted(prompts, 'prompt')}.",
             (
                 Series("mean squared cosine", x, squared, emphasis=True),
                 Series("share of tokens aligned", x, share),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sinklens.core.counts import counted, verb
 from sinklens.core.figures import Lines, Series
 from sinklens.core.pictures import CellClass, PictureMap, Quantity
 from sinklens.core.reference import Reference
@@ -14,6 +15,7 @@ from sinklens.tracers import signals_pictures as pic
 from sinklens.tracers.trace import Trace
 
 from .base import Analyzer, Finding, Status, registry
+from .evidence import span
 from .pictured import cells_of, spans_of, visual_positions, why_none, with_pictures
 from .pictures import page
 
@@ -95,7 +97,8 @@ class BosMap(Analyzer):
                 value, classes = np.full(len(record), np.nan), np.full(len(record), -1)
                 value[visual_positions(record)] = top
                 classes[visual_positions(record)] = np.where(like, 0, -1)
-                said = f"{int(like.sum())} of {len(like)} visual tokens are like the first token of the text."
+                of = f"{int(like.sum())} of {len(like)} visual tokens {verb(like.sum(), 'is', 'are')}"
+                said = f"{of} like the first token of the text."
                 pages += [
                     page(record, i, [value], classes, sentence=said)
                     for i in range(len(spans_of(record).pictures))
@@ -104,7 +107,7 @@ class BosMap(Analyzer):
         return self.finding(
             Status.FOUND if rows else Status.NOT_FOUND,
             f"{100 * share:.1f} % of the visual tokens become like the first token of the text (cosine above "
-            f"{self.aligned:g}) in layers {middle.start} to {middle.stop - 1}; the median visual token reaches "
+            f"{self.aligned:g}) in {span(middle.start, middle.stop - 1)}; the median visual token reaches "
             f"{median[middle].max():.2f}.",
             rows=sorted(rows, key=lambda row: -row["cosine"]),
             summary={
@@ -133,7 +136,7 @@ class BosMap(Analyzer):
                 Lines(
                     "median",
                     "Cosine with the first token of the text by layer",
-                    f"Median over visual tokens, mean over {len(records)} prompts.",
+                    f"Median over visual tokens, mean over {counted(len(records), 'prompt')}.",
                     (Series("median", np.arange(layers), median, emphasis=True),),
                     "layer",
                     "cosine",

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sinklens.core.counts import counted, verb
 from sinklens.core.figures import Estimate, Figure, Intervals, Lines, Series, Tile
 from sinklens.core.papers import MASSIVE_ACTIVATIONS
 from sinklens.tracers.trace import Trace
@@ -290,7 +291,10 @@ def _tile(rows: list[dict[str, Any]]) -> Tile:
 def _notes(rows: list[dict[str, Any]], effects: dict[str, Any]) -> list[str]:
     notes = [f"Not tried: {text}." for text in effects["skipped"]]
     if effects["n_prompts"] < 5:
-        notes.append(f"Only {effects['n_prompts']} prompts were looked at; intervals are wide or missing.")
+        notes.append(
+            f"Only {counted(effects['n_prompts'], 'prompt')} {verb(effects['n_prompts'], 'was', 'were')} looked "
+            "at; intervals are wide or missing."
+        )
     if any(row["verdict"].startswith("not removed") for row in rows):
         notes.append(
             "Where something remains, the change did not last: such a row does not show that the cause is irrelevant."
@@ -330,7 +334,7 @@ def _bars(
         values = [math.nan if value is None else factor * value for value in (*known, *hollow)]
         note = row["verdict"] if quantity == "sink_lost" else row["predictions"]
         estimates.append(Estimate(row["short"], *values, note=note, group=_GROUPS[row["kind"]]))
-    said = f"{caption} {effects['n_prompts']} prompts of up to {effects['tokens']} tokens."
+    said = f"{caption} {counted(effects['n_prompts'], 'prompt')} of up to {effects['tokens']} tokens."
     return Intervals(quantity, title, said, tuple(estimates), x_label, "95 % interval over prompts")
 
 

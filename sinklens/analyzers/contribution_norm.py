@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from sinklens.core.counts import counted
 from sinklens.core.figures import Figure, Heatmap, Lines, Series, Tile
 from sinklens.core.papers import VISUAL_SINKS
 from sinklens.tracers import signals as sig
@@ -214,7 +215,8 @@ def _figures(ratios: list[dict[str, PerHead]], rows: list[dict[str, Any]]) -> li
         Lines(
             "by_layer",
             "Visual sinks over other visual tokens, by layer",
-            f"Per token, from the text after the picture; median over heads and {len(ratios)} prompts of the "
+            f"Per token, from the text after the picture; median over heads and {counted(len(ratios), 'prompt')} "
+            "of the "
             "ratio within "
             "each.",
             tuple(lines),
@@ -225,7 +227,7 @@ def _figures(ratios: list[dict[str, PerHead]], rows: list[dict[str, Any]]) -> li
         Heatmap(
             "contribution",
             "Contribution of visual sinks over that of other visual tokens, by head",
-            f"Geometric mean over {len(ratios)} prompts of the ratio within each. Hatched: no visual sink.",
+            f"Geometric mean over {counted(len(ratios), 'prompt')} of the ratio within each. Hatched: no visual sink.",
             mean,
             "ratio",
             log=True,

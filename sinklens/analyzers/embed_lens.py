@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sinklens.core.counts import counted
 from sinklens.core.figures import Figure, Lines, Series
 from sinklens.core.papers import EMBED_LENS
 from sinklens.tracers import signals_pictures as pic
@@ -196,7 +197,7 @@ def _figures(records: list[PromptRecord], layers: list[int]) -> list[Figure]:
         Lines(
             "cosine",
             "Cosine with the nearest vocabulary tokens",
-            f"Mean over the visual tokens of {len(records)} prompts, where each block begins.",
+            f"Mean over the visual tokens of {counted(len(records), 'prompt')}, where each block begins.",
             (Series("nearest", x, means[0], emphasis=True), Series(f"{pic.LENS_RANKS}th", x, means[1])),
             "layer",
             "cosine",

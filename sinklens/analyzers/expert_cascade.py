@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from sinklens.core.counts import counted
 from sinklens.core.figures import Figure, Heatmap, Lines, Series
 from sinklens.core.papers import SUPER_EXPERTS
 from sinklens.tracers import signals as sig
@@ -365,7 +366,8 @@ def _figures(
         Heatmap(
             "cascade",
             f"What each expert adds to {where}",
-            f"Share of the entry's peak, routing weight included, mean over {len(spike.paths)} prompts; negative: "
+            "Share of the entry's peak, routing weight included, mean over "
+            f"{counted(len(spike.paths), 'prompt')}; negative: "
             "takes away. Rings: the cascade. Hatched: routed to, but not looked up at this entry, or no experts.",
             part,
             "share of peak",
@@ -376,7 +378,8 @@ def _figures(
         Lines(
             "value",
             f"{where.capitalize()} through the blocks",
-            f"Value after each block, mean over {len(spike.paths)} prompts. A gap: not among the strongest there.",
+            f"Value after each block, mean over {counted(len(spike.paths), 'prompt')}. A gap: not among the "
+            "strongest there.",
             (Series("after the block", x, after, emphasis=True),),
             "layer",
             "value",

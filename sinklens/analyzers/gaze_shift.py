@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from sinklens.core.counts import counted
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure
 from sinklens.core.pictures import PictureMap, Quantity
@@ -112,7 +113,7 @@ class GazeShift(Analyzer):
         return self.finding(
             Status.FOUND if agreement < self.apart else Status.NOT_FOUND,
             f"In layer {layer}, what the text turns to and what it looks at have a rank correlation of {agreement:.2f} "
-            f"over the visual tokens (mean over {len(records)} prompts).",
+            f"over the visual tokens (mean over {counted(len(records), 'prompt')}).",
             rows=sorted(rows, key=lambda row: -row["rise"]),
             summary={"layer": layer, "agreement": agreement, "n_prompts": len(records)},
             units=UNITS,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sinklens.core.counts import counted
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure, Heatmap, Lines, Series
 from sinklens.core.papers import SINK_PROFILER
@@ -159,7 +160,7 @@ class HeadClasses(Analyzer):
                 "share",
                 f"Attention of the last queries to the first {self.first} tokens",
                 f"Sum over the first {self.first} tokens of the mean weight over the last {TAIL} queries; mean over "
-                f"{n} prompts. Rings: strong sink heads.",
+                f"{counted(n, 'prompt')}. Rings: strong sink heads.",
                 share,
                 "share",
                 marks=tuple((int(a), int(b)) for a, b in np.argwhere(winner == 0)),
@@ -168,7 +169,7 @@ class HeadClasses(Analyzer):
             Lines(
                 "classes",
                 "Head classes by layer",
-                f"Number of heads of each class; the class in most of {n} prompts.",
+                f"Number of heads of each class; the class in most of {counted(n, 'prompt')}.",
                 tuple(
                     Series(word, layers, np.where(has, (winner == i).sum(1), np.nan), emphasis=i == 0)
                     for i, word in enumerate(CLASSES)

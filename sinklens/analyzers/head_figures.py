@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from sinklens.core.counts import counted
 from sinklens.core.figures import Figure, Heatmap, Lines, Series
 
 from .heads import BINS, groups
@@ -23,7 +24,7 @@ def figures(roles: Roles, classes: np.ndarray, *, dormant: float, active: float)
         Heatmap(
             "dormancy",
             f"Dormancy: attention that queries put on {where}",
-            f"Mean over the queries after {where} that see it, then over {n} prompts. Rings: above "
+            f"Mean over the queries after {where} that see it, then over {counted(n, 'prompt')}. Rings: above "
             f"{dormant:g} in every domain.",
             roles.mass.mean(0),
             "share",

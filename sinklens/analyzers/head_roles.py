@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from sinklens.core.counts import verb
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Tile
 from sinklens.core.papers import ACTIVE_DORMANT
@@ -251,21 +252,20 @@ class HeadRoles(Analyzer):
         if len(set(counts.values())) == 1:
             n = next(iter(counts.values()))
             everywhere = " in every domain" if len(counts) > 1 and n else ""
-            text = f"{n} of {s['n_heads']} heads are dormant on {where}{everywhere}"
+            text = f"{n} of {s['n_heads']} heads {verb(n, 'is', 'are')} dormant on {where}{everywhere}"
         else:
             most, *others = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
             rest = ", ".join(f"{n} in {name}" for name, n in others)
-            text = f"{most[1]} of {s['n_heads']} heads are dormant on {where} in {most[0]}, {rest}"
+            are = verb(most[1], "is", "are")
+            text = f"{most[1]} of {s['n_heads']} heads {are} dormant on {where} in {most[0]}, {rest}"
         if s["by_domain"]:
             n = len(s["by_domain"])
             which = named([(a, b) for a, b in s["by_domain"]], 2)
             text += f"; {n} {'depends' if n == 1 else 'depend'} on the domain ({which})"
         if s["switching"]:
             n = len(s["switching"])
-            text += (
-                f"; {n} {'rests' if n == 1 else 'rest'} on it for some queries and looks elsewhere for others"
-            )
-            text = text if n == 1 else text.replace("looks elsewhere", "look elsewhere")
+            rests, looks = ("rests", "looks") if n == 1 else ("rest", "look")
+            text += f"; {n} {rests} on it for some queries and {looks} elsewhere for others"
         if s["on_learned_sink"]:
             n = len(s["on_learned_sink"])
             text += f"; {n} {'rests on its' if n == 1 else 'rest on their'} learned sink logit"

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from sinklens.core.counts import counted, verb
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure, Heatmap, Tile
 from sinklens.core.papers import VISUAL_SINKS
@@ -194,7 +195,9 @@ class ImageCentricHeads(Analyzer):
             if self.recipe == "paper"
             else "nothing is selected there"
         )
-        return [f"{without} of {len(sinks)} layers have no visual sink in any prompt: {rule}."]
+        return [
+            f"{without} of {len(sinks)} layers {verb(without, 'has', 'have')} no visual sink in any prompt: {rule}."
+        ]
 
     def _figures(
         self, selected: PerHead, ratio: PerHead, mass: PerHead, rows: list[dict[str, Any]], prompts: int
@@ -206,7 +209,8 @@ class ImageCentricHeads(Analyzer):
                 "Text queries selected, by head",
                 f"Share of the text queries with at least {self.floor:g} on visual tokens and a non-sink "
                 "ratio of at least "
-                f"{self.least_ratio:g}, per prompt, then mean over {prompts} prompts; rings: image-centric heads. "
+                f"{self.least_ratio:g}, per prompt, then mean over {counted(prompts, 'prompt')}; rings: "
+                "image-centric heads. "
                 "Hatched: layers left out.",
                 selected,
                 "share",
@@ -217,7 +221,7 @@ class ImageCentricHeads(Analyzer):
                 "ratio",
                 "Visual non-sink ratio, by head",
                 f"Mean over the text queries with at least {self.floor:g} on visual tokens, then over "
-                f"{prompts} prompts. "
+                f"{counted(prompts, 'prompt')}. "
                 "Hatched: no such query.",
                 ratio,
                 "share",
@@ -226,7 +230,7 @@ class ImageCentricHeads(Analyzer):
             Heatmap(
                 "mass",
                 "Attention of the text on visual tokens, by head",
-                f"Sinks included; mean over the text queries, then over {prompts} prompts.",
+                f"Sinks included; mean over the text queries, then over {counted(prompts, 'prompt')}.",
                 mass,
                 "share",
                 limits=(0.0, 1.0),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sinklens.core.counts import counted
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure, Lines, Series
 from sinklens.core.papers import RANDOM_VISUAL_TOKENS
@@ -127,7 +128,11 @@ def _verdict(summary: dict[str, Any], rows: list[dict[str, Any]], small: float) 
             f"No horizon: windows of the picture add {last['information']:+.3f} (spread {last['spread']:.3f}) to the "
             f"probability of the answer up to layer {last['layer']}."
         )
-    never = f"; {summary['never']} of {summary['n_prompts']} prompts have none" if summary["never"] else ""
+    never = (
+        f"; {summary['never']} of {counted(summary['n_prompts'], 'prompt')} have none"
+        if summary["never"]
+        else ""
+    )
     return (
         f"From layer {summary['horizon_median']:g} on (median) no window of the picture changes the probability "
         "of the answer "
@@ -141,7 +146,7 @@ def _figures(layers: np.ndarray, mean: np.ndarray, spread: np.ndarray) -> list[F
             "information",
             "What windows of the picture tell, by layer",
             "Probability of the answer when one window is left from a layer on, minus that with none; "
-            f"{len(mean)} prompts.",
+            f"{counted(len(mean), 'prompt')}.",
             (
                 Series("mean over windows", layers, mean.mean(0), emphasis=True),
                 Series("standard deviation over windows", layers, spread.mean(0)),

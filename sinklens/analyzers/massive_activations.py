@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from sinklens.core.counts import counted
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure, Lines, Series, Tile
 from sinklens.core.papers import MASSIVE_ACTIVATIONS
@@ -301,7 +302,7 @@ def _figures(trace: Trace, rows: list[dict[str, Any]], summary: dict[str, Any]) 
         Lines(
             "norms",
             f"Hidden-state norm: position {position} against the median token",
-            f"L2 norm of the {trace.layers[0].residual} per layer, mean over {len(holders)} prompts.",
+            f"L2 norm of the {trace.layers[0].residual} per layer, mean over {counted(len(holders), 'prompt')}.",
             (
                 Series(f"position {position}", layers, norm_at, emphasis=True),
                 Series("median token", layers, norm_median),

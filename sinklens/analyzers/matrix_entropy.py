@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from sinklens.core.counts import counted
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Lines, Series
 from sinklens.core.reference import Reference
@@ -109,7 +110,7 @@ class MatrixEntropy(Analyzer):
                 Lines(
                     "entropy",
                     "Matrix entropy of visual tokens",
-                    f"Mean over visual tokens and {len(records)} prompts.",
+                    f"Mean over visual tokens and {counted(len(records), 'prompt')}.",
                     (Series("entropy", np.arange(len(mean)), mean, emphasis=True),),
                     "layer",
                     "entropy over ln(heads)",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from sinklens.core.counts import counted, verb
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure, Heatmap, Lines, Series
 from sinklens.tracers import signals as sig
@@ -93,7 +94,10 @@ class MeanMaps(Analyzer):
             notes.append("The logits were not visible on this model, so probabilities are drawn.")
         skipped = len(trace) - len(records)
         if skipped:
-            notes.append(f"{skipped} prompts shorter than {sig.PREFIX} tokens were left out.")
+            notes.append(
+                f"{counted(skipped, 'prompt')} shorter than {sig.PREFIX} tokens {verb(skipped, 'was', 'were')} "
+                "left out."
+            )
         return self.finding(
             Status.FOUND if top["first_share"] >= self.lift * top["uniform_share"] else Status.NOT_FOUND,
             f"Among the first {sig.PREFIX} tokens the first one gets at most {100 * top['first_share']:.0f} % of a "
@@ -121,7 +125,8 @@ class MeanMaps(Analyzer):
             Heatmap(
                 f"layer_{layer}",
                 f"Mean attention {what} of the first tokens, layer {layer}",
-                f"Mean {what} over the heads of layer {layer} and {n} prompts; rows are queries, columns keys. Keys "
+                f"Mean {what} over the heads of layer {layer} and {counted(n, 'prompt')}; rows are queries, "
+                "columns keys. Keys "
                 "after the query are hidden.",
                 np.where(hidden, np.nan, maps[layer]),
                 unit,
@@ -136,7 +141,8 @@ class MeanMaps(Analyzer):
             Lines(
                 "first",
                 "Attention of the first tokens to the very first",
-                f"Mean over the rows after it, heads and {n} prompts, beside the diagonal and uniform attention.",
+                f"Mean over the rows after it, heads and {counted(n, 'prompt')}, beside the diagonal and uniform "
+                "attention.",
                 (
                     Series("first token", x, np.array([r["first_share"] for r in rows]), emphasis=True),
                     Series("itself", x, np.array([r["self_share"] for r in rows])),

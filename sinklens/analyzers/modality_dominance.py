@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from sinklens.core.counts import counted
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure, Lines, Series
 from sinklens.core.reference import Reference
@@ -186,7 +187,7 @@ def _figures(mean: np.ndarray, prompts: int) -> list[Figure]:
         Lines(
             "dominance",
             "Text against pictures by layer",
-            f"MDI and AEI, mean over {prompts} prompts; 1 is no preference.",
+            f"MDI and AEI, mean over {counted(prompts, 'prompt')}; 1 is no preference.",
             (
                 Series("MDI", x, mean[:, 0], emphasis=True),
                 Series("AEI of text", x, mean[:, 1]),

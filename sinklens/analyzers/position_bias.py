@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from sinklens.core.counts import counted, verb
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure, Lines, Series
 from sinklens.core.papers import ATTENTION_DEBIASING
@@ -135,19 +136,29 @@ def _verdict(summary: dict[str, Any], row: dict[str, Any], biased: list[dict[str
         return f"No layer prefers visual tokens by their place: at most {where}."
     late = sum(item["sigma"] > 0 for item in biased)
     if 0 < late < len(biased):
-        return f"{late} of {layers} layers prefer late visual tokens and {len(biased) - late} early ones: most {where}."
+        return (
+            f"{late} of {layers} layers {verb(late, 'prefers', 'prefer')} late visual tokens and {len(biased) - late} "
+            f"early ones: most {where}."
+        )
     which = "late" if late else "early"
-    return f"{len(biased)} of {layers} layers prefer {which} visual tokens: most {where}."
+    prefer = verb(len(biased), "prefers", "prefer")
+    return f"{len(biased)} of {layers} layers {prefer} {which} visual tokens: most {where}."
 
 
 def _notes(records: list[PromptRecord], summary: dict[str, Any]) -> list[str]:
     notes = []
     if summary["left_out"]:
-        notes.append(f"{summary['left_out']} prompts have another number of visual tokens and are left out.")
+        notes.append(
+            f"{counted(summary['left_out'], 'prompt')}"
+            f" {verb(summary['left_out'], 'has', 'have')} another number of visual tokens and "
+            f"{verb(summary['left_out'], 'is', 'are')} left out."
+        )
     if any(len(spans_of(record).grids) > 1 for record in records):
         notes.append("Pictures of several grids: the order is that of their tokens, grid after grid.")
     if len(records) < 20:
-        notes.append(f"A mean over {len(records)} prompts still holds what their pictures show.")
+        notes.append(
+            f"The mean is over {counted(len(records), 'prompt')} only and still holds what the pictures show."
+        )
     return notes
 
 
@@ -161,7 +172,7 @@ def _figures(
         Lines(
             "order",
             f"Attention by place in the picture, layer {row['layer']}",
-            f"Mean over queries, heads and {len(records)} prompts, in the order of the tokens, and the fit.",
+            f"Mean over queries, heads and {counted(len(records), 'prompt')}, in the order of the tokens, and the fit.",
             (Series("measured", x, values, emphasis=True), Series("fit", x, fit)),
             "visual token",
             "share",
@@ -174,7 +185,7 @@ def _figures(
             Lines(
                 "margins",
                 f"Attention by row and by column, layer {row['layer']}",
-                f"Means over the rows and over the columns of the grid, {len(records)} prompts.",
+                f"Means over the rows and over the columns of the grid, {counted(len(records), 'prompt')}.",
                 tuple(
                     Series(name, np.arange(len(v)), v)
                     for name, v in (("row", laid.mean(1)), ("column", laid.mean(0)))

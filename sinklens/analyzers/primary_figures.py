@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
+from sinklens.core.counts import counted
 from sinklens.core.figures import Figure, Heatmap, Lines, Samples, Series
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord
@@ -30,7 +31,8 @@ def draw(
         Heatmap(
             "received",
             f"Attention received by {where}",
-            f"Mean over {n} prompts of the mean attention from all queries that see {where} (diagonal included). "
+            f"Mean over {counted(n, 'prompt')} of the mean attention from all queries that see {where} (diagonal "
+            "included). "
             f"Rings: above {epsilon:g} on at least {100 * min_prompts:.0f} % of the prompts.",
             strongest.alpha.mean(0),
             "share",

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from sinklens.core.counts import counted, verb
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Tile
 from sinklens.core.papers import WHEN_SINKS_EMERGE
@@ -222,7 +223,10 @@ class PrimarySinks(Analyzer):
             )
         skipped = len(trace) - len(evidence)
         if skipped:
-            notes.append(f"{skipped} prompts shorter than {self.min_tokens} tokens were left out.")
+            notes.append(
+                f"{counted(skipped, 'prompt')} shorter than {self.min_tokens} tokens "
+                f"{verb(skipped, 'was', 'were')} left out."
+            )
         if any(item.left_out > self.epsilon for item in evidence):
             notes.append("Some prompts have more strong positions than were kept; raise --keep-positions.")
         if summary["norm_only"]:
@@ -325,8 +329,8 @@ def _verdict(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
             f"No attention sink: the most attended position, {summary['strongest_position']}, gets "
             f"{summary['share']:.3f} of the attention against {summary['uniform_share']:.3f} if it were uniform."
         )
-    top = rows[0]
-    others = f" {len(rows) - 1} other positions are sinks too." if len(rows) > 1 else ""
+    top, more = rows[0], len(rows) - 1
+    others = f" {counted(more, 'other position')} {verb(more, 'is a sink', 'are sinks')} too." if more else ""
     layers = span(top["first_layer"], top["last_layer"]) if top["n_heads"] else "no layer consistently"
     return (
         f"Attention sink on position {top['position']} ({top['token']!r}): {top['share']:.3f} of the attention, "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from sinklens.core.counts import counted
 from sinklens.core.figures import Event, Figure, Heatmap, Life, Lines, Series, Timeline
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord
@@ -38,7 +39,7 @@ def draw(
         Lines(
             "strength",
             "Norm of the primary sink against the median token",
-            f"L2 norm of the hidden state after each block, mean over {len(seen)} prompts.",
+            f"L2 norm of the hidden state after each block, mean over {counted(len(seen), 'prompt')}.",
             (Series("primary sink", x, norm, emphasis=True), Series("median token", x, median)),
             "layer",
             "L2 norm",
@@ -55,7 +56,7 @@ def draw(
         Lines(
             "alive",
             "Secondary sinks alive by layer",
-            f"Tokens aligned with the primary sink per 1000 tokens, over {len(seen)} prompts.",
+            f"Tokens aligned with the primary sink per 1000 tokens, over {counted(len(seen), 'prompt')}.",
             (alive,),
             "layer",
             "per 1000 tokens",
@@ -95,7 +96,8 @@ def _strength(seen: Sequence[Seen], layers: int) -> Lines:
     return Lines(
         "attention",
         "Attention to the primary sink and to secondary sinks, by layer",
-        f"Mean attention received over heads and {len(seen)} prompts, while the primary sink is active and while a "
+        f"Mean attention received over heads and {counted(len(seen), 'prompt')}, while the primary sink is "
+        "active and while a "
         "secondary sink is alive; attention to themselves included.",
         (Series("primary sink", x, primary, emphasis=True), Series("a secondary sink", x, others)),
         "layer",
@@ -115,7 +117,7 @@ def _places(seen: Sequence[Seen], secondary: Sequence[Aligned]) -> Lines:
     return Lines(
         "places",
         "Where in the prompt secondary sinks stand",
-        f"Number of secondary sinks by tenth of their prompt (0: the first), {len(seen)} prompts together.",
+        f"Number of secondary sinks by tenth of their prompt (0: the first), {counted(len(seen), 'prompt')} together.",
         (counts,),
         "tenth of the prompt",
         "tokens",
@@ -136,7 +138,7 @@ def _timeline(secondary: Sequence[Aligned], layers: int) -> Timeline:
             min(1.0, abs(token.cosine)),
             (Event(token.creation, "created", "rise"),),
             tuple(sorted(set(range(token.creation, token.layers[-1])) - set(token.layers))),
-            f"{token.lifetime} layers",
+            counted(token.lifetime, "layer"),
         )
         for token in sorted(strongest, key=lambda t: (t.creation, -t.lifetime, t.prompt, t.position))
     )

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sinklens.core.counts import counted
 from sinklens.core.figures import Estimate, Intervals, Tile
 from sinklens.core.papers import WHEN_SINKS_EMERGE
 from sinklens.tracers.trace import Trace
@@ -280,7 +281,7 @@ def _join(names: list[str]) -> str:
 
 
 def _tile(summary: dict[str, Any]) -> Tile:
-    note = f"{summary['variants_run']} variants, {summary['n_prompts']} prompts"
+    note = f"{summary['variants_run']} variants, {counted(summary['n_prompts'], 'prompt')}"
     return Tile("Sensitivity", summary["kind"], note, link="sensitivity")
 
 

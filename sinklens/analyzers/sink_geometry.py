@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sinklens.core.counts import counted
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure, Heatmap, Lines, Series
 from sinklens.core.papers import WHEN_SINKS_EMERGE
@@ -305,7 +306,7 @@ def _figures(item: Geometry) -> list[Figure]:
     where = f"position {item.sink.position}"
     n = len(item.sink.records)
     rings = tuple((int(layer), int(head)) for layer, head in np.argwhere(item.sink.heads))
-    common = f"Mean over {n} prompts. Rings: heads that sink on {where}."
+    common = f"Mean over {counted(n, 'prompt')}. Rings: heads that sink on {where}."
     ratio = f"over the mean of all other positions; below 1 is smaller. {common}"
     maps = [
         ("contrast", f"Angle: queries towards {where} against other keys", item.contrast, "difference of cosines",
@@ -340,7 +341,7 @@ def _by_layer(item: Geometry) -> Lines:
     return Lines(
         "cosine",
         f"Cosine of queries with the key of position {item.sink.position}, by layer",
-        f"Median over heads of the mean over {len(item.sink.records)} prompts; keys after rotation.",
+        f"Median over heads of the mean over {counted(len(item.sink.records), 'prompt')}; keys after rotation.",
         tuple(series),
         "layer",
         "cosine",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float
 
+from sinklens.core.counts import counted
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure, Heatmap, Tile
 from sinklens.core.papers import SUPER_EXPERTS
@@ -363,7 +364,8 @@ def _figures(trace: Trace, rows: list[dict[str, Any]]) -> list[Figure]:
         Heatmap(
             "experts",
             "Largest down-projection output by layer and expert",
-            f"Maximum over {len(trace)} prompts, routed tokens and dims of |down_proj output|, before the routing "
+            f"Maximum over {counted(len(trace), 'prompt')}, routed tokens and dims of |down_proj output|, before "
+            "the routing "
             "weight. Rings: Super Experts. Hatched: never routed to, or a layer without experts.",
             largest,
             "abs-max",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from sinklens.core.counts import counted
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure, Lines, Series
 from sinklens.core.reference import Reference
@@ -15,6 +16,7 @@ from sinklens.tracers import signals_pictures as pic
 from sinklens.tracers.trace import PromptRecord, Trace
 
 from .base import Analyzer, Finding, Status, registry
+from .evidence import span
 from .pictured import cells_of, visual_positions, why_none, with_pictures
 
 BAND = (7, 12)
@@ -101,8 +103,8 @@ class TokenTransitions(Analyzer):
         found = top >= self.spread * summary["even"]
         return self.finding(
             Status.FOUND if found else Status.NOT_FOUND,
-            f"The tenth of the visual tokens that changes most has {100 * top:.1f} % of all change in layers "
-            f"{layers[0]} to {layers[-1]} (even: {100 * summary['even']:.1f} %).",
+            f"The tenth of the visual tokens that changes most has {100 * top:.1f} % of all change in "
+            f"{span(layers[0], layers[-1])} (even: {100 * summary['even']:.1f} %).",
             rows=rows[: self.most_rows],
             summary=summary,
             units=UNITS,
@@ -178,8 +180,7 @@ def _figures(records: list[PromptRecord]) -> list[Figure]:
             "ratio",
             "How much sublayers write on visual tokens",
             "Norm of a sublayer's output over that of its normalised input, mean over visual tokens and "
-            f"{len(records)} "
-            "prompts.",
+            f"{counted(len(records), 'prompt')}.",
             tuple(Series(name, x, ratio[:, i]) for i, name in enumerate(("attention", "feed-forward"))),
             "layer",
             "ratio",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool
 
+from sinklens.core.counts import counted
 from sinklens.core.figures import Figure, Lines, Series
 from sinklens.core.pictures import CellClass, PictureMap, PicturePage, Quantity
 
@@ -34,7 +35,8 @@ def draw(
         Lines(
             "norms",
             "Norms in the vision tower",
-            f"Largest and median norm over the patches of a prompt after each block, mean over {len(seen)} prompts.",
+            "Largest and median norm over the patches of a prompt after each block, mean over "
+            f"{counted(len(seen), 'prompt')}.",
             (Series("largest", layers, largest, emphasis=True), Series("median", layers, median)),
             "block of the vision tower",
             "L2 norm",
@@ -44,7 +46,7 @@ def draw(
         Lines(
             "counts",
             "Sinks of the vision tower by block",
-            f"Visual tokens that hold an outlying patch, per prompt; mean over {len(seen)} prompts.",
+            f"Visual tokens that hold an outlying patch, per prompt; mean over {counted(len(seen), 'prompt')}.",
             (Series("tokens", layers, counts, emphasis=True),),
             "block of the vision tower",
             "tokens per prompt",

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Float
 
+from sinklens.core.counts import counted, verb
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Tile
 from sinklens.core.papers import VISION_SINKS
@@ -284,21 +285,22 @@ def _attention(seen: list[Tower]) -> dict[str, Any]:
 
 
 def _verdict(summary: dict[str, Any], words: str, crossed: list[np.ndarray] | None) -> str:
-    pictures = f"{summary['n_pictures']} picture{'s' * (summary['n_pictures'] > 1)}"
+    pictures = counted(summary["n_pictures"], "picture")
     after = f"after block {summary['block']} of the vision tower"
     if not summary["n_sinks"]:
         return f"No sink of the vision tower: {after} no patch of {pictures} has a {words}."
     text = (
-        f"{summary['n_sinks']} visual token{'s' * (summary['n_sinks'] > 1)} of {pictures} "
-        f"({summary['per_picture']:.2g} per picture) hold a patch with a {words}, {after}."
+        f"{counted(summary['n_sinks'], 'visual token')} of {pictures} "
+        f"({summary['per_picture']:.2g} per picture) {verb(summary['n_sinks'], 'holds', 'hold')} a patch with a "
+        f"{words}, {after}."
     )
     if crossed is not None:
         chance = summary["both_by_chance"]
         text += (
-            f" {summary['both']} of them {'is' if summary['both'] == 1 else 'are'} sinks of the language model too, "
+            f" {summary['both']} of them {verb(summary['both'], 'is a sink', 'are sinks')} of the language model too, "
             f"{chance:.2g} would be by chance (p = {summary['p_value']:.2g}, random placement within each "
             "picture); it has "
-            f"{summary['llm_only']} other visual sinks."
+            f"{counted(summary['llm_only'], 'other visual sink')}."
         )
     if summary["attention_ratio_max"] is not None:
         text += (
@@ -317,8 +319,10 @@ def _notes(trace: Trace, seen: list[Tower], crossed: list[np.ndarray] | None) ->
              for item, rest in zip(seen, others, strict=True)]
         )  # fmt: skip
         notes.append(
-            f"{len(others[0])} place{'s' * (len(others[0]) > 1)} of the tower's sequence become no token (class token, "
-            f"registers, cut patches); the largest of their norms is {ratio:.3g} times the median patch."
+            f"{counted(len(others[0]), 'place')} of the tower's sequence "
+            f"{verb(len(others[0]), 'becomes', 'become')} no "
+            f"token (class token, registers, cut patches); the largest norm there is {ratio:.3g} times the "
+            "median patch."
         )
     if "vision_feature_layer" not in trace.tracing:
         notes.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from sinklens.core.counts import counted, verb
 from sinklens.core.figures import Estimate, Figure, Intervals, Tile
 from sinklens.core.papers import VISUAL_SINKS
 from sinklens.tracers.trace import Trace
@@ -235,13 +236,17 @@ def _notes(effects: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
     few = [item for item in effects["sets"] if item["too_few"]]
     for item in few:
         notes.append(
-            f"In {item['too_few']} prompts there are fewer other visual tokens than {item['label']}, so they are "
+            f"In {counted(item['too_few'], 'prompt')} there are fewer other visual tokens than {item['label']}, "
+            "so they are "
             "left out."
         )
     if not effects.get("answered"):
         notes.append("No prompt has an answer: loss and KL are those of the text after the picture.")
     if effects["n_prompts"] < 5:
-        notes.append(f"Only {effects['n_prompts']} prompts were looked at; intervals are wide or missing.")
+        notes.append(
+            f"Only {counted(effects['n_prompts'], 'prompt')} {verb(effects['n_prompts'], 'was', 'were')} looked "
+            "at; intervals are wide or missing."
+        )
     if any(row["source"] == "masks" for row in rows):
         notes.append("Tokens that show an object are a check of the experiment: taking them out should hurt.")
     return notes

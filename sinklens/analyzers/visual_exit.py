@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sinklens.core.counts import counted
 from sinklens.core.figures import Figure, Lines, Series
 from sinklens.core.reference import Reference
 from sinklens.tracers.trace import Trace
@@ -140,7 +141,7 @@ def _verdict(summary: dict[str, Any], early: int, epsilon: float) -> str:
     return (
         f"The answer no longer needs the picture from layer {summary['exit_median']:g} of {summary['layers']} on "
         "(median "
-        f"over {summary['n_prompts']} prompts; KL below {epsilon:g} and the same most likely tokens){never}."
+        f"over {counted(summary['n_prompts'], 'prompt')}; KL below {epsilon:g} and the same most likely tokens){never}."
     )
 
 
@@ -150,8 +151,8 @@ def _figures(kl: np.ndarray, qualifies: np.ndarray) -> list[Figure]:
         Lines(
             "exit",
             "Change of the answer when the picture leaves",
-            f"KL from the unchanged prediction when visual tokens are hidden from a layer on, mean over {len(kl)} "
-            "prompts.",
+            f"KL from the unchanged prediction when visual tokens are hidden from a layer on, mean over "
+            f"{counted(len(kl), 'prompt')}.",
             (
                 Series("KL", x, kl.mean(0), emphasis=True),
                 Series("prompts that may leave", x, qualifies.mean(0)),

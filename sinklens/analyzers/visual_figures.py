@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from sinklens.core.counts import counted
 from sinklens.core.figures import Figure, Lines, Series
 from sinklens.tracers.sink_dims import Cut
 
@@ -29,7 +30,8 @@ def _counts(seen: list[Pictured], cut: Cut) -> Lines:
     return Lines(
         "counts",
         "Sinks per prompt by layer",
-        f"Tokens with φ of at least {cut.tau:.3g} in the state that enters the layer, mean over {len(seen)} prompts "
+        f"Tokens with φ of at least {cut.tau:.3g} in the state that enters the layer, mean over "
+        f"{counted(len(seen), 'prompt')} "
         "with pictures.",
         (Series("visual sinks", layers, visual, emphasis=True), Series("text sinks", layers, text)),
         "layer",
@@ -47,7 +49,7 @@ def _histogram(seen: list[Pictured], cut: Cut) -> Lines:
     return Lines(
         "histogram",
         "Distribution of φ over the visual tokens",
-        f"Visual tokens of all layers and {len(seen)} prompts by φ; the line is the threshold.{missing}",
+        f"Visual tokens of all layers and {counted(len(seen), 'prompt')} by φ; the line is the threshold.{missing}",
         (Series("visual tokens", (edges[:-1] + edges[1:]) / 2, np.where(counts > 0, counts, np.nan)),),
         "φ",
         "tokens",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from sinklens.core.counts import counted
 from sinklens.core.figures import Figure, Lines, Series
 from sinklens.core.reference import Reference
 from sinklens.tracers import signals_pictures as pic
@@ -134,7 +135,7 @@ def _figures(spectra: list[np.ndarray]) -> list[Figure]:
         Lines(
             "spectrum",
             "Spectrum of the visual tokens",
-            f"Singular values over their sum, largest first, mean over {len(spectra)} pictures.",
+            f"Singular values over their sum, largest first, mean over {counted(len(spectra), 'picture')}.",
             (Series("share", np.arange(width), mean, emphasis=True),),
             "singular value",
             "share",

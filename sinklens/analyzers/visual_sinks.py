@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from sinklens.core.counts import counted
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Tile
 from sinklens.core.papers import VISUAL_SINKS
@@ -16,6 +17,7 @@ from sinklens.tracers.sink_dims import TAU, Cut, SinkRule, cut_for, published
 from sinklens.tracers.trace import Trace
 
 from .base import Analyzer, Finding, Status, registry
+from .evidence import span
 from .visual import (
     NO_PICTURES,
     Pictured,
@@ -145,7 +147,7 @@ class VisualSinks(Analyzer):
         }
         return self.finding(
             Status.NOT_FOUND,
-            f"No visual sink in {pictures} picture{'s' * (pictures > 1)}: the model has no sink dims that a token "
+            f"No visual sink in {counted(pictures, 'picture')}: the model has no sink dims that a token "
             f"could be large in. Searched on {rule.dims.source}: {why}",
             summary=summary,
             labels=LABELS,
@@ -284,7 +286,7 @@ def _published(trace: Trace) -> str | None:
 
 
 def _verdict(summary: dict[str, Any], rule: SinkRule, found: bool) -> str:
-    pictures = f"{summary['n_pictures']} picture{'s' * (summary['n_pictures'] > 1)}"
+    pictures = counted(summary["n_pictures"], "picture")
     where = f"Sink {sources_of(rule.dims)}."
     if not summary["n_sinks"]:
         return (
@@ -301,9 +303,9 @@ def _verdict(summary: dict[str, Any], rule: SinkRule, found: bool) -> str:
         )
     held = summary["part_of_attention"]
     attention = "" if held is None else f" and hold {100 * held:.1f} % of the attention on the pictures"
-    layers = f"layers {summary['first_layer']} to {summary['last_layer']}"
+    layers = span(summary["first_layer"], summary["last_layer"])
     return (
-        f"{summary['n_sinks']} visual sink{'s' * (summary['n_sinks'] > 1)} in {pictures} ({layers}); most in layer "
+        f"{counted(summary['n_sinks'], 'visual sink')} in {pictures} ({layers}); most in layer "
         f"{summary['most_layer']}, where {summary['most_per_picture']:.3g} per picture are "
         f"{100 * summary['part_of_visual']:.2g} % of the visual tokens{attention}. {where}"
     )

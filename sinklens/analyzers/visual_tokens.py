@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sinklens.core.counts import counted
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Tile
 from sinklens.core.papers import EMBED_LENS
@@ -127,7 +128,8 @@ class VisualTokens(Analyzer):
         distinct = distinct_pictures(records)
         if len(distinct) < self.min_pictures:
             return self.not_applicable(
-                f"{len(distinct)} different pictures cannot show what recurs; it needs {self.min_pictures}, better 100."
+                f"{counted(len(distinct), 'different picture')} cannot show what recurs; it needs "
+                f"{self.min_pictures}, better 100."
             )
         return self._calibrated(trace, records, distinct)
 

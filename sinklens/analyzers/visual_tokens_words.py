@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sinklens.core.counts import counted
 from sinklens.core.figures import Figure, Lines, Series
 from sinklens.core.pictures import CellClass, PictureMap, Quantity
 from sinklens.tracers import signals as sig
@@ -87,7 +88,7 @@ def notes(
     out = []
     if recipe == "paper" and len(records) < FEW:
         out.append(
-            f"What recurs was looked for in {len(records)} prompts with pictures; {FEW} or more are better."
+            f"What recurs was looked for in {counted(len(records), 'prompt')} with pictures; {FEW} or more are better."
         )
     if recipe == "paper" and clusters and any(cluster.vision_norm is None for cluster in clusters):
         out.append(
@@ -95,7 +96,7 @@ def notes(
         )
     if len(records) > listed:
         out.append(
-            f"The table lists the tokens of the first {listed} prompts with pictures, of {len(records)}."
+            f"The table lists the tokens of the first {counted(listed, 'prompt')} with pictures, of {len(records)}."
         )
     if recipe == "code" and sum(named.overlaps for named in found):
         out.append("Some tokens are of more than one class; they count for the first.")
@@ -121,7 +122,7 @@ def figures(
             "drift",
             "How far visual tokens move from where they enter",
             "Cosine of a token's state entering a block with its state entering the first, mean over the tokens of a "
-            f"class and over {len(values)} prompts.",
+            f"class and over {counted(len(values), 'prompt')}.",
             lines,
             "layer",
             "cosine",

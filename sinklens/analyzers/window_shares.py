@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from sinklens.core.counts import counted
 from sinklens.core.figures import Figure, Heatmap, Lines, Series
 from sinklens.core.papers import SINK_PROFILER
 from sinklens.tracers import signals as sig
@@ -149,14 +150,14 @@ def _figures(boosts: dict[int, PerHead], n: int) -> list[Figure]:
             "boost",
             "Attention to the first 4 tokens over uniform attention",
             f"Share of the attention of the last {TAIL} queries on the first 4 tokens over the uniform share; mean "
-            f"over {n} prompts.",
+            f"over {counted(n, 'prompt')}.",
             boosts[4],
             "ratio to uniform",
         ),
         Lines(
             "by_layer",
             "Attention to the first tokens over uniform attention, by layer",
-            f"The last {TAIL} queries; mean over heads and {n} prompts. Uniform attention gives 1.",
+            f"The last {TAIL} queries; mean over heads and {counted(n, 'prompt')}. Uniform attention gives 1.",
             tuple(Series(f"first {k}", layers, by_layer[k], emphasis=k == 4) for k in FIRST),
             "layer",
             "ratio to uniform",

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from sinklens.core.counts import counted
 from sinklens.core.figures import Event, Figure, Life, Lines, Series, Timeline
 from sinklens.core.papers import MASSIVE_ACTIVATIONS
 from sinklens.tracers import signals as sig
@@ -305,7 +306,7 @@ def _verdict(spikes: Sequence[Spike]) -> str:
         more = f" {rest} more {'entry' if rest == 1 else 'entries'}; {same} with the same writer."
     writers = top.usual(writes=True)
     if not writers:
-        known = f" {top.n_unread} more prompts could not be read." if top.n_unread else ""
+        known = f" {counted(top.n_unread, 'more prompt')} could not be read." if top.n_unread else ""
         hidden = any(np.isnan(path.change[: path.peak_layer + 1]).any() for path in top.paths)
         how = "it grows in small steps" + (", or in blocks that do not list it" if hidden else "")
         return f"The strongest entry, {entry}, has no single writer: {how}.{known}{more}"
@@ -321,7 +322,7 @@ def _verdict(spikes: Sequence[Spike]) -> str:
 def _seen_in(top: Spike, writers: Sequence[Group]) -> str:
     """A sentence on the prompts that do not show it; empty if all do."""
     every, read = len(top.paths) + top.n_unread, min(group.n_read for group in writers)
-    return "" if read == every else f" That is known of {read} of {every} prompts."
+    return "" if read == every else f" That is known of {read} of {counted(every, 'prompt')}."
 
 
 def _writers_of(spike: Spike) -> list[tuple[int, str]]:
@@ -361,7 +362,8 @@ def _figures(spikes: Sequence[Spike], layers: int) -> list[Figure]:
         Lines(
             "strongest",
             f"Dim {top.dim} of position {top.position} through the blocks",
-            f"Value after each block and what its two sublayers add, mean over those of {len(top.paths)} prompts in "
+            "Value after each block and what its two sublayers add, mean over those of "
+            f"{counted(len(top.paths), 'prompt')} in "
             f"which it is known{_not_read(top)}. A gap: the entry is not among the strongest there.",
             (
                 Series("after the block", x, mean([path.after for path in top.paths]), emphasis=True),

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from sinklens.analyzers.base import Analyzer
+from sinklens.core.counts import counted
 
 SECTIONS = {
     "how": "How it is computed",
@@ -66,7 +67,8 @@ def methods_paragraph(analyzers: Sequence[Analyzer], document: dict[str, Any]) -
     size = f"{model['layers']} layers, {model['heads']} heads, {model['dtype']}"
     return (
         f"We profiled {model['id']}{revision} ({size}) with sinklens {manifest.get('sinklens', {}).get('version', '')} "
-        f"on {inputs.get('n_prompts')} prompts ({inputs.get('n_tokens')} tokens, at most {inputs.get('seq_len')} per "
+        f"on {counted(inputs.get('n_prompts'), 'prompt')} ({inputs.get('n_tokens')} tokens, at most "
+        f"{inputs.get('seq_len')} per "
         f"prompt; source: {inputs.get('source')}; BOS: {inputs.get('bos_added')}; chat template: "
         f"{inputs.get('chat_template')}). Attention: {tracing.get('attention_path')}; statistics in float32. {did}."
         f"{_experiments(manifest)} "

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sinklens.core.counts import counted
 from sinklens.core.errors import UsageError
 from sinklens.core.suggest import did_you_mean
 from sinklens.models.catalog import aliases
@@ -240,7 +241,7 @@ def differences(protocol: Mapping[str, Any], run: Run) -> list[str]:
     if _apart(protocol, "dtype", run.trace.info.dtype):
         said.append(f"{protocol['dtype']} there, {run.trace.info.dtype} here")
     if _apart(protocol, "n_prompts", inputs.get("n_prompts")):
-        said.append(f"{protocol['n_prompts']} prompts there, {inputs.get('n_prompts')} here")
+        said.append(f"{counted(protocol['n_prompts'], 'prompt')} there, {inputs.get('n_prompts')} here")
     if "data" in protocol and protocol["data"] != inputs.get("source"):
         said.append(f"other texts: {protocol['data']} there, {inputs.get('source')} here")
     if not protocol:

@@ -12,6 +12,7 @@ import numpy as np
 
 from sinklens.analyzers import chosen_analyzers
 from sinklens.analyzers.base import Analyzer, Finding
+from sinklens.core.counts import counted
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure, Tile
 from sinklens.core.suggest import did_you_mean
@@ -75,7 +76,7 @@ class Run:
     def __repr__(self) -> str:
         info, verdict = self.trace.info, self.verdict
         passed = sum(check.passed for check in self.checks)
-        head = f"{info.id}: {info.layers} layers x {info.heads} heads, {len(self.trace)} prompts"
+        head = f"{info.id}: {info.layers} layers x {info.heads} heads, {counted(len(self.trace), 'prompt')}"
         lines = [head, verdict.text, *(repr(finding) for finding in self.findings.values())]
         return "\n".join([*lines, f"{passed}/{len(self.checks)} checks passed"])
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sinklens.core.canonical import plain
+from sinklens.core.counts import counted
 from sinklens.core.errors import DataError, InterruptedRun, SelfCheckError, SinklensError, UsageError
 from sinklens.core.manifest import Clock, build_manifest
 from sinklens.models.fingerprint import weights_hash
@@ -92,7 +93,7 @@ class Session:
             return InterruptedRun("Stopped. Nothing was saved, because the run has no folder.")
         done, total = len(self.store.load_records()), len(self.prepared.prompts)
         return InterruptedRun(
-            f"Stopped. {done}/{total} prompts saved.",
+            f"Stopped. {done}/{counted(total, 'prompt')} saved.",
             hint=f"Continue: sinklens profile --resume {self.store.folder}",
         )
 

@@ -13,6 +13,7 @@ import numpy as np
 from sinklens.analyzers.base import Finding
 from sinklens.analyzers.pictures import page
 from sinklens.core.card import card
+from sinklens.core.counts import counted
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure
 from sinklens.core.pictures import PictureMap, PicturePage, Quantity
@@ -143,7 +144,7 @@ def show_prompt(run: Run, prompt: int) -> Shown:
     pictures = range(len(record.spans.pictures)) if record.spans is not None else ()
     below = [_map(run, record, image, None) for image in pictures]
     visual = record.spans.visual.tolist() if record.spans is not None else [False] * len(record)
-    title = f"Prompt {record.index}, {record.source}: {len(record)} tokens"
+    title = f"Prompt {record.index}, {record.source}: {counted(len(record), 'token')}"
     known = None if weights is None else weights.tolist()
     return Shown(prompt_html(title, record.pieces, known, visual, said, below, run.pictures), title)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from sinklens.analyzers.base import Finding, Status, registry
 from sinklens.analyzers.evidence import span
+from sinklens.core.counts import verb
 from sinklens.tracers.selfcheck import Check
 
 STRONG, MODERATE = 50.0, 25.0
@@ -83,7 +84,7 @@ def _sink_sentence(finding: Finding) -> str:
         f"{strength(top['rate'])} attention sink on position {top['position']} ({top['token']!r}): it receives "
         f"{100 * top['share']:.1f} % of all attention, {top['lift']:.1f} times the uniform share, and more than "
         f"{summary['epsilon']:g} in {top['rate']:.1f} % of (prompt, layer, head); {top['n_heads']} of "
-        f"{summary['heads_in_all']} heads sink on it consistently ({where})."
+        f"{summary['heads_in_all']} heads {verb(top['n_heads'], 'sinks', 'sink')} on it consistently ({where})."
     )
 
 

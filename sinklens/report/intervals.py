@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from markupsafe import Markup
 
+from sinklens.core.counts import counted
 from sinklens.core.figures import Estimate, Intervals
 
 from . import rows
@@ -66,7 +67,7 @@ def describe(figure: Intervals) -> str:
     known = [row for row in figure.rows if math.isfinite(row.value)]
     largest = max(known, key=lambda row: abs(row.value - (figure.reference or 0.0)), default=None)
     far = f"; farthest: {spoken(figure, largest)}" if largest else ""
-    return f"{figure.title}: {len(figure.rows)} rows ({figure.x_label}){far}."
+    return f"{figure.title}: {counted(len(figure.rows), 'row')} ({figure.x_label}){far}."
 
 
 def spoken(figure: Intervals, row: Estimate) -> str:

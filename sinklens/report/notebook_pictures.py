@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from markupsafe import Markup
 
+from sinklens.core.counts import counted
 from sinklens.core.pictures import PictureMap, PicturePage
 
 from . import colour, paper_pictures, pictures, raster, text
@@ -157,5 +158,5 @@ def _tokens(pieces: Sequence[str], weights: Sequence[float] | None, visual: Sequ
         shown.append(tag("span", text.token(pieces[i], 40), style=look, title=f"token {i}{known}"))
         i += 1
     if i < len(pieces):
-        shown.append(tag("span", f" … {len(pieces) - i} more tokens", style=_SOFT))
+        shown.append(tag("span", f" … {counted(len(pieces) - i, 'more token')}", style=_SOFT))
     return shown

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from markupsafe import Markup
 
+from sinklens.core.counts import verb
 from sinklens.core.pictures import CellGrid, Quantity
 
 from .numbers import brief, number, percent
@@ -61,7 +62,8 @@ def histogram(grids: Sequence[CellGrid], place: int, quantity: Quantity) -> Mark
         _WIDTH,
         _HEIGHT,
         *parts,
-        description=f"Histogram of {quantity.title}: {reached} of {values.size} patches reach {said}; the largest "
+        description=f"Histogram of {quantity.title}: {reached} of {values.size} patches "
+        f"{verb(reached, 'reaches', 'reach')} {said}; the largest "
         f"value is {number(float(values.max()))}.",
         class_="histogram",
     )

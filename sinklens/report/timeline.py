@@ -8,6 +8,7 @@ from itertools import pairwise
 import numpy as np
 from markupsafe import Markup
 
+from sinklens.core.counts import counted
 from sinklens.core.figures import Event, Life, Timeline
 
 from . import colour, rows
@@ -54,7 +55,7 @@ def describe(figure: Timeline) -> str:
     """The rows in one sentence, for readers who do not see them."""
     longest = max(figure.rows, key=lambda row: row.end - row.start)
     return (
-        f"{figure.title}: {len(figure.rows)} rows over {figure.layers} layers; the longest is "
+        f"{figure.title}: {counted(len(figure.rows), 'row')} over {counted(figure.layers, 'layer')}; the longest is "
         f"{spoken(figure, longest)}."
     )
 

@@ -76,6 +76,6 @@ def test_it_says_why_it_does_not_apply() -> None:
     assert "no visual token that a mask covers is a sink" in (none.reason or "")
     mixed = BackgroundShare().analyze(made([masked(0, {(2, 1): 30.0}), phi_record(1, {(2, 1): 30.0})]))
     assert mixed.notes == [
-        "1 prompts without a mask were left out.",
-        "1 prompts with masks are few for an interval.",
+        "1 prompt without a mask was left out.",
+        "1 prompt with masks: too few for an interval.",
     ]

@@ -74,7 +74,7 @@ def test_uniform_attention_is_not_found_and_short_prompts_are_left_out() -> None
     finding = MeanMaps().analyze(trace(records))
     assert finding.status is Status.NOT_FOUND
     assert finding.rows[0]["first_share"] == pytest.approx(finding.rows[0]["uniform_share"])
-    assert "1 prompts shorter than 16" in finding.notes[-1]
+    assert "1 prompt shorter than 16" in finding.notes[-1]
 
 
 def test_layers_without_attention_have_no_row() -> None:

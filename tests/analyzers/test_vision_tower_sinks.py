@@ -65,7 +65,7 @@ def test_a_token_is_a_sink_if_any_of_its_patches_is() -> None:
     assert summary["both_by_chance"] == pytest.approx(1 / 8)
     assert summary["p_value"] == pytest.approx(1 / 8, abs=0.02)
     assert (summary["attention_ratio_max"], summary["attention_ratio_layer"]) == (pytest.approx(8.0), 3)
-    assert any("1 place of the tower's sequence become no token" in note for note in finding.notes)
+    assert any("1 place of the tower's sequence becomes no token" in note for note in finding.notes)
     drawn = finding.figures[0]
     assert isinstance(drawn, PictureMap)
     (grid,) = drawn.pages[0].grids

@@ -53,7 +53,7 @@ def test_one_prompt_decides_nothing() -> None:
     finding = found(measured("objects", [2.0], [0.0]), n=1)
     assert finding.status is Status.NOT_FOUND
     assert finding.rows[0]["verdict"] == "not told apart"
-    assert any("Only 1 prompts" in note for note in finding.notes)
+    assert any("Only 1 prompt" in note for note in finding.notes)
 
 
 def test_prompts_without_an_answer_are_said_to_be() -> None:

@@ -107,7 +107,7 @@ def test_the_same_picture_counts_once() -> None:
     finding = VisualTokens().analyze(trace(records))
     assert finding.status is Status.NOT_APPLICABLE
     assert finding.reason is not None
-    assert finding.reason.startswith("1 different pictures")
+    assert finding.reason.startswith("1 different picture ")
 
 
 def test_norm_outliers_of_the_vision_tower_are_its_sinks() -> None:
