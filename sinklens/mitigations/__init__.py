@@ -14,6 +14,7 @@ from .edits import Edits
 from .effect import Effect, NothingEdited, Outcome
 from .expert_pruning import ExpertPruning
 from .knock_out import KnockOut
+from .kv_bias import KVBias
 from .learned_sink import LearnedSink
 from .massive import MassiveActivations
 from .method import Method, registry
@@ -23,6 +24,8 @@ from .recipes import Recipe
 from .recipes import load_recipe as load
 from .scaling import AttentionScaling
 from .sink_gating import SinkGating
+from .sink_values import kv_bias_for, learned_sink_for
+from .value_bias import ValueBias
 from .var import VAR
 from .zero_tuning import ZeroTuning
 
@@ -35,6 +38,7 @@ __all__ = [
     "Effect",
     "ExpertPruning",
     "FakeQuantisation",
+    "KVBias",
     "KnockOut",
     "LearnedSink",
     "MassiveActivations",
@@ -44,8 +48,11 @@ __all__ = [
     "Outcome",
     "Recipe",
     "SinkGating",
+    "ValueBias",
     "ZeroTuning",
     "chosen_methods",
+    "kv_bias_for",
+    "learned_sink_for",
     "load",
     "registry",
 ]

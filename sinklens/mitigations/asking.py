@@ -12,6 +12,7 @@ from sinklens.core.suggest import did_you_mean
 from sinklens.tracers.sink_dims import SinkDims
 
 from .method import Method, registry
+from .tables import SUFFIXES, load_table, shape_of
 
 _HEAD = re.compile(r"L?(\d+)[H.](\d+)(?:=([0-9.eE+-]+))?")
 _SPAN = re.compile(r"(\d+)-(\d+)")
@@ -97,6 +98,8 @@ def _value(cls: type[Method], key: str, text: str, default: Any) -> Any:
         return _WORDS[text.lower()]
     if text.lower() == "none" and default is None:
         return None
+    if key in getattr(cls, "tables", ()) and text.endswith(SUFFIXES):
+        return load_table(text, key)
     many = (
         isinstance(default, tuple) or "+" in text or key in ("heads", "layers", "shared_heads", "positions")
     )
@@ -148,6 +151,8 @@ def _short(value: Any) -> str:
     if isinstance(value, SinkDims):
         value = value.indices
     if isinstance(value, tuple):
+        if value and isinstance(value[0], tuple) and not all(isinstance(n, int) for n in value[0][:2]):
+            return "x".join(map(str, shape_of(value))) + " numbers"
         if value and isinstance(value[0], tuple):
             shown = [
                 "L{}H{}".format(*item[:2]) + (f"={item[2]:g}" if len(item) > 2 else "") for item in value

@@ -11,7 +11,7 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from jaxtyping import Bool
@@ -48,6 +48,9 @@ class AttentionMethod(Method):
         ...     model.generate(**inputs)
         >>> print(effect.require().verdict)
     """
+
+    moves: ClassVar[bool] = True
+    """Whether it moves attention; otherwise it changes only what heads write."""
 
     heads: Collection[tuple[int, int]] | None = None
     shared_heads: Collection[int] | None = None
@@ -180,7 +183,7 @@ class AttentionMethod(Method):
                 detail=f"{type(module).__name__} does not call its attention through transformers' registry.",
             )
         self.check(tower)
-        effect = Effect(self.name, identity=self.identity)
+        effect = Effect(self.name, identity=self.identity, moves=self.moves)
         if self.identity:
             yield effect
             return

@@ -74,9 +74,11 @@ class Effect(Outcome):
     """What a mitigation of attention did; `calls` are attention calls.
 
     Attributes:
+        moves: Whether the method moves attention; one that does not adds to what heads write.
         reasons: Why calls had nothing to edit, and how many.
     """
 
+    moves: bool = True
     reasons: dict[str, int] = field(default_factory=dict)
     _layers: dict[int, _Sums] = field(default_factory=dict)
 
@@ -118,7 +120,7 @@ class Effect(Outcome):
     @property
     def acted(self) -> bool:
         """Whether any attention moved."""
-        return self.rows_edited > 0 and self.mean_mass_moved > 0
+        return self.rows_edited > 0 and (self.mean_mass_moved > 0 or not self.moves)
 
     @property
     def verdict(self) -> str:
@@ -132,6 +134,8 @@ class Effect(Outcome):
             why = max(self.reasons, key=lambda reason: self.reasons[reason]) if self.reasons else None
             return f"{found}." if why is None else f"{found}, because {why}."
         share = self.rows_edited / max(1, self.rows_seen)
+        if not self.moves:
+            return f"{self.name} added to {self.rows_edited} attention rows ({share:.0%} of those it is meant for)."
         return (
             f"{self.name} edited {self.rows_edited} attention rows ({share:.0%} of those it is meant for) and moved "
             f"{self.mean_mass_moved:.1%} of their attention on average."

@@ -2,44 +2,49 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from sinklens.core.errors import UsageError
 from sinklens.core.papers import WHEN_SINKS_EMERGE
-from sinklens.kernels.edits import MapEdit
-from sinklens.kernels.transfer import Transferred, row_lse
+from sinklens.models.spec import Tower
 
-from .attention_method import AttentionMethod
+from .beside_keys import BesideKeys
 from .method import registry
 from .seen import Seen
+from .tables import fits, nested, shape_of
+
+PerHead = float | Collection[float] | Collection[Collection[float]]
 
 
 @registry.register("learned-sink")
 @dataclass(frozen=True, kw_only=True)
-class LearnedSink(AttentionMethod):
+class LearnedSink(BesideKeys):
     """Gives every row a place to put its attention that is no token: softmax off by one, or any other sink logit.
 
     How it is computed: with the sink logit s, every weight becomes exp(z_k) / (exp(s) + sum_j exp(z_j)), so that the
     output of the kernel is multiplied by 1 - m, with m = exp(s) / (exp(s) + sum_j exp(z_j)) from the row's
     log-sum-exp. With s = 0 this is the softmax off by one. The sink is seen by every real row, in prompt and
-    generated tokens, also outside of a sliding window. A trace records m as the mass on a learned sink.
+    generated tokens, also outside of a sliding window. A trace records m as the mass on a learned sink. With
+    `replaces` the keys of some tokens are hidden from other rows, and the sums leave them out; then
+    `learned_sink_for` finds the s per head that takes over the share of attention those tokens had.
 
     Compared with the paper: models with such a sink are trained with it, with one s per head; Gu et al. show that they
     then grow no sink on the first token. Put on a model that was not trained so, it shows what its rows would
-    give away, and is no remedy. Where a model has a learned sink logit already, this one is a second beside it.
+    give away, and is no remedy. A sink that stands for a token writes nothing, where the token wrote its value.
+    Where a model has a learned sink logit already, this one is a second beside it.
 
     When not to trust it: rows add up to less than 1 over the tokens, so the output shrinks; a loss in quality shows
     that the model was trained otherwise, and not that a sink is needed.
 
     Args:
-        logit: The sink logit s.
+        logit: The sink logit s: one number, one per head, or a row of one per head for every layer.
     """
 
-    logit: float = 0.0
+    logit: PerHead = 0.0
 
     name = "learned-sink"
     title = "Learned sink logit"
@@ -53,34 +58,17 @@ class LearnedSink(AttentionMethod):
         "attention with a learnable sink token, key biases and other normalisers"
     )
 
+    tables = frozenset({"logit"})
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not math.isfinite(self.logit):
-            raise UsageError(f"{self.name}: logit must be a number, got {self.logit}.")
+        object.__setattr__(self, "logit", nested(self.name, "logit", self.logit, (0, 1, 2)))
 
-    @property
-    def conserves(self) -> bool:
-        return False
+    def check(self, tower: Tower) -> None:
+        super().check(tower)
+        shape = shape_of(self.logit)
+        fits(self.name, "logit", self.logit, tower, (tower.heads,), first=len(shape) == 2)
 
-    def edit(self, seen: Seen, output: Tensor, *, remember: bool) -> Transferred | None:
-        call = seen.call
-        if call.edits:
-            raise UsageError(
-                f"{self.name} changes the softmax, so it must be put on before what edits its result.",
-                hint="Put it on first.",
-            )
-        if torch.is_grad_enabled() and output.requires_grad:
-            raise UsageError(f"{self.name} has no gradient here.", hint="Run under torch.no_grad().")
-        with torch.no_grad():
-            lse = row_lse(call) if seen.lse is None else seen.lse
-            edited = (seen.rows[:, None] & seen.chosen[:, None]).expand(lse.shape)
-            mass = torch.where(edited, torch.sigmoid(self.logit - lse), 0.0)
-            left = 1.0 - mass
-            changed = (output.to(left.dtype) * left.transpose(1, 2)[..., None]).to(output.dtype)
-            changed = torch.where(edited.transpose(1, 2)[..., None], changed, output)
-            edit = None
-            if remember:
-                sets = torch.zeros(1, 1, call.key.shape[2], dtype=torch.long, device=lse.device)
-                edit = MapEdit(sets, left[..., None], left, mass)
-            moved = mass.sum(dtype=torch.float64)
-        return Transferred(changed, edited.sum(), moved, edited.sum() * 0, edit)
+    def place(self, seen: Seen) -> Float[Tensor, "#batch #head #query"]:
+        found = torch.tensor(self.logit, dtype=torch.float64, device=seen.call.query.device)
+        return (found[seen.site.layer] if found.ndim == 2 else found).reshape(1, -1, 1)
