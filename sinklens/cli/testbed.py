@@ -63,14 +63,16 @@ def plant_command(
     family: Annotated[
         str,
         typer.Argument(
-            help="llama, qwen3_moe, mistral, gpt2, gemma2, ..., or retrieval-first, retrieval-inner: a task that "
-            "a sink stands in the way of, with questions (task.jsonl)."
+            help="llama, qwen3_moe, mistral, gpt2, gemma2, ..., or retrieval-first, retrieval-inner, "
+            "retrieval-visual: a task that a sink stands in the way of, with questions (task.jsonl)."
         ),
     ],
     seed: Annotated[int, typer.Option(help="Draws the weights and the places.")] = 0,
     strength: Annotated[
         float | None,
-        typer.Option(help="Logit of the sink over all other keys, nats. [default: 40; 8 for retrieval]"),
+        typer.Option(
+            help="Logit of the sink over all other keys, nats. [default: 40; retrieval: 8, visual 2.74]"
+        ),
     ] = None,
     noise: Annotated[float | None, typer.Option(help="Noise on the planted logits, nats.")] = None,
     out: Out = None,

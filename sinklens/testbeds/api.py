@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 BUNDLED = Path(__file__).parent.parent / "checkpoints"
 MOE_FAMILIES = ("qwen3_moe", "mixtral")
-RETRIEVAL, QUESTIONS = "retrieval-", 256
+RETRIEVAL, VISUAL, QUESTIONS = "retrieval-", "retrieval-visual", 256
 # `plant` knows qwen2 too, but transformers opens every qwen2 folder with the Qwen2 tokenizer, whatever it holds.
 SAVED_FAMILIES = tuple(family for family in FAMILIES if family != "qwen2")
 
@@ -80,6 +80,8 @@ def list_testbeds() -> list[TestbedInfo]:
     for sink, (remedy, _) in REMEDIES.items():
         about = f"A head kept from looking things up by the sink that {remedy} is for; with questions, task.jsonl."
         planted.append(TestbedInfo(f"{RETRIEVAL}{sink}", "planted", about))
+    about = "A head kept from looking a picture's cell up by visual and text sinks, which var is for; with questions."
+    planted.append(TestbedInfo(VISUAL, "planted", about))
     return trained + planted
 
 
@@ -232,21 +234,28 @@ def plant_testbed(
     the Super Expert. The folder opens like any checkpoint and brings its own tokenizer and prompts.
 
     `retrieval-first` and `retrieval-inner` in place of a family save the model of `plant_retrieval` with questions in
-    `task.jsonl`: a task of which it is known which mitigation helps.
+    `task.jsonl`: a task of which it is known which mitigation helps. `retrieval-visual` does it for questions about
+    pictures, see `plant_visual_retrieval`.
 
     Args:
-        strength, noise: In nats; see `plant` and `plant_retrieval`, whose defaults hold where these are None.
+        strength, noise: In nats; see `plant`, `plant_retrieval` and `plant_visual_retrieval`, whose defaults hold where
+            these are None.
 
     Raises:
         UsageError: A family that cannot be planted in.
     """
     out = Path(out)
     options = {} if strength is None else {"strength": strength}
-    if family.removeprefix(RETRIEVAL) in REMEDIES and family.startswith(RETRIEVAL):
+    if family.startswith(RETRIEVAL):
         options |= {} if noise is None else {"noise": noise}
+    if family == VISUAL:
+        from .visual_folder import save_visual_retrieval
+
+        return save_visual_retrieval(out, seed, options)
+    if family.removeprefix(RETRIEVAL) in REMEDIES and family.startswith(RETRIEVAL):
         return _save_retrieval(family, out, seed, options)
     if family not in SAVED_FAMILIES:
-        known = (*SAVED_FAMILIES, *(f"{RETRIEVAL}{sink}" for sink in REMEDIES))
+        known = (*SAVED_FAMILIES, *(f"{RETRIEVAL}{sink}" for sink in REMEDIES), VISUAL)
         raise UsageError(
             f"There is no planted testbed of the family {family!r}.",
             detail=did_you_mean(family, known),

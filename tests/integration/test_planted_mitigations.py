@@ -6,10 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import sinklens as sl
 from sinklens.cli.main import main
+from sinklens.mitigations import ACT, VAR, KnockOut, ZeroTuning
+from sinklens.pipeline import judging
 from sinklens.testbeds import plant_testbed
 
 ITEMS = 64
@@ -45,6 +48,37 @@ def test_the_mitigation_for_the_sink_is_helpful_and_no_other_is(sink: str, seed:
     row = next(r for r in run.rows if r["mitigation"] == best["label"] and r["role"] == "primary")
     assert row["baseline"] < 0.4
     assert row["mitigated"] == 1.0
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_of_visual_sinks_var_alone_is_helpful(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Questions about pictures: what takes the text sink away, or VAR in other heads, acts and does not help."""
+    monkeypatch.setattr(judging, "ROUNDS", 1)  # milliseconds are not what this is about
+    bed = tmp_path / "bed"
+    truth: Any = plant_testbed("retrieval-visual", bed, seed=seed)
+    rng = np.random.default_rng(seed)
+    free = [(0, head) for head in range(4)]  # block 0 attends evenly, so VAR chooses its heads
+    heads = [*(free[i] for i in rng.permutation(4)[:2]), (truth.layer, (truth.head + 1) % 4)]
+    dims = (truth.sink_dim,)
+    methods: dict[str, Any] = {
+        "var": VAR(dims=dims, **truth.remedy_parameters),
+        "var elsewhere": VAR(dims=dims, rho=0.5, heads=heads),
+        "zero-tuning": ZeroTuning(gamma=0.25),
+        "act": ACT(beta=0.4),
+        "knock-out": KnockOut(positions=(0,)),
+    }
+    run = sl.mitigate(
+        str(bed), list(methods.values()), tasks=f"task:{bed / 'task.jsonl'}", n_items=16, n=2, seed=seed
+    )
+    verdicts = dict(zip(methods, (e["verdict"]["judgement"] for e in run.entries), strict=True))
+    assert verdicts == dict.fromkeys(methods, "no measurable change") | {"var": "helpful"}
+    rows = {row["mitigation"]: row for row in run.rows if row["role"] == "primary"}
+    best = next(entry for entry in run.entries if entry["recommended"])
+    assert best["name"] == "var"
+    assert rows[best["label"]]["baseline"] < 0.5
+    assert rows[best["label"]]["mitigated"] == 1.0
 
 
 def test_calibration_finds_it_from_the_command_line(tmp_path: Path, capsys: Any) -> None:

@@ -196,9 +196,23 @@ class _Writer:
 
 
 class Dims:
-    """Which dims of the residual stream hold what, drawn at random; all of them are different."""
+    """Which dims of the residual stream hold what, drawn at random; all of them are different.
 
-    def __init__(self, keys: int, values: int, rng: torch.Generator) -> None:
+    Args:
+        noise_size: Norm of the noise dims in every embedding.
+        sink_size: Value of the sink dim at sinks, where their logit is `strength`.
+    """
+
+    def __init__(
+        self,
+        keys: int,
+        values: int,
+        rng: torch.Generator,
+        *,
+        noise_size: float = MARK,
+        sink_size: float = MARK,
+    ) -> None:
+        self.noise_size, self.sink_size = noise_size, sink_size
         order = iter(torch.randperm(SIZE, generator=rng).tolist())
 
         def take(count: int) -> list[int]:
@@ -208,11 +222,12 @@ class Dims:
         self.values, self.guess, self.found = take(values), take(values), take(values)
         self.noise = take(16)
         self.sink, self.constant, self.rest = take(3)
+        self.spare = list(order)
 
     def fill(self, rows: torch.Tensor, rng: torch.Generator) -> None:
         """Adds the noise and brings every row to a root mean square of 1, by a dim that nobody reads."""
         noise = torch.randn(len(rows), len(self.noise), generator=rng).to(rows)
-        rows[:, self.noise] = MARK * noise / noise.norm(dim=-1, keepdim=True)
+        rows[:, self.noise] = self.noise_size * noise / noise.norm(dim=-1, keepdim=True)
         rows[:, self.rest] = (SIZE - rows.square().sum(-1)).sqrt()
 
 
@@ -233,13 +248,13 @@ def write_head(
         place = next(places)
         query[place, asked], key[place, known] = match, match
     place = next(places)
-    key[place, dims.sink] = strength
+    key[place, dims.sink] = strength * MARK / dims.sink_size
     query[place, [dims.constant] if everyone else dims.asked] = strength
     # A query that is equal for all tokens meets a random direction of the noise dims: logits of this spread.
     place = next(places)
     direction = torch.randn(len(dims.noise), generator=rng)
     query[place, dims.constant] = 1.0 / MARK
-    spread = truth.noise / scale / MARK * math.sqrt(len(dims.noise))
+    spread = truth.noise / scale / dims.noise_size * math.sqrt(len(dims.noise))
     key[place, dims.noise] = spread * direction / direction.norm()
     for place, (known, found) in enumerate(zip(dims.values, dims.found, strict=True)):
         value[place, known] = 1.0 / MARK
