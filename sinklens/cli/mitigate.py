@@ -88,6 +88,13 @@ def command(
     n_items: Annotated[
         int | None, typer.Option("--n-items", help="Items taken of each task before it is split.")
     ] = None,
+    controls: Annotated[
+        int,
+        typer.Option(
+            "--controls",
+            help="Random draws per control of a structural method (pruning, protection); 0: none.",
+        ),
+    ] = 2,
     search: Annotated[
         str | None,
         typer.Option(
@@ -154,6 +161,7 @@ def chosen_options(given: dict[str, Any]) -> MitigateOptions:
         methods=methods,
         recipes=tuple(given["recipe"] or ()),
         tasks=tuple(given["task"] or ()),
+        controls=given["controls"],
         search=_search(given["search"]),
         profile=profile,
     )
@@ -247,7 +255,7 @@ def _search(text: str | None) -> dict[str, Any]:
 def _refuse_beside_resume(given: dict[str, Any]) -> None:
     from sinklens.core.errors import UsageError
 
-    defaults = {"bos": "auto", "dtype": "auto", "seed": 0, "calibration_items": 0.4}
+    defaults = {"bos": "auto", "dtype": "auto", "seed": 0, "calibration_items": 0.4, "controls": 2}
     allowed = {"resume", "as_json", "fail_if", "quiet", "no_text", "offline"}
     changed = sorted(
         name for name, value in given.items() if name not in allowed and value and value != defaults.get(name)

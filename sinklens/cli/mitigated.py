@@ -45,6 +45,9 @@ def _details(entry: dict[str, Any]) -> list[str]:
         kl = entry["effect"].get("kl_mean")
         divergence = "" if kl is None else f" KL to the unchanged model {kl:.3g} nats."
         found.append(f"effect: {entry['effect']['text']}{divergence}")
+        if entry.get("sink"):
+            found.append(f"sink: {entry['sink']['text']}")
+        found += [f"control: {control['text']}" for control in entry.get("controls") or []]
         cost = entry["cost"]
         if cost:
             found.append(

@@ -169,8 +169,7 @@ def grid_of(text: str) -> FakeQuantisation:
 
     method = make_method(f"{FakeQuantisation.name}:{text.removeprefix(FakeQuantisation.name).lstrip(':')}")
     assert isinstance(method, FakeQuantisation)
-    kept = method.protect_layers or method.protect_dims or method.protect_positions or method.protect_experts
-    if kept:
+    if method.protects or method.wants:
         raise UsageError(
             "--grid: what is kept is found by the probe, or named by --protect.",
             hint="Leave protect_... out of the grid.",

@@ -11,10 +11,11 @@ from sinklens.core.errors import UsageError
 from sinklens.core.suggest import did_you_mean
 from sinklens.tracers.sink_dims import SinkDims
 
-from .method import Method, registry
+from .method import FOUND, Method, registry
 from .tables import SUFFIXES, load_table, shape_of
 
 _HEAD = re.compile(r"L?(\d+)[H.](\d+)(?:=([0-9.eE+-]+))?")
+_EXPERT = re.compile(r"L?(\d+)[E/.](\d+)")
 _SPAN = re.compile(r"(\d+)-(\d+)")
 _WORDS = {"true": True, "yes": True, "false": False, "no": False, "none": None}
 
@@ -89,20 +90,27 @@ def _setting(cls: type[Method], text: str) -> tuple[str, Any]:
     return key, _value(cls, key, value, known[key])
 
 
+def _kind(cls: type[Method], key: str) -> str:
+    """A parameter's annotation."""
+    return next(str(f.type) for f in fields(cls) if f.name == key)
+
+
 def _value(cls: type[Method], key: str, text: str, default: Any) -> Any:
-    if isinstance(default, str):
+    kind = _kind(cls, key)
+    if isinstance(default, str) and not ("Collection" in kind and text[0].isdigit()):
         return text
     if isinstance(default, bool):
         if not isinstance(_WORDS.get(text.lower()), bool):
             raise UsageError(f"{cls.name}: {key} must be true or false, got {text!r}.")
         return _WORDS[text.lower()]
-    if text.lower() == "none" and default is None:
+    if text.lower() == "none" and (default is None or "None" in kind):
         return None
     if key in getattr(cls, "tables", ()) and text.endswith(SUFFIXES):
         return load_table(text, key)
-    many = (
-        isinstance(default, tuple) or "+" in text or key in ("heads", "layers", "shared_heads", "positions")
-    )
+    if text == FOUND and FOUND in kind:
+        return text
+    many = isinstance(default, tuple) or "+" in text or "Pair" in kind
+    many = many or key in ("heads", "layers", "shared_heads", "positions")
     parts = [one for part in text.split("+") for one in _parts(cls, key, part)]
     if key == "heads" and not all(isinstance(part, tuple) for part in parts):
         raise UsageError(
@@ -119,7 +127,15 @@ def _value(cls: type[Method], key: str, text: str, default: Any) -> Any:
 
 
 def _parts(cls: type[Method], key: str, text: str) -> list[Any]:
-    head = _HEAD.fullmatch(text) if key in ("heads", "gammas", "experts") else None
+    if "Pair" in _kind(cls, key):
+        expert = _EXPERT.fullmatch(text)
+        if expert is None:
+            raise UsageError(
+                f"{cls.name}: {text!r} names no expert.",
+                hint=f"Write {key}=2/7+3/0 (layer/expert, counted from 0).",
+            )
+        return [(int(expert[1]), int(expert[2]))]
+    head = _HEAD.fullmatch(text) if key in ("heads", "gammas") else None
     if head and head[3]:
         return [(int(head[1]), int(head[2]), float(head[3]))]
     if head:
@@ -143,19 +159,20 @@ def label_of(method: Method) -> str:
     """The command-line form of a method, with the parameters that differ from their defaults; long ones are counted."""
     from .calibration import changed
 
-    said = [f"{key}={_short(value)}" for key, value in changed(method).items()]
+    said = [f"{key}={_short(key, value)}" for key, value in changed(method).items()]
     return ":".join([method.name, *said])
 
 
-def _short(value: Any) -> str:
+def _short(key: str, value: Any) -> str:
     if isinstance(value, SinkDims):
         value = value.indices
     if isinstance(value, tuple):
         if value and isinstance(value[0], tuple) and not all(isinstance(n, int) for n in value[0][:2]):
             return "x".join(map(str, shape_of(value))) + " numbers"
         if value and isinstance(value[0], tuple):
+            kind = "E" if "experts" in key else "H"
             shown = [
-                "L{}H{}".format(*item[:2]) + (f"={item[2]:g}" if len(item) > 2 else "") for item in value
+                f"L{item[0]}{kind}{item[1]}" + (f"={item[2]:g}" if len(item) > 2 else "") for item in value
             ]
         else:
             shown = [str(item) for item in value]

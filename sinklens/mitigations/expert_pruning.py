@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from sinklens.tracers.states import first_of
 
 from .edits import Edits
 from .effect import NothingEdited
-from .method import Method, registry
+from .method import FOUND, Method, registry
 
 Pair = tuple[int, int]
 
@@ -47,11 +47,12 @@ class ExpertPruning(Method):
     not a number. That pruning hurts does not make an expert a Super Expert: look at what becomes of the sink.
 
     Args:
-        experts: `(layer, expert)` pairs, 0-based; may be empty if `projections` is not.
+        experts: `(layer, expert)` pairs, 0-based; may be empty if `projections` is not. `found` takes the Super
+            Experts that a run finds; so does None unless projections are named.
         projections: Layers whose shared or dense down projection is pruned.
     """
 
-    experts: Collection[Pair] = ()
+    experts: Collection[Pair] | Literal["found"] | None = None
     projections: Collection[int] = ()
 
     name = "expert-pruning"
@@ -65,15 +66,38 @@ class ExpertPruning(Method):
     reference = SUPER_EXPERTS.at("the pruning experiments and their random controls")
 
     def __post_init__(self) -> None:
-        experts = tuple(sorted({(int(layer), int(expert)) for layer, expert in self.experts}))
         projections = tuple(sorted({int(layer) for layer in self.projections}))
+        given = self.experts
+        if given is None:
+            given = () if projections else FOUND
+        if isinstance(given, str) and given != FOUND:
+            raise UsageError(
+                f"{self.name}: experts are (layer, expert) pairs or {FOUND!r}, got {given!r}.",
+                hint="For instance: expert-pruning:experts=2/7+3/0",
+            )
+        experts = (
+            FOUND
+            if isinstance(given, str)
+            else tuple(sorted({(int(layer), int(expert)) for layer, expert in given}))
+        )
         if not experts and not projections:
             raise UsageError(
                 f"{self.name}: no expert is named, so there is nothing to edit.",
-                hint="experts=[(layer, expert), ...]; `sinklens profile` finds Super Experts.",
+                hint="experts=[(layer, expert), ...], or experts='found' in `sinklens mitigate`.",
             )
         object.__setattr__(self, "experts", experts)
         object.__setattr__(self, "projections", projections)
+
+    finders = ("super-experts",)
+
+    @property
+    def wants(self) -> str:
+        return "Super Experts" if self.experts == FOUND else ""
+
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """The experts that are named."""
+        return () if self.experts == FOUND else tuple(self.experts or ())  # type: ignore[arg-type]
 
     def check(self, tower: Tower) -> None:
         """Refuse experts that the model does not have.
@@ -88,13 +112,13 @@ class ExpertPruning(Method):
                 detail="Every feed-forward part of it is dense.",
                 hint="projections=[layer, ...] prunes a dense feed-forward part.",
             )
-        for layer in (*(layer for layer, _ in self.experts), *self.projections):
+        for layer in (*(layer for layer, _ in self.pairs), *self.projections):
             if not 0 <= layer < len(tower.blocks):
                 raise UsageError(
                     f"{self.name}: there is no layer {layer}.",
                     detail=f"The model has layers 0 to {len(tower.blocks) - 1}.",
                 )
-        for layer, expert in self.experts:
+        for layer, expert in self.pairs:
             if not 0 <= expert < tower.n_experts:
                 raise UsageError(
                     f"{self.name}: there is no expert {expert}.",
@@ -142,6 +166,7 @@ class ExpertPruning(Method):
     def _drawn(
         self, tower: Tower, draws: int, seed: int, among: Collection[Pair] | None, *, matched: bool
     ) -> tuple[ExpertPruning, ...]:
+        self.refuse_open()
         self.check(tower)
         every = [
             (block.index, expert)
@@ -149,8 +174,8 @@ class ExpertPruning(Method):
             if block.experts
             for expert in range(tower.n_experts)
         ]
-        free = [pair for pair in (every if among is None else sorted(set(among))) if pair not in self.experts]
-        layers = [layer for layer, _ in self.experts]
+        free = [pair for pair in (every if among is None else sorted(set(among))) if pair not in self.pairs]
+        layers = [layer for layer, _ in self.pairs]
         pools = [
             ([pair for pair in free if pair[0] == layer], layers.count(layer))
             for layer in sorted(set(layers))
@@ -177,14 +202,15 @@ class ExpertPruning(Method):
     def _on(self, model: nn.Module | OpenedModel) -> Iterator[Edits]:
         module = model.module if isinstance(model, OpenedModel) else model
         tower = _tower(model)
+        self.refuse_open()
         self.check(tower)
         effect = Edits(self.name, unit="routed rows", problem="none was routed to a pruned expert")
         with ExitStack() as stack:
-            for layer in sorted({layer for layer, _ in self.experts}):
+            for layer in sorted({layer for layer, _ in self.pairs}):
                 path = tower.blocks[layer].experts
                 assert path is not None
                 part = module.get_submodule(path)
-                gone = torch.tensor([expert for at, expert in self.experts if at == layer])
+                gone = torch.tensor([expert for at, expert in self.pairs if at == layer])
                 hook = _unrouted(part, layer, gone, effect)
                 stack.callback(part.register_forward_pre_hook(hook, with_kwargs=True).remove)
             for layer in self.projections:

@@ -105,6 +105,8 @@ class MassiveActivations(Method):
             )
         object.__setattr__(self, "layers", layers)
 
+    finders = ("massive-activations",)
+
     @property
     def edited_layers(self) -> tuple[int, ...]:
         """Layers after which entries are overwritten."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
+from sinklens.core.errors import UsageError
 from sinklens.core.reference import Reference
 from sinklens.core.registry import Registry
 from sinklens.models.spec import OpenedModel
@@ -19,6 +20,10 @@ from .effect import Outcome
 
 if TYPE_CHECKING:
     from .calibration import Search
+
+
+FOUND = "found"
+"""A parameter with this value is filled in by a run, with what it finds on the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +41,27 @@ class Method(ABC):
 
     grid: ClassVar[Mapping[str, Sequence[Any]]] = MappingProxyType({})
     """Values that a calibration tries, of methods that have no search of their own."""
+
+    finders: ClassVar[tuple[str, ...]] = ()
+    """Analyzers of a run that find what the method is about; `sinklens mitigate` asks them too."""
+
+    @property
+    def wants(self) -> str:
+        """What a run has to find before it can be put on a model; "" if nothing is open."""
+        return ""
+
+    def refuse_open(self) -> None:
+        """Refuse to be put on a model while something is open.
+
+        Raises:
+            UsageError: Naming it.
+        """
+        if self.wants:
+            raise UsageError(
+                f"{self.name}: {self.wants} are not named.",
+                detail=f"`{FOUND}` is filled in by a run: sinklens mitigate --with {self.name}",
+                hint="Or name them.",
+            )
 
     def search(self, **settings: Any) -> Search | None:
         """How a calibration chooses parameters; None if there is nothing to choose."""

@@ -40,10 +40,21 @@ class Protection:
     def empty(self) -> bool:
         return not (self.layers or self.dims or self.positions or self.experts)
 
+    @classmethod
+    def of(cls, method: FakeQuantisation) -> Protection:
+        """What a quantisation keeps already."""
+        return cls(
+            tuple(method.protect_layers),
+            tuple(method.protect_dims),
+            tuple(method.protect_positions),
+            tuple(method.protect_experts),
+        )
+
     def applied(self, method: FakeQuantisation) -> FakeQuantisation:
         """The same quantisation with these parts kept."""
         return replace(
             method,
+            protect="named",
             protect_layers=self.layers,
             protect_dims=self.dims,
             protect_positions=self.positions,

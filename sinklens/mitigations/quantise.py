@@ -19,7 +19,7 @@ from sinklens.models.spec import OpenedModel, Tower
 
 from .edits import Edits
 from .effect import NothingEdited
-from .method import Method, registry
+from .method import FOUND, Method, registry
 from .quantise_parts import ActivationRounding, Matrix, matrices
 from .tokens import Tokens
 
@@ -59,6 +59,7 @@ class FakeQuantisation(Method):
         activations_symmetric: Of activations.
         group: Values per group.
         layers: Blocks that are quantised (0-based); None means all.
+        protect: `found` takes what a run finds in place of what the following name.
     """
 
     weights: int | None = 8
@@ -70,6 +71,7 @@ class FakeQuantisation(Method):
     activations_symmetric: bool = False
     group: int = 128
     layers: Collection[int] | None = None
+    protect: Literal["named", "found"] = "named"
     protect_layers: Collection[int] = ()
     protect_dims: Collection[int] = ()
     protect_positions: Collection[int] = ()
@@ -106,6 +108,10 @@ class FakeQuantisation(Method):
                 raise UsageError(
                     f"{self.name}: {key} must be one of {', '.join(allowed)}, got {getattr(self, key)!r}."
                 )
+        if self.protect not in ("named", FOUND):
+            raise UsageError(f"{self.name}: protect must be 'named' or {FOUND!r}, got {self.protect!r}.")
+        if self.protect == FOUND and self.protects:
+            raise UsageError(f"{self.name}: what is protected is both named and to be found; leave one out.")
         for bits in (self.weights, self.experts, self.activations):
             self._scheme(bits, "row", self.symmetric)
         for key in ("layers", "protect_layers", "protect_dims", "protect_positions"):
@@ -114,6 +120,19 @@ class FakeQuantisation(Method):
                 object.__setattr__(self, key, tuple(sorted({int(item) for item in value})))
         pairs = tuple(sorted({(int(layer), int(expert)) for layer, expert in self.protect_experts}))
         object.__setattr__(self, "protect_experts", pairs)
+
+    finders = ("primary-sinks", "massive-activations", "super-experts")
+
+    @property
+    def wants(self) -> str:
+        return "the parts to protect" if self.protect == FOUND else ""
+
+    @property
+    def protects(self) -> bool:
+        """Whether anything is named that stays as it is."""
+        return bool(
+            self.protect_layers or self.protect_dims or self.protect_positions or self.protect_experts
+        )
 
     def _scheme(self, bits: int | None, by: str, symmetric: bool) -> Scheme | None:
         granularity = {"channel": "row", "token": "row"}.get(by, by)
@@ -165,6 +184,7 @@ class FakeQuantisation(Method):
     def _on(self, model: nn.Module | OpenedModel) -> Iterator[Edits]:
         module = model.module if isinstance(model, OpenedModel) else model
         tower = (model.anatomy if isinstance(model, OpenedModel) else find_anatomy(module)).main
+        self.refuse_open()
         self.check(tower)
         effect = Edits(self.name, unit="values", problem="every one lies on its grid already")
         chosen = range(len(tower.blocks)) if self.layers is None else self.layers

@@ -61,6 +61,8 @@ class Result:
         effect: `rows_edited, kl_mean, ...`.
         cost: Milliseconds per token without and with it.
         findings: What a profile says of the model while it is on; None if none was made.
+        sink: What becomes of the sink, as of `sink_change.change_of`.
+        controls: What came of its controls, as of `mitigation_controls.judge_controls`.
     """
 
     label: str
@@ -75,6 +77,8 @@ class Result:
     calibration: dict[str, Any] | None = None
     recipe: dict[str, Any] | None = None
     findings: dict[str, Any] | None = None
+    sink: dict[str, Any] | None = None
+    controls: list[dict[str, Any]] = field(default_factory=list)
 
 
 def ask_under(

@@ -25,13 +25,15 @@ from .judging import (
 from .listener import Listener, Silent
 from .mitigate_options import MitigateOptions, stored_options
 from .mitigate_setup import Job, assigned, entry, is_run_folder, jobs, of_run, options_from, recommended
+from .mitigation_controls import told
+from .mitigation_found import fits, with_finders, with_found
 from .mitigation_run import REQUEST, MitigationRun, slug, write_results
 from .mitigation_sinks import with_dims
 from .mitigation_stages import Setting, judge_job, store_result, stored_result
 from .prepare import Prepared, model_request, prepare
 from .run import Run, load_run
-from .scoring import check_fits
 from .session import Session
+from .sink_change import sink_of
 
 
 def mitigate(
@@ -89,6 +91,7 @@ def _start(
     listener: Listener,
     argv: list[str] | None,
 ) -> MitigationRun:
+    options = with_finders(options, jobs(options))
     wanted = jobs(options)  # a misspelt mitigation is told before a large model is loaded
     if out is None:
         prepared = prepare(model, readers[0], options.profile, listener, readers[1])
@@ -142,13 +145,14 @@ def _run(
         if job.recipe is not None:
             job.recipe.check(opened)
         if not job.nothing:
-            check_fits(job.method, opened)
+            fits(job.method, opened)
     task, given, calibration = assigned(opened, options, any(job.calibrate for job in jobs))
     for job in jobs:
         if job.recipe is not None:
             for one in given:
                 refuse_overlap(job.recipe.calibration.get("items") or (), one.split)
     base = _base_run(prepared, options, store, listener, argv, request)
+    jobs = with_found(jobs, base, opened, prepared.prompts.prompts, given, listener)
     setting = Setting(opened, options, listener, given, calibration, task, prepared, base, store)
     results: list[Result] = []
     try:
@@ -231,7 +235,13 @@ def _ask_baseline(setting: Setting) -> None:
 def _finished(setting: Setting, results: list[Result]) -> MitigationRun:
     """The run with its verdicts; written if it has a folder."""
     rows, verdicts = evaluation_rows(setting.given, setting.baseline, results, setting.options.seed)
-    entries = [entry(result, verdicts[result.label]) for result in results]
+    before = sink_of(setting.run.trace, setting.run)
+    entries = []
+    for result in results:
+        controls = told(
+            result.controls, setting.given, setting.baseline, result.judged, before, setting.options.seed
+        )
+        entries.append(entry(result, verdicts[result.label], controls))
     best = recommended(entries, rows)
     for one in entries:
         one["recommended"] = one["label"] == best

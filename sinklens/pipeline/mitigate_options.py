@@ -19,6 +19,8 @@ from .options import ProfileOptions
 ANALYZERS = ("primary-sinks", "massive-activations")
 """What is measured without and with each mitigation unless analyzers are named."""
 
+MOST_CONTROLS = 50
+
 
 @dataclass(frozen=True)
 class MitigateOptions:
@@ -32,6 +34,7 @@ class MitigateOptions:
         calibration: A task of its own to choose on; the first task is then reported whole.
         calibration_items, report_items: Sizes of the parts; a calibration size below 1 is a share.
         n_items: Items of each task before it is split.
+        controls: Random draws per control of a structural method (pruning, protection); 0 leaves controls out.
         search: Settings of the searches (`objective`, `units`, `keep`, ...); each takes those it has.
         profile: Prompts, analyzers and loading of the model, as of `profile`.
     """
@@ -44,6 +47,7 @@ class MitigateOptions:
     calibration_items: float = 0.4
     report_items: int | None = None
     n_items: int | None = None
+    controls: int = 2
     search: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     profile: ProfileOptions = field(default_factory=lambda: ProfileOptions(analyzers=ANALYZERS, verify=False))
@@ -58,6 +62,9 @@ class MitigateOptions:
             value = getattr(self, name)
             if value is not None and value < 2:
                 raise UsageError(f"--{name.replace('_', '-')} must be at least 2, got {value}.")
+
+        if not 0 <= self.controls <= MOST_CONTROLS:
+            raise UsageError(f"--controls must be from 0 to {MOST_CONTROLS}, got {self.controls}.")
 
     @property
     def in_memory(self) -> list[str]:
@@ -82,7 +89,7 @@ class MitigateOptions:
             "search": dict(self.search),
             "profile": self.profile.request(),
         }
-        for name in ("calibrate", "calibration_items", "report_items", "n_items", "seed"):
+        for name in ("calibrate", "calibration_items", "report_items", "n_items", "controls", "seed"):
             found[name] = getattr(self, name)
         result = plain(found)
         assert isinstance(result, dict)

@@ -133,8 +133,8 @@ def _report(task: Task, options: MitigateOptions) -> ReportSplit:
     return report
 
 
-def entry(result: Result, verdicts: dict[str, Any]) -> dict[str, Any]:
-    """One mitigation in the document."""
+def entry(result: Result, verdicts: dict[str, Any], controls: list[dict[str, Any]]) -> dict[str, Any]:
+    """One mitigation in the document; `controls` as of `mitigation_controls.told`."""
     word = one_word(verdicts)
     texts = [v.text for v in verdicts.values()]
     several = len(verdicts) > 1 and result.acted
@@ -157,6 +157,8 @@ def entry(result: Result, verdicts: dict[str, Any]) -> dict[str, Any]:
         "cost": result.cost,
         "calibration": result.calibration,
         "findings": result.findings,
+        "sink": result.sink,
+        "controls": controls,
     }
 
 

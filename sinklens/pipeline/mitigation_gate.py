@@ -12,9 +12,10 @@ from .mitigation_run import MitigationRun
 def gate_document(run: MitigationRun) -> dict[str, Any]:
     """The document with one finding per mitigation, so that `--fail-if` reads it like the others.
 
-    A mitigation's fields: `judgement, acted, rows_edited, kl_mean, read_ms_added, write_ms_added`, and of the first
-    task each metric as `METRIC`, its change as `METRIC_delta` and its p as `METRIC_p`. Methods are named without
-    their parameters; of several of one name the first counts.
+    A mitigation's fields: `judgement, acted, rows_edited, kl_mean, read_ms_added, write_ms_added`, of the sink
+    `sink_share, sink_rate, sink_lost` and the largest loss under a control, `control_sink_lost`, and of the first task
+    each metric as `METRIC`, its change as `METRIC_delta` and its p as `METRIC_p`. Methods are named without their
+    parameters; of several of one name the first counts.
     """
     document = run.document
     first = next((row["task"] for row in run.rows), None)
@@ -24,6 +25,7 @@ def gate_document(run: MitigationRun) -> dict[str, Any]:
             "acted": entry["acted"],
             "rows_edited": entry["effect"].get("rows_edited", 0),
             "kl_mean": entry["effect"].get("kl_mean"),
+            **_sink(entry),
             **{key: entry["cost"].get(key) for key in ("read_ms_added", "write_ms_added")},
         }
         for row in run.rows:
@@ -36,6 +38,15 @@ def gate_document(run: MitigationRun) -> dict[str, Any]:
                 }
         document["findings"].setdefault(entry["name"], {"summary": summary, "status": "found"})
     return document
+
+
+def _sink(entry: dict[str, Any]) -> dict[str, Any]:
+    """What becomes of the sink; a field that is not known is left out, so that a condition on it is refused."""
+    sink = entry.get("sink") or {}
+    found = {f"sink_{key}": sink.get(key) for key in ("share", "rate", "lost")}
+    lost = [(control["sink"] or {}).get("lost") for control in entry.get("controls") or []]
+    found["control_sink_lost"] = max((each for each in lost if each is not None), default=None)
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def require_acted(run: MitigationRun) -> None:

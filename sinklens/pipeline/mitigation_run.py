@@ -206,37 +206,45 @@ def load_mitigation_run(path: str | Path) -> MitigationRun:
 
 def mitigation_figures(run: MitigationRun) -> list[Figure]:
     """Maps of the attention to the sink, unchanged and under each mitigation, and the changes with their intervals."""
-    return [*_intervals(run.rows), *_maps(run)]
+    return [*_intervals(run.rows, run.entries), *_maps(run)]
 
 
-def _intervals(rows: Sequence[Mapping[str, Any]]) -> list[Figure]:
-    """One drawing per task and metric that a verdict rests on."""
+def _intervals(rows: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any]]) -> list[Figure]:
+    """One drawing per task and metric that a verdict rests on; controls follow their mitigation."""
     figures: list[Figure] = []
     keys = dict.fromkeys((row["task"], row["metric"]) for row in rows if row["role"] != "other")
     for task, metric in keys:
         mine = [row for row in rows if (row["task"], row["metric"]) == (task, metric)]
-        estimates = tuple(
-            Estimate(
-                row["mitigation"],
-                row["delta"],
-                _number(row["ci_low"]),
-                _number(row["ci_high"]),
-                note=row["verdict"] or "",
-            )
-            for row in mine
-        )
+        estimates: list[Estimate] = []
+        for row in mine:
+            ends = _number(row["ci_low"]), _number(row["ci_high"])
+            estimates.append(Estimate(row["mitigation"], row["delta"], *ends, note=row["verdict"] or ""))
+            entry = next((one for one in entries if one["label"] == row["mitigation"]), {})
+            estimates += _control_estimates(entry, task, metric)
         better = "more is better" if mine[0]["better"] > 0 else "less is better"
         figures.append(
             Intervals(
                 f"change-{task}-{metric}",
                 f"{task}: change of {metric.replace('_', ' ')}",
                 f"Mitigated minus unchanged on the same {mine[0]['n']} items; {better}. Bars: 95 % intervals.",
-                estimates,
+                tuple(estimates),
                 f"change of {metric.replace('_', ' ')}",
                 interval="95 % interval over items",
             )
         )
     return figures
+
+
+def _control_estimates(entry: Mapping[str, Any], task: str, metric: str) -> list[Estimate]:
+    found = []
+    for control in entry.get("controls") or []:
+        for one in control["metrics"]:
+            if (one["task"], one["metric"]) == (task, metric):
+                change = one["change"]
+                ends = _number(change["ci_low"]), _number(change["ci_high"])
+                note = f"mean of {control['acted']} draws" if control["acted"] > 1 else "one draw"
+                found.append(Estimate(f"  {control['kind']} control", change["delta"], *ends, note=note))
+    return found
 
 
 def _number(value: Any) -> float:
@@ -248,7 +256,13 @@ def _maps(run: MitigationRun) -> list[Figure]:
     before = sink_map(run.trace, position)
     if before is None or not run.after:
         return []
-    found = {label: sink_map(other.trace, position) for label, other in run.after.items()}
+    found: dict[str, np.ndarray | None] = {}
+    for label, other in run.after.items():
+        found[label] = sink_map(other.trace, position)
+        entry = next((one for one in run.entries if one["label"] == label), {})
+        for control in entry.get("controls") or []:
+            drawn = (control["sink"] or {}).get("map")
+            found[f"{control['kind']} control of {label}"] = None if drawn is None else np.array(drawn)
     known = [before, *(values for values in found.values() if values is not None)]
     top = max(float(np.nanmax(values)) for values in known)
     caption = (

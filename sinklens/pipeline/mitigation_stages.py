@@ -19,10 +19,12 @@ from .judging import Assignment, Judged, Result, ask_under, kl_mean, overhead
 from .listener import Listener
 from .mitigate_options import MitigateOptions
 from .mitigate_setup import Job
+from .mitigation_controls import judge_controls
 from .mitigation_run import slug
 from .prepare import Prepared
 from .run import Run, write_run
 from .scoring import calibrate, put_on
+from .sink_change import change_of, sink_of
 
 
 @dataclass
@@ -79,6 +81,8 @@ def judge_job(setting: Setting, job: Job) -> Result:
     if result.acted:
         result.cost = overhead(opened, method, setting.probes)
         result.findings = _after(setting, job.label, method)
+        result.sink = _sink_change(setting, job.label)
+        result.controls = judge_controls(setting, job.label, method)
         recipe = recipe or recipe_for(method, opened)
         result.recipe = recipe.to_json()
     store_result(setting.store, slug(job.label), asdict(result))
@@ -128,6 +132,12 @@ def _after(setting: Setting, label: str, method: Method) -> dict[str, Any]:
         write_run(run, under)
     found = {name: finding.to_json() for name, finding in run.findings.items()}
     return found
+
+
+def _sink_change(setting: Setting, label: str) -> dict[str, Any] | None:
+    before = sink_of(setting.run.trace, setting.run)
+    after = sink_of(setting.after[label].trace, setting.run)
+    return change_of(before, after) if before is not None and after is not None else None
 
 
 def stored_result(store: RunStore | None, name: str) -> dict[str, Any] | None:

@@ -33,7 +33,7 @@ class Told:
 
     Attributes:
         judgement: Its class in the style sheet is `judgement` with dashes.
-        facts: Name and value: effect, cost, calibration.
+        facts: Name and value: effect, sink, controls, cost, calibration.
     """
 
     label: str
@@ -92,6 +92,10 @@ def _told(entry: Mapping[str, Any]) -> Told:
         facts.append(("effect", str(effect["text"])))
     if entry.get("acted") and isinstance(effect.get("kl_mean"), int | float):
         facts.append(("KL to the unchanged model", f"{number(effect['kl_mean'])} nats per token"))
+    if (entry.get("sink") or {}).get("text"):
+        facts.append(("sink", str(entry["sink"]["text"])))
+    for control in entry.get("controls") or []:
+        facts.append((f"control ({control.get('kind')})", str(control.get("text"))))
     for name, what in (("read", "per token read"), ("write", "per token written")):
         if isinstance(cost.get(f"{name}_ms_added"), int | float):
             added, before = cost[f"{name}_ms_added"], cost[f"{name}_ms"]

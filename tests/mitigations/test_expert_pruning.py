@@ -157,7 +157,7 @@ def test_what_the_model_lacks_is_refused(
 
 def test_nothing_to_prune_is_said() -> None:
     with pytest.raises(UsageError, match="nothing to edit"):
-        ExpertPruning()
+        ExpertPruning(experts=[])
     model = build("qwen3_moe")
     given = {"input_ids": torch.tensor([[1]])}
     chosen: list[Tensor] = []
