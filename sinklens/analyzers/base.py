@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from sinklens.core.adjustable import Adjustable
 from sinklens.core.card import card
 from sinklens.core.figures import Figure, Tile
 from sinklens.core.reference import Reference
@@ -41,6 +42,7 @@ class Finding:
         labels: How keys of rows, summary and parameters are called in front of readers (`agree`: `found both by
             attention and by norm`); a key without a label is spelled out from its words.
         headline: Whether a positive verdict belongs into the run's main sentence; others stand below it.
+        adjustable: Makes what a report needs to let its thresholds be moved; None without any.
     """
 
     analyzer: str
@@ -57,6 +59,7 @@ class Finding:
     reason: str | None = None
     labels: dict[str, str] = field(default_factory=dict)
     headline: bool = False
+    adjustable: Callable[[], Adjustable | None] | None = field(default=None, repr=False, compare=False)
 
     def to_frame(self) -> pd.DataFrame:
         """The rows as a tidy table; the columns' units are in `.attrs["units"]`."""

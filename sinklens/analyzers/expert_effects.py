@@ -88,6 +88,16 @@ def effect_sentence(summary: dict[str, Any]) -> str:
     return _together(summary) + carrier_sentence(summary)
 
 
+def told_together(effects: dict[str, Any]) -> list[tuple[list[list[int]], str, str]]:
+    """Sets of experts that were pruned together, with what is said if one, or if several experts are found."""
+    told = []
+    for pairs in _tried(effects):
+        known = removal(effects, pairs)
+        one, several = (_together({**known, "n_found": n}) for n in (1, 2))
+        told.append(([list(pair) for pair in sorted(pairs)], one, several))
+    return told
+
+
 def _together(summary: dict[str, Any]) -> str:
     if "share_without_them" not in summary:
         return ""

@@ -15,6 +15,7 @@ from sinklens.core.papers import MASSIVE_ACTIVATIONS
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
 
+from .adjustable import of_massive
 from .base import Analyzer, Finding, Status, registry
 from .evidence import span
 
@@ -88,6 +89,7 @@ class MassiveActivations(Analyzer):
             figures=_figures(trace, rows, summary),
             tiles=[_tile(rows, summary)],
             notes=self._notes(trace, per_prompt),
+            adjustable=lambda: of_massive(self, trace, self._verdict([], summary)),
         )
 
     def is_massive(self, value: np.ndarray, median: np.ndarray) -> np.ndarray:

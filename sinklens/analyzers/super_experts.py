@@ -15,6 +15,7 @@ from sinklens.core.papers import SUPER_EXPERTS
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
 
+from .adjustable import of_experts
 from .base import Analyzer, Finding, Status, registry
 from .expert_effects import (
     add_causes,
@@ -23,6 +24,7 @@ from .expert_effects import (
     effect_sentence,
     removal,
     stored_effects,
+    told_together,
 )
 from .expert_words import LABELS, UNITS
 
@@ -161,6 +163,7 @@ class SuperExperts(Analyzer):
             figures=_figures(trace, rows),
             tiles=[_tile(rows, summary)],
             notes=self._notes(summary),
+            adjustable=lambda: of_experts(self, candidates, told_together(effects), _facts(summary)),
         )
 
     def select(self, size: Float[np.ndarray, " n"], spike: Bool[np.ndarray, " n"]) -> Bool[np.ndarray, " n"]:
@@ -348,6 +351,17 @@ def _verdict(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
         f"{named}{more}; {subject} writes dim {top['dim']} on position {top['position']} ({top['token']!r})."
         f"{effect_sentence(summary)}"
     )
+
+
+def _facts(summary: dict[str, Any]) -> dict[str, Any]:
+    """What sentences at other thresholds say too."""
+    return {
+        "seen": summary["experts_seen"],
+        "carrier": carrier_sentence(summary),
+        "otherwise": _verdict([], summary),
+        "least": SMALLEST_FOR_PERCENTILE,
+        "kinds": [ROUTED, SHARED, DENSE],
+    }
 
 
 def _tile(rows: list[dict[str, Any]], summary: dict[str, Any]) -> Tile:

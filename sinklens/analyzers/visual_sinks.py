@@ -16,6 +16,7 @@ from sinklens.tracers import signals as sig
 from sinklens.tracers.sink_dims import TAU, Cut, SinkRule, cut_for, published
 from sinklens.tracers.trace import Trace
 
+from .adjustable import of_visual
 from .base import Analyzer, Finding, Status, registry
 from .evidence import span
 from .visual import (
@@ -125,6 +126,13 @@ class VisualSinks(Analyzer):
             figures=draw(seen, rule.cut, summary["most_layer"]),
             tiles=[_tile(summary, found)],
             notes=_notes(trace, rule, summary),
+            adjustable=lambda: of_visual(
+                [decided(record, rule, recorded) for record in records],
+                rule,
+                summary,
+                code=self.strict,
+                by_chance=BY_CHANCE,
+            ),
         )
 
     def _without_first(self, item: Pictured) -> Pictured:
@@ -273,7 +281,7 @@ def _held(seen: list[Pictured], layer: int) -> float | None:
     for item in seen:
         if sig.TEXT_RECEIVED.name not in item.record.arrays:
             return None
-        received = np.nan_to_num(item.record[sig.TEXT_RECEIVED][layer])
+        received = np.nan_to_num(item.record[sig.TEXT_RECEIVED][layer].astype(np.float64))
         total = received[item.visual].sum()
         if total > 0:
             parts.append(received[item.visual_sinks()[layer]].sum() / total)

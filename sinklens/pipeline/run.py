@@ -12,6 +12,7 @@ import numpy as np
 
 from sinklens.analyzers import chosen_analyzers
 from sinklens.analyzers.base import Analyzer, Finding
+from sinklens.core.adjustable import Adjustable
 from sinklens.core.counts import counted
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure, Tile
@@ -122,6 +123,12 @@ class Run:
         return [tile for finding in self.findings.values() for tile in finding.tiles]
 
     @property
+    def adjustable(self) -> dict[str, Adjustable]:
+        """What a report needs to let thresholds be moved, by analyzer."""
+        made = {name: f.adjustable() for name, f in self.findings.items() if f.adjustable is not None}
+        return {name: found for name, found in made.items() if found is not None}
+
+    @property
     def pictures(self) -> dict[str, np.ndarray]:
         """Small RGB copies of the prompts' pictures, by the `sha256` of the original's pixels."""
         found: dict[str, np.ndarray] = {}
@@ -180,6 +187,7 @@ class Run:
             describe_methods(self.analyzers, self.document),
             include_text=include_text,
             pictures=self.pictures,
+            adjustable=self.adjustable,
         )
         return target
 

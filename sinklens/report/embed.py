@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from sinklens.core.adjustable import Adjustable
 from sinklens.core.canonical import plain
 from sinklens.core.errors import DataError
 from sinklens.core.figures import Heatmap, Intervals, Lines, Timeline
@@ -104,6 +105,29 @@ def samples(figure: SamplesFigure, counts: Counts) -> dict[str, Any]:
         "limits": [0.0, 100.0],
         "log": False,
     }
+
+
+def adjustable(item: Adjustable) -> dict[str, Any]:
+    """What a rule reads; whole numbers as small as they fit."""
+    return {
+        "rule": item.rule,
+        "arrays": {
+            key: {"kind": kind, "data": packed(values, f"<{kind}")}
+            for key, values in item.arrays.items()
+            for kind in [_kind(np.asarray(values))]
+        },
+        "facts": item.facts,
+        "words": list(item.words),
+        "headline": item.headline,
+    }
+
+
+def _kind(values: np.ndarray) -> str:
+    if values.dtype.kind == "f":
+        return f"f{values.dtype.itemsize}"
+    if values.size and values.min() < 0:
+        return "i4"
+    return "u2" if values.max(initial=0) < 65_536 else "u4"
 
 
 def tokens(prompts: Sequence[Mapping[str, Any]], budget: int = 400_000) -> dict[str, Any]:

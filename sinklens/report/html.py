@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from sinklens.core.adjustable import Adjustable
 from sinklens.core.canonical import plain
 from sinklens.core.errors import DataError
 from sinklens.core.figures import Figure, Samples, Tile
@@ -54,6 +55,7 @@ def render_report(
     include_text: bool = True,
     methods_paragraph: str | None = None,
     pictures: Mapping[str, np.ndarray] | None = None,
+    adjustable: Mapping[str, Adjustable] | None = None,
 ) -> str:
     """The report as one self-contained HTML string.
 
@@ -68,6 +70,7 @@ def render_report(
         include_text: False leaves out every token, prompt and picture; hashes and counts stay.
         methods_paragraph: A paragraph ready to copy into a paper; overrides the ones in `methods`.
         pictures: Small RGB copies, `[y, x, 3]` of 8 bits, by the `sha256` of the picture they show.
+        adjustable: What the thresholds of an analyzer read, to move them in the page.
 
     Raises:
         DataError: `document` is not a `sinklens/run/1` document.
@@ -81,15 +84,17 @@ def render_report(
     record: dict[str, Any] = _plain(document)
     given = list(prompts or ())
     drawn = {name: list(found) for name, found in figures.items()}
+    movable = dict(adjustable or {})
     if not include_text:
         redactor = redact.Redactor(record, given)
         record = redactor.document(record)
         drawn = {name: [redactor.figure(figure) for figure in found] for name, found in drawn.items()}
         tiles = [redactor.tile(tile) for tile in tiles]
         given = [redactor.prompt(prompt) for prompt in given]
+        movable = {name: redactor.adjustable(found) for name, found in movable.items()}
     paragraph = methods_paragraph or _paragraph(methods)
     album = Album((pictures or {}) if include_text else None)
-    return _render(record, drawn, tiles, given, methods, paragraph, title, include_text, album)
+    return _render(record, drawn, tiles, given, methods, paragraph, title, include_text, album, movable)
 
 
 def write_report(path: str | os.PathLike[str], *args: Any, **options: Any) -> Path:
@@ -107,6 +112,7 @@ def _render(
     title: str | None,
     include_text: bool,
     album: Album,
+    adjustable: Mapping[str, Adjustable],
 ) -> str:
     found = page.sections(document, methods)
     ids = {section.analyzer: section.id for section in found} | {mitigated.SECTION: mitigated.SECTION}
@@ -119,6 +125,7 @@ def _render(
         "figures": data,
         "tokens": embed.tokens(prompts) if include_text else None,
         "text": include_text,
+        "adjustable": {name: embed.adjustable(item) for name, item in adjustable.items()},
     }
     under = mitigated.view(document, figures.get(mitigated.SECTION, ()), data)
     described = [_method(method) for method in methods if method.get("name")]
@@ -135,6 +142,7 @@ def _render(
         prompts=[redact.bare_prompt(prompt) for prompt in prompts],
         viewer=_viewer(prompts) if include_text else [],
         include_text=include_text,
+        adjustable=adjustable,
         pictures=album.definitions,
         methods=described,
         method_ids={method["name"]: method["id"] for method in described},

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from sinklens.core.adjustable import Adjustable
 from sinklens.core.figures import Estimate, Figure, Intervals, Life, Lines, PictureMap, Tile, Timeline
 from sinklens.core.pictures import PicturePage
 
@@ -127,6 +128,11 @@ class Redactor:
     def _named(self, row: _Row) -> _Row:
         words = {name: self.sentence(getattr(row, name)) for name in ("label", "note", "group")}
         return replace(row, **words)
+
+    def adjustable(self, item: Adjustable) -> Adjustable:
+        """Without the tokens that its sentences quote."""
+        words = tuple(HIDDEN for _ in item.words)
+        return replace(item, words=words, facts=self.sentences(item.facts))
 
     def tile(self, tile: Tile) -> Tile:
         return replace(tile, value=self.sentence(tile.value), note=self.sentence(tile.note))

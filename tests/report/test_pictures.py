@@ -214,7 +214,8 @@ def test_histogram_parts_at_the_threshold(threshold: float) -> None:
     assert np.isclose(edges, threshold, atol=1e-12).any()
     counts, _ = np.histogram(values, edges)
     assert counts.sum() == 99
-    assert f"{(values >= threshold).sum()} of 99 patches reach τ = " in svg
+    reached = int((values >= threshold).sum())
+    assert f"{reached} of 99 patches reach{'es' * (reached == 1)} τ = " in svg
     assert svg.count('class="above"') == (counts[edges[:-1] >= threshold - 1e-12] > 0).sum()
 
 
