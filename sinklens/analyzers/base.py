@@ -115,6 +115,10 @@ class Analyzer(ABC):
     of_pictures: ClassVar[bool] = False
     """Whether it speaks of pictures: without any, `profile` runs it only if it is named."""
 
+    from_samples: ClassVar[frozenset[Signal] | None] = None
+    """Where attention was estimated from a sample of the query rows: signals it then does without; None for analyzers
+    that do not say how sure an estimate is, and so do not apply."""
+
     headline: ClassVar[bool] = False
     """Whether it is a link of the chain (sink, massive activations, writers) that the run's main sentence tells."""
 
@@ -128,6 +132,9 @@ class Analyzer(ABC):
 
     def read(self, trace: Trace) -> Finding:
         """What it finds, or, where the library that ran the model cannot show what it needs, which and why."""
+        sampled = self._beyond_samples(trace)
+        if sampled:
+            return self.not_applicable(sampled)
         missing = trace.tracing.get("missing", {})
         lacking = self.lacking(missing)
         if not lacking:
@@ -137,6 +144,26 @@ class Analyzer(ABC):
         return self.not_applicable(
             f"it reads {lacking[0]}{others}, which the {backend} backend cannot give: {missing[lacking[0]]}."
         )
+
+    def _beyond_samples(self, trace: Trace) -> str | None:
+        """Why a trace of sampled query rows is not enough; None where it is, or all rows were looked at."""
+        sampling = trace.tracing.get("sampling")
+        if sampling is None:
+            return None
+        lost = sampling["not_estimated"]
+        spared = {signal.name for signal in self.from_samples or ()}
+        lacking = [name for name in self.lacking(lost) if name not in spared]
+        if lacking:
+            return (
+                f"it reads {lacking[0]}, which a sample of the query rows does not give: {lost[lacking[0]]}."
+            )
+        estimated = sorted(signal.name for signal in self.needs if signal.name in sampling["estimated"])
+        if estimated and self.from_samples is None:
+            return (
+                f"it reads {estimated[0]}, which was estimated from a sample of the query rows, and its rule does not "
+                "take standard errors into account."
+            )
+        return None
 
     @property
     def parameters(self) -> dict[str, Any]:

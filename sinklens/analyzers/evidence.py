@@ -11,6 +11,9 @@ from jaxtyping import Float, Int
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord
 
+Z95 = 1.959964
+"""Standard errors on either side of an estimate that hold the truth 95 times in 100, if it is normal."""
+
 
 @dataclass(frozen=True)
 class Column:
@@ -22,6 +25,7 @@ class Column:
         top1: Share of the queries that see it whose largest weight is on it, likewise.
         share: Mean over layers and heads, exact in all prompts.
         uniform: The share uniform attention would give it, mean over layers.
+        error: Standard errors of `alpha`, 0 where all query rows were looked at.
     """
 
     position: int
@@ -29,6 +33,19 @@ class Column:
     top1: Float[np.ndarray, "prompt layer head"]
     share: Float[np.ndarray, " prompt"]
     uniform: Float[np.ndarray, " prompt"]
+    error: Float[np.ndarray, "prompt layer head"]
+
+    @property
+    def share_error(self) -> float:
+        """Standard error of the mean share, at most: heads and layers read the same rows, prompts rows of their own."""
+        return float(np.sqrt(np.square(np.nanmean(self.error, (1, 2))).sum()) / len(self.error))
+
+    def rate_between(self, epsilon: float) -> tuple[float, float]:
+        """The rate, in percent, of what is above epsilon beyond doubt and of what may be: 1.96 standard errors."""
+        known = ~np.isnan(self.alpha)
+        away, error = self.alpha[known] - epsilon, Z95 * self.error[known]
+        low, high = (float(100 * (away > shift).mean()) if known.any() else 0.0 for shift in (error, -error))
+        return low, high
 
     def rate(self, epsilon: float) -> float:
         """Sink^epsilon in percent: threshold first, then average; layers without attention have no vote."""
@@ -75,6 +92,11 @@ class SinkEvidence:
         """Attention received by a position, 0 if it was not kept."""
         return self._at(self.alpha, position)
 
+    def error_at(self, position: int) -> Float[np.ndarray, "layer head"]:
+        """Standard error of that, 0 where all query rows were looked at."""
+        errors = self.record.arrays.get(sig.ATTENTION_RECEIVED.name + sig.ERROR)
+        return self._at(np.zeros_like(self.alpha) if errors is None else errors, position)
+
     def top1_at(self, position: int) -> Float[np.ndarray, "layer head"]:
         return self._at(self.record[sig.ATTENTION_TOP1], position)
 
@@ -102,6 +124,7 @@ def column(evidence: list[SinkEvidence], position: int, min_visible: int) -> Col
         np.stack([item.top1_at(position) for item in holders]),
         np.array([item.share_at(position) for item in holders]),
         np.array([item.uniform[position] for item in holders]),
+        np.stack([item.error_at(position) for item in holders]),
     )
 
 

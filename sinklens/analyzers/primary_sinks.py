@@ -17,6 +17,7 @@ from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
 
 from .base import Analyzer, Finding, Status, registry
+from .estimates import estimated, sampled_rows
 from .evidence import Column, SinkEvidence, column, gather, norm_sinks, span
 from .primary_figures import draw, upper_half, value_drain
 
@@ -70,6 +71,7 @@ class PrimarySinks(Analyzer):
         "</mfrac><mo>&gt;</mo><mi>ε</mi><mo>]</mo></mrow></math>"
     )
     optional = frozenset({sig.VALUE_NORM, sig.VALUE_NORM_MEAN})
+    from_samples = frozenset({sig.ATTENTION_SELF, sig.FIRST_MASS})
     needs = frozenset(
         {
             sig.ATTENTION_RECEIVED,
@@ -104,6 +106,10 @@ class PrimarySinks(Analyzer):
             longest = max((len(record) for record in trace), default=0)
             return self.not_applicable(
                 f"sink rates need prompts of at least {self.min_tokens} tokens; the longest has {longest}."
+            )
+        if self.exclude_diagonal and any(sig.ATTENTION_SELF.name not in r.arrays for r in records):
+            return self.not_applicable(
+                "a position's attention to itself was not recorded, so it cannot be left out (exclude_diagonal)."
             )
         evidence = [
             gather(
@@ -179,7 +185,15 @@ class PrimarySinks(Analyzer):
             "n_heads": len(heads),
             "top1_share": float(np.nanmean(found.top1)),
             "same_token_share": same,
+            **self._doubt(evidence, found),
         }
+
+    def _doubt(self, evidence: list[SinkEvidence], found: Column) -> dict[str, Any]:
+        """How sure share and rate are where query rows were sampled; nothing where all were looked at."""
+        if not any(sig.SAMPLED_ROWS in item.record.arrays for item in evidence):
+            return {}
+        low, high = found.rate_between(self.epsilon)
+        return {"share_se": found.share_error, "rate_low": low, "rate_high": high}
 
     def _summary(
         self, trace: Trace, evidence: list[SinkEvidence], strongest: Column, rows: list[dict[str, Any]]
@@ -210,6 +224,8 @@ class PrimarySinks(Analyzer):
             "learned_sink_mass": _learned_mass(trace),
             "value_drain": _smallest_drain(evidence, strongest.position),
             "norm_sink_positions": sorted(norm),
+            **sampled_rows(records),
+            **self._doubt(evidence, strongest),
             "agree": sorted(by_attention & norm),
             "attention_only": sorted(by_attention - norm),
             "norm_only": sorted(norm - by_attention),
@@ -226,6 +242,13 @@ class PrimarySinks(Analyzer):
             notes.append(
                 f"{counted(skipped, 'prompt')} shorter than {self.min_tokens} tokens "
                 f"{verb(skipped, 'was', 'were')} left out."
+            )
+        if "rows_sampled" in summary:
+            notes.append(
+                "Shares and rates are estimates. The standard error of a share is a bound (heads and layers read the "
+                "same query rows); a rate lies between what exceeds epsilon by 1.96 standard errors and what may. "
+                "Which positions were kept was decided by the estimates too. An interval is too short for keys that "
+                "few queries look at: what a key gets from a single row is missed with that row."
             )
         if any(item.left_out > self.epsilon for item in evidence):
             notes.append("Some prompts have more strong positions than were kept; raise --keep-positions.")
@@ -249,6 +272,9 @@ UNITS = {
     "rate": "% of (prompt, layer, head) with share > epsilon",
     "top1_share": "share of queries whose largest weight is here",
     "same_token_share": "share of prompts with this token at this position",
+    "share_se": "standard error of the share, at most",
+    "rate_low": "% above epsilon by more than 1.96 standard errors",
+    "rate_high": "% not below epsilon by more than 1.96 standard errors",
 }
 
 
@@ -274,6 +300,11 @@ LABELS = {
     "agree": "of these, also sinks by attention",
     "attention_only": "sinks by attention only",
     "norm_only": "by hidden-state norm only",
+    "share_se": "standard error of the share",
+    "rate_low": "sink rate, at least",
+    "rate_high": "sink rate, at most",
+    "rows_sampled": "query rows looked at, median",
+    "rows_in_all": "of query rows, median",
     "n_heads": "heads that sink on it",
     "top1_share": "queries with their largest weight here",
     "same_token_share": "prompts with this token here",
@@ -328,6 +359,7 @@ def _verdict(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
         return (
             f"No attention sink: the most attended position, {summary['strongest_position']}, gets "
             f"{summary['share']:.3f} of the attention against {summary['uniform_share']:.3f} if it were uniform."
+            f"{estimated(summary)}"
         )
     top, more = rows[0], len(rows) - 1
     others = f" {counted(more, 'other position')} {verb(more, 'is a sink', 'are sinks')} too." if more else ""
@@ -336,7 +368,7 @@ def _verdict(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
         f"Attention sink on position {top['position']} ({top['token']!r}): {top['share']:.3f} of the attention, "
         f"{top['lift']:.1f} times uniform; above {summary['epsilon']:g} in {top['rate']:.1f} % of "
         f"(prompt, layer, head), consistently in {top['n_heads']} of {summary['heads_in_all']} heads ({layers})."
-        f"{others}"
+        f"{others}{estimated(summary)}"
     )
 
 
@@ -345,7 +377,8 @@ def _tiles(rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[Tile]:
     where = f"position {top['position']} · {top['token']}" if top else "no position qualifies"
     varied = summary["seq_len_min"] != summary["seq_len_max"]
     length = f"T up to {summary['seq_len_max']}" if varied else f"T = {summary['seq_len']}"
-    protocol = f"ε = {summary['epsilon']:g}, {length}"
+    how = ", estimated" if "rows_sampled" in summary else ""
+    protocol = f"ε = {summary['epsilon']:g}, {length}{how}"
     return [
         Tile("Sink rate", f"{summary['sink_rate']:.1f} %", protocol, link="primary-sinks"),
         Tile(

@@ -81,6 +81,12 @@ Pack = Annotated[bool, typer.Option("--pack", help="Join documents into windows 
 Seed = Annotated[int, typer.Option(help="Seed of the prompt sample, controls and random tokens.")]
 BatchSize = Annotated[int | None, typer.Option(help="Most prompts in a batch.")]
 Keep = Annotated[int, typer.Option(help="Strongest positions kept per prompt.")]
+SampleQueries = Annotated[
+    str | None,
+    typer.Option(
+        help="Estimate attention from this many query rows per prompt (512) or this share (0.1), with standard errors."
+    ),
+]
 SinkDimsOf = Annotated[
     str | None,
     typer.Option(
@@ -136,6 +142,7 @@ def command(
     seed: Seed = 0,
     batch_size: BatchSize = None,
     keep_positions: Keep = 48,
+    sample_queries: SampleQueries = None,
     sink_dims: SinkDimsOf = None,
     verify: Verify = None,
     sensitivity: Sensitive = False,

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from .edits import MapEdit
+from .sample import TAIL, RowSample
 
 
 class Stat(StrEnum):
@@ -113,7 +114,7 @@ class Want:
 
     stats: frozenset[Stat]
     groups: Bool[Tensor, "group batch key"] | Bool[Tensor, "group batch head key"] | None = None
-    tail: int = 64
+    tail: int = TAIL
     window: int = 10
     probes: Bool[Tensor, "batch query"] | None = None
     band: tuple[int, int] = (10, 100)
@@ -128,11 +129,16 @@ class AttentionStatistics:
         visible: Counted rows to which the key is visible, integer; the divisor of every "received" mean.
             The head axis is 1 unless the mask differs by head.
         rows: Rows that count: `counted` and at least one visible key.
+        variances: Of sums over rows that were estimated from a sample of the rows (`sampled.py`), the estimated
+            variance; empty where all rows were taken.
+        samples: Per prompt the rows drawn, or None for all; None where nothing was sampled.
     """
 
     values: dict[Stat, Tensor] = field(default_factory=dict)
     visible: Int[Tensor, "batch visible_head key"] | None = None
     rows: Bool[Tensor, "batch query"] | None = None
+    variances: dict[Stat, Tensor] = field(default_factory=dict)
+    samples: tuple[RowSample | None, ...] | None = None
 
     def __getitem__(self, stat: Stat) -> Tensor:
         return self.values[stat]

@@ -25,6 +25,8 @@ class ProfileOptions:
         seq_len: Prompts are cut to this many tokens.
         bos: `auto` (as the tokenizer does), `on` or `off`.
         mode: `faithful` or `fused`, see `sinklens.tracers.attention`.
+        sample_queries: Estimate attention statistics, with standard errors, from this many query rows of each prompt
+            (`512`) or this share of them (`0.1`, `10%`); None looks at every row.
         verify: Look again at a few prompts with the causes removed that were found. None does so if the main pass
             predicts that it takes under about a minute.
         backend: The library that runs the model, see `sinklens ls backends`. None takes the one whose object the
@@ -51,6 +53,7 @@ class ProfileOptions:
     batch_size: int | None = None
     keep_positions: int = 48
     sink_dims: str | None = None
+    sample_queries: str | float | None = None
     verify: bool | None = None
     sensitivity: bool = False
     dtype: str = "auto"
@@ -65,6 +68,14 @@ class ProfileOptions:
     def __post_init__(self) -> None:
         if self.mode not in ("faithful", "fused"):
             raise UsageError(f"Unknown mode {self.mode!r}.", detail="It is faithful or fused.")
+        if self.sample_queries is not None:
+            from sinklens.tracers.sampling import Sampling  # which imports torch
+
+            Sampling.parse(self.sample_queries)
+            if self.mode == "fused":
+                raise UsageError(
+                    "--sample-queries saves nothing with --mode fused: one pass goes over every query row anyway."
+                )
         if self.images is not None and self.prompts is not None:
             raise UsageError(
                 "Give --images or --prompts, not both.",

@@ -20,8 +20,9 @@ from sinklens.tracers.announced import announced_on
 from sinklens.tracers.attention import Mode
 from sinklens.tracers.backends import backend_of, open_with
 from sinklens.tracers.batch import Batch, forward
-from sinklens.tracers.executor import TracePlan
+from sinklens.tracers.executor import TracePlan, recordable
 from sinklens.tracers.recorder import Limits
+from sinklens.tracers.sampling import Sampling, refuse_sampling
 from sinklens.tracers.selfcheck import Check, self_check
 
 from .backends import chosen_backend, named_analyzers, refuse_lacking
@@ -102,10 +103,31 @@ def prepare(
     analyzers = those_that_apply(options, analyzers, prompts)
     refuse_short(options, analyzers, prompts)
     _within_reach(opened, prompts)
+    sampling = worth_sampling(options, prompts)
     listener.planned(prompts, analyzers)
     plan = with_sinks(plan_for(options, analyzers), options, opened, prompts, analyzers)
-    plan = replace(plan, signals=plan.signals - set(backend_of(opened).missing(opened)))
-    return Prepared(opened, prompts, analyzers, plan, reopen)
+    plan = replace(plan, sampling=sampling)
+    refuse_sampling(plan, opened, prompts)
+    return Prepared(opened, prompts, analyzers, recordable(opened, plan), reopen)
+
+
+def worth_sampling(options: ProfileOptions, prompts: PromptSet) -> Sampling | None:
+    """The sample of query rows that was asked for, said among the prompts' warnings; None where it would be all."""
+    if options.sample_queries is None:
+        return None
+    asked = Sampling.parse(options.sample_queries, options.seed)
+    lengths = [len(prompt) for prompt in prompts.prompts]
+    sampled = [length for length in lengths if asked.count(length) < length]
+    if sampled:
+        most, least = max(sampled), min(sampled)
+        drawn = " to ".join(f"{asked.count(n)} of {n}" for n in dict.fromkeys((least, most)))
+        warning = f"Attention is estimated from a sample of the query rows: {drawn} per prompt, standard errors beside."
+    else:
+        warning = (
+            f"No prompt has more query rows than the {asked.count(max(lengths))} asked for: none is left out."
+        )
+    prompts.description.setdefault("warnings", []).append(warning)
+    return asked if sampled else None
 
 
 def those_that_apply(

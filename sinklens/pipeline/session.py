@@ -84,7 +84,8 @@ class Session:
             run = without_experiments(run, changed)
         else:
             prepared = replace(self.prepared, opened=changed)
-            run = run_experiments(Setting(prepared, plan, self.options, self.listener), run)
+            exact = replace(plan, sampling=None)  # experiments run on short cuts of a few prompts
+            run = run_experiments(Setting(prepared, exact, self.options, self.listener), run)
         run.trace.manifest["time"]["wall_s"] = round(self.clock.seconds, 3)
         return run
 

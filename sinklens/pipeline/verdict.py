@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sinklens.analyzers.base import Finding, Status, registry
+from sinklens.analyzers.estimates import estimated
 from sinklens.analyzers.evidence import span
 from sinklens.core.counts import verb
 from sinklens.tracers.selfcheck import Check
@@ -67,7 +68,10 @@ def judge(findings: Mapping[str, Finding], checks: Sequence[Check]) -> Verdict:
         return Verdict("sink", " ".join([_sink_sentence(sinks), *chain]), "V2 sink rule met", lines)
     learned = sinks.summary.get("learned_sink_mass")
     if learned is not None and learned >= 0.1:
-        text = f"No token is an attention sink; the learned sink logits take {100 * learned:.0f} % of the attention."
+        text = (
+            f"No token is an attention sink; the learned sink logits take {100 * learned:.0f} % of the attention."
+            f"{estimated(sinks.summary)}"
+        )
         return Verdict("no-sink", " ".join([text, *chain]), "V3 learned sinks only", lines)
     return Verdict("no-sink", " ".join([sinks.verdict, *chain]), "V4 sink rule not met", lines)
 
@@ -85,6 +89,7 @@ def _sink_sentence(finding: Finding) -> str:
         f"{100 * top['share']:.1f} % of all attention, {top['lift']:.1f} times the uniform share, and more than "
         f"{summary['epsilon']:g} in {top['rate']:.1f} % of (prompt, layer, head); {top['n_heads']} of "
         f"{summary['heads_in_all']} heads {verb(top['n_heads'], 'sinks', 'sink')} on it consistently ({where})."
+        f"{estimated(summary)}"
     )
 
 

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from sinklens.core.errors import ModelError
 from sinklens.kernels.blocked import attention_fused, attention_sweep
 from sinklens.kernels.capture import Captured, captured_lse
+from sinklens.kernels.sample import RowSample
+from sinklens.kernels.sampled import sampled_sweep
 from sinklens.kernels.spec import AttentionCall, AttentionStatistics, BlockPlan, Want
 from sinklens.models.parts import unwrapped
 from sinklens.models.spec import Tower
@@ -138,6 +140,8 @@ class AttentionTap:
         self.plan = plan or BlockPlan()
         self.counted: Tensor | None = None
         """Real tokens of the running batch, `[batch, pos]`; set by the executor before each forward pass."""
+        self.samples: tuple[RowSample | None, ...] | None = None
+        """Per prompt of the running batch the rows that are measured, None for all; None for all rows of all."""
         self.calls = 0
         self.paused = False
 
@@ -195,7 +199,11 @@ class AttentionTap:
             return
         if self.witness is not None:
             self.witness(site, call, _witnessed(attended.kernel, call))
-        self.observer(site, call, attention_sweep(call, want, None, self.plan))
+        if self.samples is not None and len(self.samples) == len(call.query):
+            statistics = sampled_sweep(call, want, self.samples, self.plan)
+        else:
+            statistics = attention_sweep(call, want, None, self.plan)
+        self.observer(site, call, statistics)
 
 
 def _through(

@@ -26,6 +26,7 @@ from .record_experts import ROUTER_SIGNALS
 from .record_vectors import OF_PROJECTION, projection_tap
 from .record_vision import vision_tap
 from .recorder import Limits, Recorder
+from .sampling import Sampling, not_estimable
 from .signals import ALL_SIGNALS, Signal, Source
 from .signals_visual import OF_CONTRIBUTIONS
 from .sink_dims import SinkRule
@@ -45,6 +46,7 @@ class TracePlan:
         batch_prompts, batch_tokens: Largest batch, in prompts and in tokens with padding. A batch is one shard:
             what an interruption can lose at most.
         sinks: Which tokens of prompts with pictures are sinks; None means that no sink dims are known.
+        sampling: Estimate what attention shows from some query rows; None looks at all.
     """
 
     signals: frozenset[Signal] = frozenset(ALL_SIGNALS)
@@ -56,6 +58,7 @@ class TracePlan:
     batch_prompts: int = 16
     batch_tokens: int = 4096
     sinks: SinkRule | None = None
+    sampling: Sampling | None = None
 
     def sources(self) -> frozenset[Source]:
         return frozenset(signal.source for signal in self.signals)
@@ -63,6 +66,7 @@ class TracePlan:
     def describe(self) -> dict[str, Any]:
         """For the manifest, and compared when a run is resumed."""
         return {
+            **({} if self.sampling is None else {"sampling": self.sampling.describe()}),
             "mode": str(self.mode),
             "signals": sorted(signal.name for signal in self.signals),
             "own_experts": self.own_experts,
@@ -177,8 +181,7 @@ def trace(
         with modes_restored(model):
             return trace(open_with(model), prompts, plan, store=store, progress=progress)
     opened, plan = model, plan or TracePlan()
-    if missing := backend_of(opened).missing(opened):
-        plan = replace(plan, signals=plan.signals - set(missing))
+    plan = recordable(opened, plan)
     everything = tuple(prompts.prompts if isinstance(prompts, PromptSet) else prompts)
     result = empty_trace(opened, plan)
     result.records = store.load_records() if store else []
@@ -196,6 +199,14 @@ def trace(
             progress(len(done), len(everything))
     result.records.sort(key=lambda record: record.index)
     return result
+
+
+def recordable(opened: OpenedModel, plan: TracePlan) -> TracePlan:
+    """The plan without what the library that runs the model cannot show, and what a sample of rows cannot."""
+    left_out = set(backend_of(opened).missing(opened))
+    if plan.sampling is not None:
+        left_out |= set(not_estimable())
+    return replace(plan, signals=plan.signals - left_out) if plan.signals & left_out else plan
 
 
 def empty_trace(opened: OpenedModel, plan: TracePlan) -> Trace:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from sinklens.kernels.sample import RowSample
+from sinklens.kernels.sampled import row_mean
 from sinklens.kernels.spec import AttentionCall, AttentionStatistics, Stat
 
 
@@ -44,6 +47,25 @@ class PromptView:
     def share(self) -> Float[Tensor, "head pos"]:
         """Mean attention that each key receives from the queries that see it."""
         return self.of(Stat.RECEIVED) / self.visible.clamp(min=1)
+
+    @property
+    def sample(self) -> RowSample | None:
+        """The rows that were looked at, as places in the padded row; None for all."""
+        samples = self.statistics.samples
+        return None if samples is None else samples[self.row]
+
+    def over_rows(self, stat: Stat) -> tuple[Float[Tensor, " head"], Float[Tensor, " head"] | None]:
+        """Mean over the queries, and its standard error where they were sampled."""
+        if self.sample is None:
+            return self.of(stat).mean(-1), None
+        return row_mean(self.statistics[stat][self.row], self.sample)
+
+    def error(self, stat: Stat) -> Float[Tensor, "head pos"]:
+        """Standard error of a sum over the queries that was estimated, 0 where all were taken."""
+        variances = self.statistics.variances
+        if stat not in variances:
+            return torch.zeros_like(self.of(stat))
+        return variances[stat][self.row][:, self.span].sqrt()
 
     @property
     def knows_vectors(self) -> bool:

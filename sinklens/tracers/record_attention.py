@@ -71,6 +71,8 @@ class AttentionRecorder:
         self.reading = ReadingRecorder(ledger)
         self.text_queries: TextQueriesRecorder | None = None
         self.pictures: PicturesRecorder | None = None
+        self.sampled: dict[int, np.ndarray] = {}
+        """By prompt, the query rows that were looked at; those that are not here were looked at in full."""
         self._stats = frozenset(stat for signal in ledger.wanted for stat in STATS_OF.get(signal, ()))
 
     def asks(self, site: Site, call: AttentionCall) -> Want:
@@ -101,6 +103,9 @@ class AttentionRecorder:
         lengths = [len(places) for places in self.ledger.places(call.key.shape[2], call.key.device)]
         for row, (span, length) in enumerate(zip(spans, lengths, strict=True)):
             view = PromptView(row, site.layer, call, statistics, span, length)
+            if view.sample is not None and row not in self.sampled:
+                places = self.ledger.places(call.key.shape[2], call.key.device)[row].cpu().numpy()
+                self.sampled[row] = np.searchsorted(places, view.sample.rows).astype(np.int32)
             self._keys(view)
             self._rows(view)
             self._references(view)
@@ -121,16 +126,23 @@ class AttentionRecorder:
         if signal in self.ledger.wanted or signal in _ALWAYS:
             self.ledger.put(view.row, signal.name + suffix, view.layer, value)
 
+    def _error(self, view: PromptView, signal: Signal, stat: Stat) -> None:
+        """The standard error of a mean over the queries that see a key, where they were sampled."""
+        if view.statistics.samples is not None:
+            self._put(view, signal, view.error(stat) / view.visible.clamp(min=1), sig.ERROR)
+
     def _keys(self, view: PromptView) -> None:
         """What keys receive."""
         wanted, visible = self.ledger.wanted, view.visible
         self._put(view, sig.VISIBLE_QUERIES, visible.amax(0).to(torch.int32))
         if view.has(Stat.RECEIVED):
             self._put(view, sig.ATTENTION_RECEIVED, view.share)
+            self._error(view, sig.ATTENTION_RECEIVED, Stat.RECEIVED)
             if wanted & USERS_OF_REFERENCES:
                 self.leaders.add(view)
         if view.has(Stat.TOP1):
             self._put(view, sig.ATTENTION_TOP1, view.of(Stat.TOP1) / visible.clamp(min=1))
+            self._error(view, sig.ATTENTION_TOP1, Stat.TOP1)
         if view.has(Stat.DIAGONAL):
             self._put(view, sig.ATTENTION_SELF, view.of(Stat.DIAGONAL))
         if wanted & _COLUMNS:
@@ -152,7 +164,10 @@ class AttentionRecorder:
         """Means over the queries."""
         for signal, stat in _PER_ROW.items():
             if view.has(stat):
-                self._put(view, signal, view.of(stat).mean(-1))
+                mean, error = view.over_rows(stat)
+                self._put(view, signal, mean)
+                if error is not None:
+                    self._put(view, signal, error, sig.ERROR)
 
     def _references(self, view: PromptView) -> None:
         """Which positions the block's references are, and what the queries after them give."""
@@ -183,9 +198,14 @@ def keep_positions(arrays: Arrays, limits: Limits) -> None:
     ranking = np.argsort(np.where(enough, -peak, np.inf), kind="stable")
     kept = np.union1d(np.arange(min(limits.leading, len(peak))), ranking[: limits.strongest])
     arrays[sig.KEPT_POSITIONS.name] = kept.astype(np.int32)
+    error = arrays.get(sig.ATTENTION_RECEIVED.name + sig.ERROR)
+    if error is not None:
+        # All heads read the same rows, so their errors may go together: a bound.
+        arrays[sig.ATTENTION_RECEIVED_MEAN.name + sig.ERROR] = error.mean(1)
     for signal in KEPT:
-        if signal.name in arrays and len(signal.axes) == 3:
-            arrays[signal.name] = np.ascontiguousarray(arrays[signal.name][:, :, kept])
+        for name in (signal.name, signal.name + sig.ERROR):
+            if name in arrays and len(signal.axes) == 3:
+                arrays[name] = np.ascontiguousarray(arrays[name][:, :, kept])
 
 
 def column_entropy(

@@ -61,6 +61,8 @@ class Recorder:
         for name in (sig.ROUTER_CHOICE.name, sig.ROUTER_WEIGHT.name):
             if name in arrays and sig.KEPT_POSITIONS.name in arrays:
                 arrays[name] = arrays[name][:, arrays[sig.KEPT_POSITIONS.name]]
+        if row in self.attention.sampled:
+            arrays[sig.SAMPLED_ROWS] = self.attention.sampled[row]
         prompt = (
             self.ledger.batch.prompts[row]
             if self.ledger.batch.prompts

@@ -138,6 +138,10 @@ def _run_checks(
         if len(batches) > 1:
             checks.append(_agreement(opened, batches[1], plan, name="blocked = dense, padded batch"))
         checks.append(_mass(opened, batches[-1], plan))
+        if plan.sampling is not None:
+            from .check_sampling import sampling_check
+
+            checks.append(sampling_check(opened, batches[-1], plan))
         checks += _kernel_agrees(opened, batches[-1], plan)
         checks.append(_causal(opened, short))
     if window is not None:
@@ -289,6 +293,7 @@ def _kernel_agrees(opened: OpenedModel, batch: Batch, plan: TracePlan) -> list[C
 def _observe(opened: OpenedModel, batch: Batch, plan: TracePlan) -> Agreement:
     recorder = Recorder(batch, len(opened.anatomy.main.blocks), plan.signals, plan.limits, plan.sinks)
     agreement = Agreement(recorder.attention)
+    plan = replace(plan, sampling=None)  # every row; samples have a check of their own
     backend = backend_of(opened)
     with backend.attention(opened, batch, agreement, plan):
         backend.forward(opened, batch)

@@ -41,6 +41,10 @@ from .signals_visual import VISUAL_MASS as VISUAL_MASS
 from .signals_visual import VISUAL_SINK_MASS as VISUAL_SINK_MASS
 
 FIRST_MASS_BINS = 20
+SAMPLED_ROWS = "sampled_rows"
+"""The array of a record that names the query rows looked at, ascending; absent where all were."""
+ERROR = "_se"
+"""`<name>_se` is the standard error of a signal that was estimated from a sample of the query rows; see `sampling`."""
 
 _A, _R, _D, _E = Source.ATTENTION, Source.RESIDUAL, Source.DOWN_PROJ, Source.EXPERTS
 

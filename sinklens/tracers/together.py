@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from sinklens.inputs.spec import PromptSet
 from sinklens.models.spec import OpenedModel
 
-from .backends import backend_of
 from .batch import device_of
-from .executor import TracePlan, empty_trace, partition, run_group
+from .executor import TracePlan, empty_trace, partition, recordable, run_group
 from .store import RunStore, packed, unpacked
 from .team import Team
 from .trace import Trace
@@ -38,8 +36,7 @@ def trace_together(
         ResourceError: Memory ran out here, or another process is gone; finished batches are in the store.
         Elsewhere: Another process gave up.
     """
-    if missing := backend_of(opened).missing(opened):
-        plan = replace(plan, signals=plan.signals - set(missing))
+    plan = recordable(opened, plan)
     result = empty_trace(opened, plan)
     result.records = store.load_records() if store is not None and team.leads else []
     before = set(team.told("traced before", [record.index for record in result.records]))

@@ -168,6 +168,8 @@ def attention_tap(
     where = sites(module, tower, "attention")
     tap = AttentionTap(where, seen.asks, seen.on_attention, mode=plan.mode, plan=plan.blocks)
     tap.counted = counted_rows(batch)
+    if plan.sampling is not None:
+        tap.samples = plan.sampling.of_batch(batch)
     return tap.attached(module)
 
 
@@ -189,4 +191,6 @@ def own_path(opened: OpenedModel, plan: TracePlan) -> str:
         )
     if plan.mode is Mode.FUSED:
         return f"fused: one blocked pass gives output and statistics (in place of {own})"
+    if plan.sampling is not None:
+        return f"faithful: the model's own {own} kernel gives the output, a sweep of sampled query rows the statistics"
     return f"faithful: the model's own {own} kernel gives the output, a blocked sweep the statistics"
