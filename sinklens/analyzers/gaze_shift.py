@@ -10,8 +10,8 @@ from jaxtyping import Float
 from sinklens.core.counts import counted
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure
+from sinklens.core.papers import GAZE_SHIFTS
 from sinklens.core.pictures import PictureMap, Quantity
-from sinklens.core.reference import Reference
 from sinklens.tracers import signals_pictures as pic
 from sinklens.tracers.trace import PromptRecord, Trace
 
@@ -62,15 +62,7 @@ class GazeShift(Analyzer):
         "<mi>q</mi><mo>-</mo><mn>1</mn><mo>,</mo><mi>v</mi></mrow></msub><mo>)</mo><mo>)</mo></math>"
     )
     needs = frozenset({pic.GAZE_SHIFT, pic.QUERIES_RECEIVED, pic.QUERIES_VISIBLE})
-    reference = Reference(
-        key="gift2025",
-        title="Capturing Gaze Shifts for Guidance: Cross-Modal Fusion Enhancement for VLM Hallucination Mitigation",
-        authors="Zheng Qi and Chao Shang and Evangelia Spiliopoulou and Nikolaos Pappas",
-        year=2025,
-        arxiv="2510.22067",
-        section="gaze shift saliency; inference.py, lines 210-258",
-        code="https://github.com/amazon-science/GIFT",
-    )
+    reference = GAZE_SHIFTS.at("gaze shift saliency; inference.py, lines 210-258")
 
     def analyze(self, trace: Trace) -> Finding:
         reason = why_none(trace, *(self.needs - {pic.GAZE_SHIFT}))

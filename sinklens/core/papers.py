@@ -135,3 +135,11 @@ DIVPRUNE = Reference(
     arxiv="2503.02175",
     code="https://github.com/vbdi/divprune",
 )
+GAZE_SHIFTS = Reference(
+    key="gift2025",
+    title="Capturing Gaze Shifts for Guidance: Cross-Modal Fusion Enhancement for VLM Hallucination Mitigation",
+    authors="Zheng Qi and Chao Shang and Evangelia Spiliopoulou and Nikolaos Pappas",
+    year=2025,
+    arxiv="2510.22067",
+    code="https://github.com/amazon-science/GIFT",
+)

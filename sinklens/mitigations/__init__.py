@@ -13,6 +13,7 @@ from .base import Mitigation
 from .edits import Edits
 from .effect import Effect, NothingEdited, Outcome
 from .expert_pruning import ExpertPruning
+from .gift import GIFT
 from .knock_out import KnockOut
 from .kv_bias import KVBias
 from .learned_sink import LearnedSink
@@ -31,6 +32,7 @@ from .zero_tuning import ZeroTuning
 
 __all__ = [
     "ACT",
+    "GIFT",
     "PAI",
     "VAR",
     "AttentionScaling",

@@ -87,10 +87,10 @@ class ExpertsTap:
         lookup: Lookup | None = None,
     ) -> None:
         self.sites = {id(module): site for module, site in sites.items()}
-        self._modules = list(sites)
+        self.modules = list(sites)
         self.observer, self.ablate, self.own_output = observer, frozenset(ablate), own_output
         self.lookup = lookup
-        self._before: dict[int, str | None] = {}
+        self.before: dict[int, str | None] = {}
         self.calls = 0
 
     @contextmanager
@@ -100,7 +100,7 @@ class ExpertsTap:
 
         if self.sites.keys() & _attached.keys():
             raise ModelError("The experts of this model are already being traced.")
-        for module in self._modules:
+        for module in self.modules:
             if not hasattr(module, "has_gate"):
                 raise ModelError(
                     f"{type(module).__name__} computes its experts itself, so they cannot be seen one by one.",
@@ -108,9 +108,9 @@ class ExpertsTap:
                     hint="Try: --analyzers primary-sinks,massive-activations",
                 )
         ExpertsInterface.register(NAME, _entry)
-        configs: dict[int, Any] = {id(module.config): module.config for module in self._modules}
+        configs: dict[int, Any] = {id(module.config): module.config for module in self.modules}
         before = {key: config._experts_implementation for key, config in configs.items()}
-        self._before = before
+        self.before = before
         try:
             for config in configs.values():
                 config._experts_implementation_internal = NAME
@@ -132,7 +132,7 @@ class ExpertsTap:
             module, hidden, index, weights, self._ablated(site.layer), self.lookup
         )
         if self.own_output:
-            output = own_experts(module, self._before[id(module.config)])(hidden, index, weights)
+            output = own_experts(module, self.before[id(module.config)])(hidden, index, weights)
         if self.observer is not None:
             self.observer(site, routed)
         return output

@@ -81,17 +81,19 @@ def test_beams(name: str) -> None:
         out = generated(model, given, num_beams=3, output_scores=True)
     prompt = given["input_ids"].shape[1]
     told = model.compute_transition_scores(out.sequences, out.scores, out.beam_indices)
-    grown = torch.ones_like(out.sequences[:, prompt:])
-    fresh = {
-        **given,
-        "input_ids": out.sequences,
-        "attention_mask": torch.cat([given["attention_mask"], grown], 1),
-    }
+    fresh = grown(given, out.sequences)
     with mitigation(model):
-        steps = [model_logits(model, fresh, prompt, at) for at in range(grown.shape[1])]
+        steps = [model_logits(model, fresh, prompt, at) for at in range(out.sequences.shape[1] - prompt)]
     scores = torch.stack(steps, 1).log_softmax(-1).gather(2, out.sequences[:, prompt:, None])[..., 0]
     torch.testing.assert_close(told, scores, rtol=0, atol=2e-4)
     assert effect.acted
+
+
+def grown(given: dict[str, Tensor], sequences: Tensor) -> dict[str, Tensor]:
+    """The prompts with their answers."""
+    more = torch.ones_like(sequences[:, given["input_ids"].shape[1] :])
+    mask = torch.cat([given["attention_mask"], more], 1)
+    return {**given, "input_ids": sequences, "attention_mask": mask}
 
 
 def model_logits(model: Any, given: dict[str, Tensor], prompt: int, at: int) -> Tensor:
