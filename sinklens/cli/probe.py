@@ -17,12 +17,15 @@ from .profile import (
     DeviceMap,
     Dtype,
     Force,
+    Images,
     Model,
     Offline,
     Prompts,
     Quiet,
     Revision,
     SeqLen,
+    SinkDimsOf,
+    Template,
     Trust,
     run_name,
 )
@@ -32,7 +35,9 @@ if TYPE_CHECKING:
     from sinklens.pipeline.options import ProfileOptions
     from sinklens.pipeline.probe import Probe
 
-app = typer.Typer(no_args_is_help=True, help="Experiments beside a profile: quantisation, streaming.")
+app = typer.Typer(
+    no_args_is_help=True, help="Experiments beside a profile: quantisation, streaming, pruning."
+)
 
 QUANTISATION = (
     "Examples:  sinklens probe quantisation --grid weights=4:activations=4  ·  "
@@ -42,8 +47,16 @@ STREAMING = (
     "Examples:  sinklens probe streaming  ·  "
     "sinklens probe streaming -m ./checkpoint --prompts book.txt --cache 4+1020 --cache 1+1023"
 )
+PRUNING = (
+    "Examples:  sinklens probe pruning -m vlm-shapes  ·  "
+    "sinklens probe pruning -m ./vlm --images questions.jsonl --keep 0.25,0.5  ·  "
+    "sinklens probe pruning -m ./vlm --with fastv,fastv:recency=true:sinks=dropped,divprune"
+)
 OPTIONS = (
     "prompts",
+    "images",
+    "chat_template",
+    "sink_dims",
     "n",
     "seq_len",
     "bos",
@@ -158,6 +171,62 @@ def streaming_command(
         rows = [(title, _number(result[name]["perplexity"]), _number(result[name]["after_full"]),
                  _interval(result[name]["added"])) for name, title in CONDITIONS.items()]  # fmt: skip
         _table([("", "perplexity", "once full", "loss added (95 %)"), *rows])
+    _places(found)
+
+
+@app.command(
+    "pruning",
+    help="What visual tokens cost when pruners take them: FastV and DivPrune, with and without what is known of sinks, "
+    "against random tokens. Prompts need pictures, questions and answers.",
+    epilog=PRUNING,
+)
+def pruning_command(
+    context: typer.Context,
+    model: Model = None,
+    pruners: Annotated[
+        str | None,
+        typer.Option(
+            "--with",
+            help="Pruners: fastv (layer, queries, recency, padding, sigma, sinks) and divprune (sinks), as "
+            "name:field=value, comma-separated; sinks are ranked, kept or dropped. [default: both with and without "
+            "corrections]",
+        ),
+    ] = None,
+    keep: Annotated[
+        str, typer.Option("--keep", help="Shares of the visual tokens that stay, comma-separated.")
+    ] = "0.25,0.5,0.75",
+    draws: Annotated[int, typer.Option("--draws", help="Random controls per share.")] = 4,
+    prompts: Prompts = None,
+    images: Images = None,
+    chat_template: Template = False,
+    n: Count = None,
+    sink_dims: SinkDimsOf = None,
+    bos: Bos = "auto",
+    seed: Seed = 0,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    device_map: DeviceMap = None,
+    revision: Revision = None,
+    trust_remote_code: Trust = False,
+    offline: Offline = False,
+    out: Out = None,
+    force: Force = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    from sinklens.evaluation.pruners import USUAL, chosen_pruners
+    from sinklens.pipeline.probe_pruning import probe_pruning
+
+    from .pruning import print_pruning, shares_of
+
+    quiet_libraries(offline=offline)
+    chosen = chosen_pruners(pruners.split(",")) if pruners else USUAL
+    found = _run(
+        "pruning", probe_pruning, context.params, list(chosen), {"keeps": shares_of(keep), "draws": draws}
+    )
+    if as_json:
+        return
+    print_pruning(found.results[0])
     _places(found)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -14,6 +15,7 @@ from sinklens.core.papers import DIVPRUNE, FASTV
 from sinklens.core.recency import no_outliers, recency_fit
 from sinklens.core.reference import Reference
 from sinklens.core.registry import Registry
+from sinklens.core.suggest import did_you_mean
 
 from .token_ranking import detrended, largest, most_different, without_padding
 
@@ -77,9 +79,20 @@ class Pruner(ABC):
         return ":".join([self.name, *own])
 
     @property
-    def plain(self) -> Pruner:
-        """The same pruner without any correction."""
-        return replace(self, sinks="ranked")
+    def corrections(self) -> dict[str, Any]:
+        """Fields that correct the ranking, with the value that does not."""
+        return {"sinks": "ranked"}
+
+    @property
+    def simpler(self) -> list[str]:
+        """Labels of the same pruner with one correction less, and with none: what it is compared with."""
+        own = [name for name, usual in self.corrections.items() if getattr(self, name) != usual]
+        steps = [[name] for name in own] + ([own] if len(own) > 1 else [])
+        return [self.without(step).label for step in steps]
+
+    def without(self, corrections: Sequence[str]) -> Self:
+        """The same pruner without some corrections."""
+        return replace(self, **{name: self.corrections[name] for name in corrections})
 
     def why_not(self, read: list[Read]) -> str | None:
         """Why this pruner has no meaning on these prompts, a sentence; None if it has."""
@@ -111,7 +124,7 @@ def _shown(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value).lower()
 
 
-registry: Registry[type[Pruner]] = Registry("pruner", "docs/vision.md")
+registry: Registry[type[Pruner]] = Registry("pruner", "sinklens probe pruning --help")
 
 
 @registry.register("fastv")
@@ -167,8 +180,11 @@ class FastV(Pruner):
         return self.layer
 
     @property
-    def plain(self) -> FastV:
-        return replace(self, sinks="ranked", recency=False, padding=False, sigma=None)
+    def corrections(self) -> dict[str, Any]:
+        return {"sinks": "ranked", "recency": False, "padding": False}
+
+    def without(self, corrections: Sequence[str]) -> Self:
+        return replace(super().without(corrections), **({"sigma": None} if "recency" in corrections else {}))
 
     def why_not(self, read: list[Read]) -> str | None:
         why = super().why_not(read)
@@ -247,6 +263,41 @@ class DivPrune(Pruner):
 
     def kept(self, read: Read, count: int) -> Int[np.ndarray, " kept"]:
         return most_different(read.features, count, **self._first_and_never(read))
+
+
+def chosen_pruners(asked: Iterable[str]) -> tuple[Pruner, ...]:
+    """Pruners from `name:field=value:field=value`.
+
+    Raises:
+        UsageError: No such pruner or field, or a value of another kind.
+    """
+    return tuple(_pruner(text.strip()) for text in asked)
+
+
+def _pruner(text: str) -> Pruner:
+    name, *settings = text.split(":")
+    cls = registry[name]
+    kinds = {"recency": bool, "padding": bool, "layer": int, "sigma": float}
+    given: dict[str, Any] = {}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        if key not in (known := {f.name for f in fields(cls)}):
+            raise UsageError(
+                f"{name} has no field {key!r}.",
+                detail=did_you_mean(key, known) or f"It has: {', '.join(sorted(known))}.",
+                hint=f"Write {name}:field=value.",
+            )
+        given[key] = _value(f"{name}:{key}", value, kinds.get(key, str))
+    return cls(**given)
+
+
+def _value(what: str, text: str, kind: type) -> Any:
+    words = {"true": True, "false": False}
+    try:
+        return words[text.lower()] if kind is bool else kind(text)
+    except (KeyError, ValueError):
+        wanted = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
+        raise UsageError(f"{what} must be {wanted}, got {text!r}.") from None
 
 
 USUAL: tuple[Pruner, ...] = (

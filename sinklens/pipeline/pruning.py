@@ -35,6 +35,7 @@ DRAWS = 4
 SEARCHED = 8
 """Prompts that sink dims are searched on."""
 QUANTITIES = ("loss", "right", "kl")
+RANDOM = "random tokens"
 LOSS = Metric("loss", "loss of the answer", "nats per token", "loss", better=-1, role="primary")
 READ = frozenset({pic.QUERIES_RECEIVED, pic.QUERIES_VISIBLE, sig.PHI, sig.INPUT_TYPICAL, sig.INPUT_LARGE})
 Progress = Callable[[int, int], None]
@@ -58,7 +59,7 @@ def pruning_probe(
     Pruners choose while the question is read and see nothing of the answer. Tokens that stay keep their positions.
     What is compared are the answers (`evaluation.answers`), within a prompt: with random tokens of the same number that
     leave at the same layer (averaged over `draws`), and, for a pruner that knows of sinks or corrects its ranking, with
-    the same pruner that does not.
+    the same pruner with one correction less, and with none, as far as these are asked for too.
 
     Args:
         prompts: With pictures, a question behind them, and then the known answer; others are left out.
@@ -70,15 +71,16 @@ def pruning_probe(
 
     Returns:
         Plain JSON: `verdict` (a sentence), `base` (loss and right of the unpruned model), `rows` (per pruner and share:
-        `kept` tokens, changes of `loss`, `right` and `kl` with intervals, the same of random tokens, `versus_random`
-        and `versus_plain` with p values and verdicts), `fits` of corrected rankings, `sinks`, `skipped` pruners with
-        their reasons, and the settings.
+        `kept` tokens, changes of `loss`, `right` and `kl` with intervals, the same of random tokens, and `versus`, by
+        what it is compared with, interval, p value and verdict on the loss), `fits` of corrected rankings, `sinks`,
+        `skipped` pruners with their reasons, and the settings.
 
     Raises:
         DataError: Too few prompts have a picture, a question and an answer, or the two parts overlap.
         UsageError: A share that is none, the same pruner twice, or a layer that the model does not have.
     """
-    probe = _Probe(opened, {pruner.label: pruner for pruner in pruners}, tuple(keeps), draws, seed)
+    simpler = {pruner.label: pruner.simpler for pruner in pruners}
+    probe = _Probe(opened, {pruner.label: pruner for pruner in pruners}, tuple(keeps), draws, seed, simpler)
     probe.check(len(pruners))
     first, later = _parts(prompts, calibration, seed)
     rule, why = _rule(opened, first, sinks)
@@ -123,6 +125,7 @@ class _Probe:
     keeps: tuple[float, ...]
     draws: int
     seed: int
+    simpler: dict[str, list[str]]
     base: dict[str, list[float]] = field(default_factory=lambda: {"loss": [], "right": []})
     cells: dict[tuple[str, float], _Cell] = field(default_factory=dict)
 
@@ -308,19 +311,18 @@ def _described(rule: SinkRule | None, why: str | None, read: list[Read]) -> dict
 def _rows(probe: _Probe) -> list[dict[str, Any]]:
     """One row per pruner and share; p values are corrected over all comparisons of the probe."""
     rows = _compared(probe)
-    pairs = [(row, key) for row in rows for key in ("versus_random", "versus_plain") if row[key]]
-    corrected = holm([row[key]["p_value"] for row, key in pairs])
-    for (row, key), p in zip(pairs, corrected, strict=True):
-        row[key]["p_holm"] = p
-        row[key]["verdict"] = _verdict(row[key], "random tokens" if key == "versus_random" else row["plain"])
+    pairs = [(other, found) for row in rows for other, found in row["versus"].items()]
+    corrected = holm([found["p_value"] for _, found in pairs])
+    for (other, found), p in zip(pairs, corrected, strict=True):
+        found["p_holm"] = p
+        found["verdict"] = _verdict(found, other)
     return rows
 
 
 def _compared(probe: _Probe) -> list[dict[str, Any]]:
     pairs = [(label, share) for label in probe.pruners for share in probe.keeps]
-    plain = {label: pruner.plain.label for label, pruner in probe.pruners.items()}
-    several = {label for label in plain if plain[label] != label and plain[label] in probe.pruners}
-    verdicts = len(pairs) + len(several) * len(probe.keeps)
+    others = {label: [one for one in probe.simpler[label] if one in probe.pruners] for label in probe.pruners}
+    verdicts = sum(1 + len(others[label]) for label, _ in pairs)
     rows = []
     for label, share in pairs:
         cell = probe.cells[label, share]
@@ -329,13 +331,12 @@ def _compared(probe: _Probe) -> list[dict[str, Any]]:
         for name in QUANTITIES:
             row[name] = mean_interval(np.array(cell.mine[name])).to_json()
             row[f"random_{name}"] = mean_interval(np.array(cell.random[name])).to_json()
-        row["versus_random"] = _loss(cell.random, cell.mine, probe.seed, verdicts).to_json()
-        row["plain"], row["versus_plain"], row["same_as_plain"] = plain[label], None, None
-        if label in several:
-            other = probe.cells[plain[label], share]
-            same = [len(set(a) & set(b)) / len(a) for a, b in zip(cell.places, other.places, strict=True)]
-            row["same_as_plain"] = float(np.mean(same))
-            row["versus_plain"] = _loss(other.mine, cell.mine, probe.seed, verdicts).to_json()
+        row["versus"] = {RANDOM: _loss(cell.random, cell.mine, probe.seed, verdicts).to_json()}
+        for other in others[label]:
+            simpler = probe.cells[other, share]
+            same = [len(set(a) & set(b)) / len(a) for a, b in zip(cell.places, simpler.places, strict=True)]
+            found = _loss(simpler.mine, cell.mine, probe.seed, verdicts).to_json()
+            row["versus"][other] = {**found, "same_tokens": float(np.mean(same))}
         rows.append(row)
     return rows
 
@@ -359,13 +360,17 @@ def _verdict(found: Mapping[str, Any], other: str) -> str:
 
 def _sentence(rows: Sequence[Mapping[str, Any]]) -> str:
     """What the rows come to."""
-    against = [row["versus_random"]["verdict"] for row in rows]
-    better, worse = (sum(text.startswith(word) for text in against) for word in ("better", "worse"))
+
+    def count(found: Sequence[str]) -> tuple[int, int]:
+        better, worse = (sum(text.startswith(word) for text in found) for word in ("better", "worse"))
+        return better, worse
+
+    better, worse = count([row["versus"][RANDOM]["verdict"] for row in rows])
     said = (
         f"Of {len(rows)} prunings {better} cost less than random ones of the same size and {worse} cost more"
     )
-    own = [row["versus_plain"]["verdict"] for row in rows if row["versus_plain"]]
+    own = [found["verdict"] for row in rows for other, found in row["versus"].items() if other != RANDOM]
     if not own:
         return f"{said}."
-    helped, harmed = (sum(text.startswith(word) for text in own) for word in ("better", "worse"))
-    return f"{said}; of {len(own)} that know of sinks or places {helped} help and {harmed} harm, measurably."
+    helped, harmed = count(own)
+    return f"{said}; of {len(own)} corrections {helped} help and {harmed} harm, measurably."

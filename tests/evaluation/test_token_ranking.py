@@ -181,6 +181,9 @@ def test_labels_name_what_is_not_usual() -> None:
         "fastv:padding=true",
         "fastv:sinks=kept",
     ]
-    assert FastV(recency=True, sigma=1.25, sinks="kept").plain == FastV()
+    both = FastV(recency=True, sigma=1.25, sinks="kept")
+    assert both.simpler == ["fastv:recency=true:sigma=1.25", "fastv:sinks=kept", "fastv"]
+    assert FastV(recency=True).simpler == ["fastv"]
+    assert DivPrune().simpler == []
     assert {cls.reference.arxiv for _, cls in registry.items()} == {"2403.06764", "2503.02175"}
     assert all("When not to trust it:" in (cls.__doc__ or "") for _, cls in registry.items())

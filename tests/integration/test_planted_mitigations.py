@@ -93,3 +93,21 @@ def test_calibration_finds_it_from_the_command_line(tmp_path: Path, capsys: Any)
     assert entry["verdict"]["judgement"] == "helpful"
     assert entry["parameters"]["gamma"] < 1
     assert [truth["layer"], truth["head"]] in entry["parameters"]["heads"]
+
+
+def test_calibration_finds_var_without_being_told_the_sinks(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither sink dims nor parameters are given: both are found, and judged on other questions."""
+    monkeypatch.setattr(judging, "ROUNDS", 1)
+    bed, out = tmp_path / "bed", tmp_path / "run"
+    assert main(["testbed", "plant", "retrieval-visual", "--seed", "1", "--out", str(bed)]) == 0
+    truth = json.loads((bed / "truth.json").read_text())
+    capsys.readouterr()
+    asked = ["-m", str(bed), "--task", f"task:{bed / 'task.jsonl'}", "--with", "var", "--calibrate"]
+    assert main(["mitigate", "-q", "-n", "2", "--n-items", "22", *asked, "--json", "--out", str(out)]) == 0
+    (entry,) = json.loads(capsys.readouterr().out)["mitigations"]
+    assert entry["verdict"]["judgement"] == "helpful"
+    assert entry["parameters"]["rho"] == 0.5
+    assert entry["parameters"]["p"] >= 0.5
+    assert [item["dim"] for item in entry["parameters"]["dims"]["dims"]] == [truth["sink_dim"]]

@@ -120,14 +120,14 @@ def test_rules_of_known_worth_get_the_right_verdicts(
         progress=lambda done, total: steps.append((done, total)),
     )
     rows = {row["pruner"]: row for row in found["rows"]}
-    assert rows["objects"]["versus_random"]["verdict"] == "better than random tokens"
+    assert rows["objects"]["versus"]["random tokens"]["verdict"] == "better than random tokens"
     assert rows["objects"]["loss"]["mean"] < rows["objects"]["random_loss"]["mean"] / 2
-    assert rows["background"]["versus_random"]["verdict"] == "worse than random tokens"
+    assert rows["background"]["versus"]["random tokens"]["verdict"] == "worse than random tokens"
     assert {row["kept"] for row in rows.values()} == {18.0}
     # Without a slope the ranking is the same, so nothing is compared.
-    assert rows["fastv:recency=true:sigma=0"]["versus_plain"]["verdict"] == "the same as fastv"
-    assert rows["fastv:recency=true:sigma=0"]["same_as_plain"] == 1.0
-    assert rows["fastv"]["versus_plain"] is None
+    assert rows["fastv:recency=true:sigma=0"]["versus"]["fastv"]["verdict"] == "the same as fastv"
+    assert rows["fastv:recency=true:sigma=0"]["versus"]["fastv"]["same_tokens"] == 1.0
+    assert rows["fastv"]["versus"].keys() == {"random tokens"}
     reasons = {item["pruner"]: item["why"] for item in found["skipped"]}
     assert reasons.keys() == {"fastv:sinks=dropped", "fastv:padding=true"}
     assert "no sink dims" in reasons["fastv:sinks=dropped"]
@@ -137,8 +137,10 @@ def test_rules_of_known_worth_get_the_right_verdicts(
     assert fit["n"] == found["n_calibration"] == 16
     assert steps[-1] == (24, 24)
     assert found["verdict"].startswith("Of 5 prunings ")
-    p_values = [r["versus_random"]["p_value"] for r in rows.values()]
-    assert all(row["versus_random"]["p_holm"] >= p for row, p in zip(rows.values(), p_values, strict=True))
+    p_values = [r["versus"]["random tokens"]["p_value"] for r in rows.values()]
+    assert all(
+        row["versus"]["random tokens"]["p_holm"] >= p for row, p in zip(rows.values(), p_values, strict=True)
+    )
 
 
 def test_changes_are_those_of_tokens_that_are_gone(model: Any, prompts: tuple[Prompt, ...]) -> None:
@@ -184,3 +186,25 @@ def test_what_cannot_be_judged_is_refused(model: Any, prompts: tuple[Prompt, ...
         pruning_probe(model, prompts, [FastV()], calibration=1.5)
     with pytest.raises(UsageError, match="or 'search'"):
         pruning_probe(model, prompts, [FastV()], sinks="found")
+
+
+def test_planted_sinks_cost_a_pruner_its_budget(tmp_path: Path) -> None:
+    """Four specks that mean nothing get most attention: FastV keeps them first and loses what is asked for."""
+    from sinklens.evaluation.pictures import processor_of
+    from sinklens.inputs.vision import load_pictures
+    from sinklens.testbeds import plant_testbed
+
+    truth: Any = plant_testbed("retrieval-visual", tmp_path, seed=1)
+    bed = open_model(str(tmp_path))
+    rows = str(tmp_path / "sinklens_pictures.jsonl")
+    given = load_pictures(None, processor_of(bed), bed.module.config, prompts=rows)
+    pruners = [FastV(), FastV(sinks="dropped"), FastV(sinks="kept"), DivPrune(sinks="dropped")]
+    found = pruning_probe(bed, given, pruners, keeps=[0.2], draws=2)
+    assert found["sinks"]["dims"] == [truth.sink_dim]
+    assert found["sinks"]["per_prompt"] == 4.0
+    versus = {row["pruner"]: row["versus"] for row in found["rows"]}
+    assert versus["fastv:sinks=dropped"]["fastv"]["verdict"] == "better than fastv"
+    assert versus["fastv:sinks=dropped"]["fastv"]["same_tokens"] == pytest.approx(0.2)
+    assert versus["fastv:sinks=kept"]["fastv"]["verdict"] == "the same as fastv"
+    assert versus["divprune:sinks=dropped"]["random tokens"]["verdict"] == "better than random tokens"
+    assert not found["skipped"]
