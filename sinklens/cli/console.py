@@ -45,6 +45,8 @@ class ConsoleListener:
         heads = f"{info.layers} layers x {info.heads} heads ({info.kv_heads} KV)"
         revision = f" @ {info.revision[:12]}" if info.revision else ""
         self.line("Model", f"{info.id}{revision}  {info.family} · {heads}{experts} · {info.dtype}")
+        if opened.blocks is not None:
+            self.line("Stream", f"blocks are read from disk one at a time ({opened.blocks.why})")
 
     def planned(self, prompts: PromptSet, analyzers: tuple[Analyzer, ...]) -> None:
         said = prompts.description

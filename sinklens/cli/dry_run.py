@@ -45,6 +45,11 @@ def print_plan(model: str | None, options: ProfileOptions, *, as_json: bool) -> 
         "Disk": f"about {size(predicted.disk)}",
         "Time": time,
     }
+    if (stream := predicted.stream) is not None:
+        disk = f", {size(stream.spilled)} of them on disk" if stream.spilled else ""
+        states = f"{size(stream.states)} of states between blocks{disk}"
+        parts = f"{size(stream.shell)} stay, 2 of {info.layers} blocks of {size(stream.block)} at a time"
+        lines["Stream"] = f"on ({stream.why}): {parts}, {states}"
     for name, cost in predicted.experiments.items():
         took = "" if cost["seconds"] is None else f", about {duration(cost['seconds'])}"
         when = "; only if that takes under a minute" if cost["if_short"] else ""

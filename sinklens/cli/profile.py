@@ -61,6 +61,19 @@ Device = Annotated[str | None, typer.Option("--device", help="cpu, cuda, cuda:1,
 DeviceMap = Annotated[
     str | None, typer.Option("--device-map", help="Passed to transformers, for instance auto.")
 ]
+Stream = Annotated[
+    str,
+    typer.Option(
+        "--stream",
+        help="Read blocks from disk one at a time: on, off, or auto for models larger than memory.",
+    ),
+]
+StreamBudget = Annotated[
+    str | None,
+    typer.Option(
+        "--stream-budget", help="Memory for states between blocks, as 2GB; more goes to disk. [default: 2GiB]"
+    ),
+]
 Revision = Annotated[str | None, typer.Option("--revision", help="Commit, branch or tag on the hub.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Backend = Annotated[
@@ -149,6 +162,8 @@ def command(
     dtype: Dtype = "auto",
     device: Device = None,
     device_map: DeviceMap = None,
+    stream: Stream = "auto",
+    stream_budget: StreamBudget = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     backend: Backend = None,

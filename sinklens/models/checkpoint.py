@@ -23,11 +23,12 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """One entry of a safetensors header: shape, and bytes of data."""
+    """One entry of a safetensors header: shape, bytes of data, and where in the file they begin."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    start: int = 0
 
 
 def read_config(folder: Path, name: str) -> dict[str, Any]:
@@ -131,7 +132,10 @@ def read_header(path: Path, name: str) -> dict[str, TensorHeader]:
         entries = {key: value for key, value in json.loads(raw).items() if key != "__metadata__"}
         header = {
             key: TensorHeader(
-                item["dtype"], tuple(item["shape"]), item["data_offsets"][1] - item["data_offsets"][0]
+                item["dtype"],
+                tuple(item["shape"]),
+                item["data_offsets"][1] - item["data_offsets"][0],
+                8 + int(length) + item["data_offsets"][0],
             )
             for key, item in entries.items()
         }

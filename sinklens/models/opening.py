@@ -30,6 +30,7 @@ from .loading import (
 )
 from .processors import load_processor
 from .spec import Anatomy, ModelInfo, OpenedModel
+from .streaming import open_streamed, refuse_unstreamable
 
 PROMPTS = "sinklens_prompts.jsonl"
 PICTURES = "sinklens_pictures.jsonl"
@@ -44,6 +45,7 @@ class ModelDescription:
         stored_bytes: Weights as they are stored; estimated from the config if the files are not at hand.
         loaded_bytes: Weights in memory at the dtype asked for.
         estimated: Whether `stored_bytes` is an estimate.
+        block_bytes, shell_bytes: The largest block of the main tower and everything outside its blocks, in memory.
     """
 
     info: ModelInfo
@@ -51,6 +53,8 @@ class ModelDescription:
     stored_bytes: int
     loaded_bytes: int
     estimated: bool = False
+    block_bytes: int = 0
+    shell_bytes: int = 0
 
 
 def open_model(
@@ -64,6 +68,7 @@ def open_model(
     device_map: Any = None,
     trust_remote_code: bool = False,
     quantization: Any = None,
+    stream: bool = False,
 ) -> OpenedModel:
     """Opens a model for tracing, in eval mode.
 
@@ -77,6 +82,7 @@ def open_model(
         device_map: As in transformers, instead of `device`.
         trust_remote_code: Whether code that comes with the model may run.
         quantization: `4bit`, `8bit` or a config of transformers.
+        stream: Leave the blocks of the main tower on disk and load each one when it runs.
 
     Raises:
         ModelError: The model cannot be used; each cause has its own message.
@@ -87,7 +93,12 @@ def open_model(
         return spec
     if isinstance(spec, nn.Module):
         _only_in_memory(
-            dtype=dtype, device=device, device_map=device_map, revision=revision, quantization=quantization
+            dtype=dtype,
+            device=device,
+            device_map=device_map,
+            revision=revision,
+            quantization=quantization,
+            stream=stream or None,
         )
         return _in_memory(spec, tokenizer, processor)
     source = locate(_name(spec), revision)
@@ -95,14 +106,21 @@ def open_model(
     config = load_config(source, trust_remote_code)
     anatomy = _refuse_early(source, config, trust_remote_code)
     own_tokenizer = load_tokenizer(source, tokenizer, _reads_text(anatomy), trust_remote_code)
-    module, missing = load_weights(
-        source,
-        config,
-        dtype=wanted,
-        device_map=where,
-        trust_remote_code=trust_remote_code,
-        quantization=quantised,
-    )
+    blocks = None
+    if stream:
+        refuse_unstreamable(device_map, quantised)
+        module, blocks, missing = open_streamed(
+            source, config, dtype=wanted, device=where and where[""], trust_remote_code=trust_remote_code
+        )
+    else:
+        module, missing = load_weights(
+            source,
+            config,
+            dtype=wanted,
+            device_map=where,
+            trust_remote_code=trust_remote_code,
+            quantization=quantised,
+        )
     anatomy = find_anatomy(module)
     check_complete(source, anatomy, missing)
     check_finite(module, source.id)
@@ -116,6 +134,7 @@ def open_model(
         own_prompts(source),
         processor=processor,
         load_processor=lambda: load_processor(source, trust_remote_code),
+        blocks=blocks,
     )
 
 
@@ -149,13 +168,25 @@ def describe_model(
     commit = _commit(source)
     info = _info(shell, anatomy, source.id, commit, {}, kept)
     stored = _stored_bytes(source, commit)
+    by_block = [
+        kept.itemsize * sum(p.numel() for p in shell.get_submodule(block.path).parameters())
+        for block in anatomy.main.blocks
+    ]
     return ModelDescription(
         info=info,
         anatomy=anatomy,
         stored_bytes=info.parameters * stored_dtype.itemsize if stored is None else stored,
         loaded_bytes=info.parameters * kept.itemsize,
         estimated=stored is None,
+        block_bytes=max(by_block),
+        shell_bytes=info.parameters * kept.itemsize - sum(by_block),
     )
+
+
+def stored_bytes(spec: Any, revision: str | None = None) -> int | None:
+    """Bytes of a model's weight files, from their headers or the hub's index; None if that takes more."""
+    source = locate(_name(spec), revision)
+    return _stored_bytes(source, _commit(source))
 
 
 def _name(spec: Any) -> str | os.PathLike[str] | None:

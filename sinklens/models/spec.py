@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from .streaming import StreamedBlocks
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,7 @@ class OpenedModel:
         twin: The same weights in a plain transformers model, where the library has changed `module`.
         processor: What turns pictures and text into inputs, if it was given.
         load_processor: Loads the one that came with the checkpoint; see `models.processors.processor_of`.
+        blocks: What loads the main tower's blocks when they run; None where all weights are in memory.
     """
 
     module: nn.Module
@@ -188,6 +192,7 @@ class OpenedModel:
     twin: nn.Module | None = None
     processor: Any = None
     load_processor: Callable[[], Any] | None = None
+    blocks: StreamedBlocks | None = None
 
     @property
     def plain(self) -> nn.Module:

@@ -71,17 +71,21 @@ class Fit:
 
 
 @torch.no_grad()
-def find_sums(model: nn.Module, tower: Tower, run: Callable[[], Any]) -> None:
+def find_sums(
+    model: nn.Module, tower: Tower, run: Callable[[], Any], votes: Counter[Any] | None = None
+) -> None:
     """Fills in `sum` of every block that `run` reaches. Nothing stays on the model.
 
     Args:
         run: Runs one forward pass; a dozen tokens are enough, and their states are copied.
+        votes: For blocks that are looked at one after the other: what was found in the others so far.
     """
     with ExitStack() as stack:
         seen = {block.index: _watch(model, block, tower.hidden_size, stack) for block in tower.blocks}
         run()
     fits = {block.index: list(_fits(block, seen[block.index])) for block in tower.blocks}
-    votes = Counter(fit.names for found in fits.values() for fit in found)
+    votes = Counter() if votes is None else votes
+    votes.update(fit.names for found in fits.values() for fit in found)
     for block in tower.blocks:
         # Equal modules (an attention and its output projection) tie: the outermost one is taken everywhere.
         ranked = sorted(fits[block.index], key=lambda fit: (-votes[fit.names], fit.error, fit.depth))

@@ -95,6 +95,10 @@ def why_not(setting: Setting, run: Run, name: str, wanted: bool | None) -> str |
         return "It was switched off with --no-verify."
     prompts = setting.prepared.prompts.prompts
     opened, seed = setting.prepared.opened, setting.options.seed
+    if opened.blocks is not None:
+        return (
+            "It was not run, because each of its passes would read the model from disk again; add --verify."
+        )
     if ahead is not None:
         passes, tokens = ahead.passes, ahead.tokens
     else:

@@ -11,6 +11,8 @@ from sinklens.core.errors import UsageError
 from sinklens.core.suggest import did_you_mean
 from sinklens.inputs.encode import Bos
 
+from .cost import parse_size
+
 
 @dataclass(frozen=True)
 class ProfileOptions:
@@ -37,6 +39,9 @@ class ProfileOptions:
         sink_dims: Dims of the hidden state in which sinks of prompts with pictures are large: `published`,
             `third-party` or `1415,2533`; None searches for them.
         keep_positions: Strongest positions kept per head and prompt, besides the first 16.
+        stream: Read the model's blocks from disk one at a time: `on`, `off`, or `auto` for models that do not fit into
+            memory.
+        stream_budget: Memory for the states of all prompts between two blocks, as `2GB`; more is kept on disk.
     """
 
     prompts: str | Sequence[Any] | None = None
@@ -59,6 +64,8 @@ class ProfileOptions:
     dtype: str = "auto"
     device: str | None = None
     device_map: str | None = None
+    stream: str = "auto"
+    stream_budget: str | int | None = None
     revision: str | None = None
     trust_remote_code: bool = False
     backend: str | None = None
@@ -76,6 +83,10 @@ class ProfileOptions:
                 raise UsageError(
                     "--sample-queries saves nothing with --mode fused: one pass goes over every query row anyway."
                 )
+        if self.stream not in ("auto", "on", "off"):
+            raise UsageError(f"Unknown stream {self.stream!r}.", detail="It is auto, on or off.")
+        if self.stream_budget is not None:
+            parse_size(self.stream_budget, "--stream-budget")
         if self.images is not None and self.prompts is not None:
             raise UsageError(
                 "Give --images or --prompts, not both.",

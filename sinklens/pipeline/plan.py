@@ -15,10 +15,11 @@ from sinklens.tracers.signals_pictures import LENS, LENS_RANKS, PAIR_SETS, QUERY
 from sinklens.tracers.signals_visual import KEY_CLASSES, LEAST_ENERGY, MASS_FLOORS, SHARE_BINS
 
 from . import visual_experiments as visual
-from .cost import available_memory
+from .cost import available_memory, size
 from .options import ProfileOptions
 from .picture_prompts import has_pictures, refuse_without_pictures
 from .prepare import EFFECTS, READERS, SENSITIVITY, analyzers_for, plan_for, read_prompts, those_that_apply
+from .streaming import StreamCost, budget_of, device_of_run, stream_cost
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -44,6 +45,7 @@ class Prediction:
         disk: Size of the run folder's arrays.
         seconds: A rough estimate for this machine's CPU, None for models that will run elsewhere.
         experiments: Per experiment that is asked for or may run: `passes` and `tokens` in all, about, and `seconds`.
+        stream: What streaming takes; None where all blocks are in memory. `weights` and `working` count it.
     """
 
     weights: int
@@ -54,6 +56,7 @@ class Prediction:
     batches: int
     signals: tuple[str, ...]
     experiments: dict[str, dict[str, Any]]
+    stream: StreamCost | None = None
 
     @property
     def fits(self) -> bool | None:
@@ -85,11 +88,30 @@ def predict(model: str | None, options: ProfileOptions) -> tuple[ModelDescriptio
     analyzers = those_that_apply(options, analyzers, prompts)
     plan = plan_for(options, analyzers)
     on_cpu = options.device in (None, "cpu")
-    found = prediction(described, prompts, plan, on_cpu=on_cpu)
+    found = prediction(described, prompts, plan, on_cpu=on_cpu, device=device_of_run(options))
+    found = _streamed(options, described, prompts, plan, found)
     asked = experiments_of(options, analyzers, prompts, described.info.layers)
     for cost in asked.values():
         cost["seconds"] = _seconds(described, cost["tokens"]) if on_cpu else None
     return described, prompts, replace(found, experiments=asked)
+
+
+def _streamed(
+    options: ProfileOptions,
+    described: ModelDescription,
+    prompts: PromptSet,
+    plan: TracePlan,
+    found: Prediction,
+) -> Prediction:
+    """The prediction with blocks streamed, if they are to be."""
+    if options.stream == "off" or (options.stream == "auto" and found.fits is not False):
+        return found
+    needed = f"{size(found.weights + found.working)} are needed to hold all blocks"
+    why = "asked for" if options.stream == "on" else f"{needed}, {size(found.available)} are free"
+    batches = partition(prompts.prompts, most=plan.batch_prompts, tokens=plan.batch_tokens)
+    cost = stream_cost(described, batches, why, budget_of(options))
+    held = min(cost.states, cost.budget)
+    return replace(found, weights=cost.weights, working=found.working + held, stream=cost)
 
 
 def experiments_of(
@@ -117,7 +139,12 @@ def experiments_of(
 
 
 def prediction(
-    described: ModelDescription, prompts: PromptSet, plan: TracePlan, *, on_cpu: bool
+    described: ModelDescription,
+    prompts: PromptSet,
+    plan: TracePlan,
+    *,
+    on_cpu: bool,
+    device: str | None = None,
 ) -> Prediction:
     """The cost of tracing these prompts with this plan."""
     tower = described.anatomy.main
@@ -127,7 +154,7 @@ def prediction(
     return Prediction(
         weights=described.loaded_bytes,
         working=working_bytes(described, widest, plan) + picture_bytes(described, prompts, plan),
-        available=available_memory(),
+        available=available_memory(device),
         disk=sum(record_bytes(described, prompt, plan) for prompt in prompts.prompts),
         seconds=_seconds(described, tokens) if on_cpu else None,
         batches=len(batches),
@@ -273,7 +300,12 @@ def plan_document(described: ModelDescription, prompts: PromptSet, predicted: Pr
         "schema": "sinklens/plan/1",
         "model": asdict(described.info),
         "inputs": prompts.description,
-        "prediction": {**asdict(predicted), "fits": predicted.fits, "weights_estimated": described.estimated},
+        "prediction": {
+            **asdict(predicted),
+            "stream": None if predicted.stream is None else predicted.stream.to_json(),
+            "fits": predicted.fits,
+            "weights_estimated": described.estimated,
+        },
     }
     found = plain(document)
     assert isinstance(found, dict)

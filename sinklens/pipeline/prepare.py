@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from sinklens.core.errors import DataError, ModelError
 from sinklens.inputs.spans import Kind
 from sinklens.inputs.spec import Prompt, PromptSet
 from sinklens.models.spec import OpenedModel
+from sinklens.models.streaming import sampled
 from sinklens.tracers.announced import announced_on
 from sinklens.tracers.attention import Mode
 from sinklens.tracers.backends import backend_of, open_with
@@ -24,12 +26,14 @@ from sinklens.tracers.executor import TracePlan, recordable
 from sinklens.tracers.recorder import Limits
 from sinklens.tracers.sampling import Sampling, refuse_sampling
 from sinklens.tracers.selfcheck import Check, self_check
+from sinklens.tracers.streaming.check import check_streamed
 
 from .backends import chosen_backend, named_analyzers, refuse_lacking
 from .listener import Listener
 from .options import ProfileOptions
 from .picture_prompts import has_pictures, read_pictures, refuse_without_pictures, wants_pictures
 from .sinks import with_sinks
+from .streaming import budget_of, choose
 from .visual_experiments import EXIT, HORIZON, REMOVAL
 
 DEFAULT_PROMPTS, DEFAULT_SEQ_LEN = 32, 512
@@ -86,7 +90,12 @@ def prepare(
         "trust_remote_code": options.trust_remote_code,
     }
     backend = chosen_backend(options)
+    choice = choose(model, options)
+    if choice.on:
+        source["stream"] = True
     opened = open_with(model, backend=backend, dtype=options.dtype, **source)
+    if opened.blocks is not None:
+        opened.blocks.budget, opened.blocks.why = budget_of(options), choice.why
     refuse_lacking(options, opened)
 
     def reopen(dtype: str) -> OpenedModel:
@@ -97,7 +106,8 @@ def prepare(
 
     listener.opened(opened)
     if not wants_pictures(options, opened.default_prompts):
-        _reads_text(opened)
+        with nullcontext() if opened.blocks is None else sampled(opened.blocks, opened.anatomy):
+            _reads_text(opened)
     prompts = prompts_for(options, opened)
     refuse_without_pictures(options.analyzers, prompts)
     analyzers = those_that_apply(options, analyzers, prompts)
@@ -325,11 +335,12 @@ def plan_for(options: ProfileOptions, analyzers: tuple[Analyzer, ...]) -> TraceP
 def checked_plan(prepared: Prepared) -> tuple[TracePlan, list[Check]]:
     """Run the self-check; where the expert loop rounds differently from the model's kernel, run both."""
     plan = prepared.plan
-    checks = self_check(prepared.opened, prepared.prompts.prompts, plan)
+    check = self_check if prepared.opened.blocks is None else check_streamed
+    checks = check(prepared.opened, prepared.prompts.prompts, plan)
     changed = any(check.name.startswith("tracing leaves") and not check.passed for check in checks)
     if changed and prepared.opened.anatomy.main.n_experts and not plan.own_experts:
         plan = replace(plan, own_experts=True)
-        checks = self_check(prepared.opened, prepared.prompts.prompts, plan)
+        checks = check(prepared.opened, prepared.prompts.prompts, plan)
     return plan, checks
 
 

@@ -32,6 +32,7 @@ SHARED_SECTIONS = (
     "versions",
     "platform",
     "device",
+    "stream",
     "seeds",
     "time",
     "memory",

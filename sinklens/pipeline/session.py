@@ -22,6 +22,7 @@ from .listener import Listener
 from .options import ProfileOptions
 from .prepare import Prepared, checked_plan, prepare
 from .run import Run, load_run, stored_manifest, write_run
+from .streaming import stream_section
 from .words import note_words
 
 
@@ -39,7 +40,9 @@ class Session:
     ) -> None:
         self.prepared, self.store, self.listener, self.argv = prepared, store, listener, argv
         self.options, self.clock = options, Clock()
-        self.request = {"model": request, **options.request()}
+        # Decided once: an interrupted run goes on as it began, whatever memory is free then.
+        stream = "off" if prepared.opened.blocks is None else "on"
+        self.request = {"model": request, **options.request(), "stream": stream}
 
     def run(self, before: dict[str, Any] | None = None) -> Run:
         """Check, trace, analyze, save.
@@ -93,8 +96,10 @@ class Session:
         if self.store is None:
             return InterruptedRun("Stopped. Nothing was saved, because the run has no folder.")
         done, total = len(self.store.load_records()), len(self.prepared.prompts)
+        half_way = self.store.passed_blocks() if done < total else None
+        through = f"; the others have passed {half_way} blocks or more" if half_way else ""
         return InterruptedRun(
-            f"Stopped. {done}/{counted(total, 'prompt')} saved.",
+            f"Stopped. {done}/{counted(total, 'prompt')} saved{through}.",
             hint=f"Continue: sinklens profile --resume {self.store.folder}",
         )
 
@@ -114,6 +119,7 @@ class Session:
             inputs=self.prepared.prompts.description,
             tracing=described.tracing,
             **self._sections(),
+            **stream_section(self.prepared.opened),
         )
         if not self.prepared.opened.info.files_sha256:
             described.manifest["weights"] = weights_hash(self.prepared.opened.plain)

@@ -135,6 +135,11 @@ class _Task:
         options = self.options
         device = own_device(options.device, self.team.local_rank)
         prepared = prepare(self.model, None, replace(options, device=device), self.listener)
+        if prepared.opened.blocks is not None:
+            raise UsageError(
+                f"This model is read block by block ({prepared.opened.blocks.why}), which is one process's work.",
+                hint="Start it without torchrun, or with --stream off where the memory holds one copy per process.",
+            )
         self.total = len(prepared.prompts)
         return prepared
 

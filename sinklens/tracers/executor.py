@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from .announced import announced_on
 from .attention import Edit, Mode
 from .attention import sites as sites
 from .backends import backend_of, modes_restored, open_with
+from .backends.base import Counter
 from .batch import Batch, collate, device_of, forward, shortened
 from .experts import ExpertsTap, router_tap
 from .record_experts import ROUTER_SIGNALS
@@ -95,17 +96,36 @@ class Pass:
 
 def trace_batch(opened: OpenedModel, batch: Batch, plan: TracePlan, *, logits: bool = True) -> Pass:
     """Trace one batch through the main tower. Nothing stays on the model, also after an error."""
-    model, tower, backend = opened.module, opened.anatomy.main, backend_of(opened)
+    tower, backend = opened.anatomy.main, backend_of(opened)
     if (hosted := backend.hosted(opened, batch, plan)) is not None:
         return hosted
     recorder = Recorder(batch, len(tower.blocks), plan.signals, plan.limits, plan.sinks)
     if recorder.states.closely and not any(block.sum.checked for block in tower.blocks):
         short = shortened(batch)
         find_sums(opened.plain, tower, lambda: forward(opened.plain, short, logits=False))
+    with recording(opened, batch, plan, recorder) as attention, vision_tap(opened, batch, plan) as vision:
+        output = backend.forward(opened, batch, logits=logits)
+    calls = attention.calls if attention is not None else 0
+    records = recorder.records()
+    if vision is not None:
+        visual = batch.prompts[0].visual
+        records[0].arrays.update(vision.arrays(None if visual is None else visual.objects))
+    seen = None if vision is None else vision.blocks_seen
+    return Pass(records, output, calls, recorder.experts.routed_rows, seen)
+
+
+@contextmanager
+def recording(
+    opened: OpenedModel, batch: Batch, plan: TracePlan, recorder: Recorder
+) -> Iterator[Counter | None]:
+    """Show the blocks of the main tower to a recorder; yields what counts the attention calls, if they are shown."""
+    model, tower = opened.module, opened.anatomy.main
     with ExitStack() as stack:
         attention = None
         if Source.ATTENTION in plan.sources():
-            attention = stack.enter_context(backend.attention(opened, batch, recorder.attention, plan))
+            attention = stack.enter_context(
+                backend_of(opened).attention(opened, batch, recorder.attention, plan)
+            )
             if plan.signals & (OF_PROJECTION | OF_CONTRIBUTIONS):
                 stack.enter_context(projection_tap(model, tower, recorder.attention.on_projection))
         if recorder.inputs.needed:
@@ -129,15 +149,7 @@ def trace_batch(opened: OpenedModel, batch: Batch, plan: TracePlan, *, logits: b
                 lookup=recorder.experts.lookup,
             )
             stack.enter_context(experts.attached())
-        vision = stack.enter_context(vision_tap(opened, batch, plan))
-        output = backend.forward(opened, batch, logits=logits)
-    calls = attention.calls if attention is not None else 0
-    records = recorder.records()
-    if vision is not None:
-        visual = batch.prompts[0].visual
-        records[0].arrays.update(vision.arrays(None if visual is None else visual.objects))
-    seen = None if vision is None else vision.blocks_seen
-    return Pass(records, output, calls, recorder.experts.routed_rows, seen)
+        yield attention
 
 
 def edited_output(opened: OpenedModel, batch: Batch, edit: Edit) -> Any:
@@ -187,9 +199,17 @@ def trace(
     result.records = store.load_records() if store else []
     done = {record.index for record in result.records}
     device = device_of(opened)
-    for group in partition(everything, most=plan.batch_prompts, tokens=plan.batch_tokens):
-        if all(prompt.index in done for prompt in group):
-            continue
+    groups = [
+        group
+        for group in partition(everything, most=plan.batch_prompts, tokens=plan.batch_tokens)
+        if not all(prompt.index in done for prompt in group)
+    ]
+    if opened.blocks is not None and groups:
+        from .streaming import trace_streamed
+
+        result.records += trace_streamed(opened, groups, plan, store=store, progress=progress)
+        groups = []
+    for group in groups:
         records = run_group(opened, group, plan, device, len(done))
         result.records += records
         done |= {record.index for record in records}
@@ -212,6 +232,8 @@ def recordable(opened: OpenedModel, plan: TracePlan) -> TracePlan:
 def empty_trace(opened: OpenedModel, plan: TracePlan) -> Trace:
     """A trace of the main tower without prompts yet; what changes the model right now is said as `mitigations`."""
     tracing = {**plan.describe(), "attention_path": attention_path(opened, plan)}
+    if opened.blocks is not None:
+        tracing["weights"] = "streamed: each block is read from disk once, and all prompts pass through it"
     feature = vision_feature_layer(opened.module)
     if feature is not None:
         tracing["vision_feature_layer"] = feature

@@ -54,9 +54,12 @@ class Ledger:
         references: `references[b]` are the reference positions of prompt b in the running block (see
             `signals.REFERENCES`), -1 where there is none yet. The recorder of the attention seam moves the leader
             just before a block's attention runs, so attention, states and experts of a block see the same one.
+        carried: Names of the attributes that a block hands on to the next; every recorder says its own.
         attention_leads: Whether that recorder decides the leader; without attention the states' recorder does.
         routed: What the experts of the running block did, until the block ends.
     """
+
+    carried = ("references",)
 
     def __init__(self, batch: Batch, layers: int, wanted: Iterable[Signal], limits: Limits) -> None:
         self.batch, self.layers, self.wanted, self.limits = batch, layers, frozenset(wanted), limits

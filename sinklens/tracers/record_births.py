@@ -38,6 +38,8 @@ class Birth:
 class BirthsRecorder:
     """Collects the births of one batch, prompt by prompt and block by block."""
 
+    carried = ("found", "_aligned")
+
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self.found: list[list[Birth]] = [[] for _ in range(ledger.batch.size)]

@@ -23,6 +23,8 @@ LATER = frozenset(
 class ExpertsRecorder:
     """Collects what one batch shows at the experts seam."""
 
+    carried = ("routed_rows",)
+
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self.routed_rows = 0

@@ -28,6 +28,8 @@ class InputsRecorder:
         settle_references: Decides the reference tokens of the block that begins, from the blocks before it.
     """
 
+    carried = ("_large",)
+
     def __init__(self, ledger: Ledger, rule: SinkRule | None) -> None:
         self.ledger, self.rule = ledger, rule
         self.sinks: dict[int, Bool[Tensor, " pos"]] = {}

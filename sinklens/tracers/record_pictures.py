@@ -31,6 +31,8 @@ class PicturesRecorder:
         lens_every: The lens looks at the states entering every so many blocks; 0 is the first only.
     """
 
+    carried = ("_entered",)
+
     def __init__(self, ledger: Ledger, lens_every: int = 0) -> None:
         self.ledger, self.lens_every = ledger, lens_every
         self.wanted = ledger.wanted & pic.PICTURE_SIGNALS

@@ -18,6 +18,8 @@ from .prompt_view import PromptView
 class Leaders:
     """Follows, prompt by prompt, which position leads."""
 
+    carried = ("_received", "_visible")
+
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self._received: dict[int, Float[Tensor, " pos"]] = {}

@@ -3,6 +3,7 @@
     manifest.json       what is needed to repeat and to resume the run; `status` is running, complete or partial
     prompts.jsonl       one line per prompt: tokens, source, domain
     shards/*.safetensors  finished batches of a run that is not complete
+    streaming/          what has passed some blocks of a streamed model, while it runs
     arrays.safetensors  all arrays of a complete run, keyed `prompt/signal`
     tables/*.parquet    one tidy table per analyzer
     summary.json        the JSON document
@@ -33,6 +34,7 @@ from .trace import LayerInfo, PromptRecord, Trace, as_plain
 
 SCHEMA = "sinklens/run/1"
 LOCK = ".lock"
+STREAMING = "streaming"
 
 
 class RunStore:
@@ -62,6 +64,7 @@ class RunStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             for stale in (*self._shards(), self.folder / "arrays.safetensors"):
                 stale.unlink(missing_ok=True)
+            shutil.rmtree(self.folder / STREAMING, ignore_errors=True)
             (self.folder / "shards").mkdir(exist_ok=True)
             probe = self.folder / ".write-test"
             probe.write_bytes(b"sinklens")
@@ -140,17 +143,21 @@ class RunStore:
             shards.rmdir()
 
     def _write_arrays(self, path: Path, records: list[PromptRecord]) -> None:
+        self.write_bytes(path, packed(records))
+
+    def write_bytes(self, path: Path, data: bytes) -> None:
+        """Write a file below the folder, whole or not at all."""
         with self._guard():
             path.parent.mkdir(parents=True, exist_ok=True)
             partial = path.with_name(path.name + ".partial")
             try:
                 with open(partial, "wb") as file:
-                    file.write(packed(records))
+                    file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(partial, path)
             except OSError:
-                partial.unlink(missing_ok=True)  # half a shard would only keep a full disk full
+                partial.unlink(missing_ok=True)  # half a file would only keep a full disk full
                 raise
 
     @contextmanager
@@ -174,6 +181,12 @@ class RunStore:
             detail=f"{shards} finished batches are saved." if shards else "No batch was finished.",
             hint=f"Free some space, then: sinklens profile --resume {self.folder}",
         )
+
+    def passed_blocks(self) -> int | None:
+        """Blocks of a streamed model that every unfinished prompt has passed; None if none is on its way."""
+        # The probe goes first: all the others have passed the block before.
+        passed = [int(path.stem.rpartition("-")[2]) - 1 for path in self.folder.glob(f"{STREAMING}/probe-*")]
+        return max(passed, default=None)
 
     # reading ---------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,12 @@
+"""Models larger than memory: their blocks are read from disk when they run."""
+
+from .blocks import BUDGET as BUDGET
+from .blocks import SHELL as SHELL
+from .blocks import Sizes as Sizes
+from .blocks import StreamedBlocks as StreamedBlocks
+from .blocks import Walk as Walk
+from .blocks import sampled as sampled
+from .blocks import samples as samples
+from .blocks import walking as walking
+from .opening import open_streamed as open_streamed
+from .opening import refuse_unstreamable as refuse_unstreamable

@@ -1,0 +1,161 @@
+"""Tensors of safetensors files, read by place when they are asked for.
+
+Nothing is mapped into memory: what was read belongs to its tensor and goes with it, a file that is cut off while a
+run is under way gives an error and no crash, and reading releases the interpreter for whoever computes meanwhile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sinklens.core.errors import ModelError
+
+from ..checkpoint import TensorHeader, read_header
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass
+class StoredTensors:
+    """The tensors of some safetensors files by name.
+
+    Attributes:
+        name: How the model is called in messages.
+        where: File and header entry of each tensor.
+        bytes_read: Per tensor, all reads together.
+    """
+
+    name: str
+    where: dict[str, tuple[Path, TensorHeader]]
+    bytes_read: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, files: Iterable[Path], name: str) -> StoredTensors:
+        """Read the headers.
+
+        Raises:
+            ModelError: A file is no safetensors file, is cut off, or stores a type that torch has no name for.
+        """
+        where: dict[str, tuple[Path, TensorHeader]] = {}
+        for path in files:
+            if path.suffix != ".safetensors":
+                raise ModelError(
+                    f"{name!r} keeps its weights in {path.name}, which cannot be read block by block.",
+                    hint="Save it as safetensors (save_pretrained of transformers), or use --stream off.",
+                )
+            for key, header in read_header(path, name).items():
+                if header.dtype not in DTYPES:
+                    raise ModelError(
+                        f"{path.name} of {name!r} stores {key} as {header.dtype}, which streaming does not read.",
+                        hint="Use --stream off.",
+                    )
+                where[key] = (path, header)
+        return cls(name, where)
+
+    @property
+    def total_read(self) -> int:
+        return sum(self.bytes_read.values())
+
+    def file_of(self, key: str) -> str:
+        return self.where[key][0].name
+
+    def dtype_of(self, key: str) -> torch.dtype:
+        return DTYPES[self.where[key][1].dtype]
+
+    def shape_of(self, key: str) -> tuple[int, ...]:
+        return self.where[key][1].shape
+
+    def read(self, key: str) -> Tensor:
+        """A tensor as it is stored."""
+        found = torch.empty(self.shape_of(key), dtype=self.dtype_of(key))
+        self.read_into(key, found)
+        return found
+
+    def read_into(self, key: str, target: Tensor) -> None:
+        """Read a tensor into one that is contiguous and on the CPU; of another dtype, it is converted.
+
+        Raises:
+            ModelError: The file is gone or cut off, another shape is stored, or an entry is NaN or infinite.
+        """
+        path, header = self.where[key]
+        if tuple(target.shape) != header.shape:
+            raise ModelError(
+                f"{key} in {path.name} of {self.name!r} has the shape {list(header.shape)}.",
+                detail=f"The model's config asks for {list(target.shape)}.",
+                hint="Check that config.json and the weights belong together.",
+            )
+        if target.dtype != DTYPES[header.dtype]:
+            target.copy_(self.read(key))
+            return
+        if header.nbytes:
+            self._fill(path, header, key, target)
+            self.check(key, target)
+
+    def _fill(self, path: Path, header: TensorHeader, key: str, target: Tensor) -> None:
+        data: Any = target.reshape(-1).view(torch.uint8).numpy()
+        view = memoryview(data)
+        done = 0
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(header.start)
+                while done < header.nbytes and (count := file.readinto(view[done:])):
+                    done += count
+        except OSError as error:
+            raise ModelError(
+                f"{path.name} of {self.name!r} cannot be read: {error.strerror or error}.",
+                detail=f"The tensor {key} is stored there.",
+                hint="Put the file back; a run with --out goes on with --resume.",
+            ) from error
+        if done < header.nbytes:
+            raise ModelError(
+                f"{path.name} of {self.name!r} was cut off while it was in use.",
+                detail=f"The tensor {key} has {header.nbytes:,} bytes; {done:,} are left of it.",
+                hint="Copy or download the file again; a run with --out goes on with --resume.",
+            )
+        self.bytes_read[key] = self.bytes_read.get(key, 0) + done
+
+    def check(self, key: str, tensor: Tensor) -> None:
+        """Refuse NaN and infinity: one would make every statistic NaN."""
+        if tensor.dtype not in NUMBERS:
+            return
+        low, high = torch.aminmax(tensor)
+        masks = "mask" in key.rpartition(".")[2] and not bool(torch.isnan(low))
+        if not (low.isfinite() and high.isfinite()) and not masks:
+            raise ModelError(
+                f"{key} in {self.file_of(key)} of {self.name!r} holds NaN or infinity.",
+                detail="No statistic of such a model would be a number.",
+                hint="Was it saved from a diverged training run, or in fp16 out of range? Open an earlier checkpoint.",
+            )
+
+    def lazily(self, key: str) -> Any:
+        """What transformers' weight conversion takes for a tensor: it reads when it is indexed."""
+        return _Slice(self, key)
+
+
+class _Slice:
+    """A tensor that is read when it is indexed as a whole."""
+
+    def __init__(self, stored: StoredTensors, key: str) -> None:
+        self._stored, self._key = stored, key
+        self.shape = stored.shape_of(key)
+        self.dtype = stored.dtype_of(key)
+
+    def __getitem__(self, item: Any) -> Tensor:
+        return self._stored.read(self._key)[item]
+
+    def get_shape(self) -> list[int]:
+        return list(self.shape)
+
+    def get_dtype(self) -> str:
+        return self._stored.where[self._key][1].dtype

@@ -1,0 +1,159 @@
+"""Whether a model is read block by block, and what that is said to take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from sinklens.core.errors import UsageError
+from sinklens.models.spec import OpenedModel
+from sinklens.models.streaming import BUDGET
+
+from .cost import parse_size, size
+
+if TYPE_CHECKING:
+    from sinklens.inputs.spec import Prompt
+    from sinklens.models.opening import ModelDescription
+
+    from .options import ProfileOptions
+
+MARGIN = 4
+"""Models whose files are this many times smaller than the free memory are opened without further thought."""
+AT_A_TIME = 2
+"""Blocks in memory: the one that runs and the next one, which is read meanwhile."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Whether blocks are streamed, and why, in a few words."""
+
+    on: bool
+    why: str
+
+
+@dataclass(frozen=True)
+class StreamCost:
+    """What streaming takes, in bytes.
+
+    Attributes:
+        shell: Everything outside the blocks, in memory throughout.
+        block: The largest block; two are in memory at a time.
+        states: The states of all prompts between two blocks.
+        budget: How many of them may be in memory.
+        spilled: What is on disk beyond that, while the run lasts.
+    """
+
+    why: str
+    shell: int
+    block: int
+    states: int
+    budget: int
+
+    @property
+    def weights(self) -> int:
+        return self.shell + AT_A_TIME * self.block
+
+    @property
+    def spilled(self) -> int:
+        return max(0, self.states - self.budget)
+
+    def to_json(self) -> dict[str, Any]:
+        named = {name: getattr(self, name) for name in ("why", "shell", "block", "states", "budget")}
+        return {**named, "spilled": self.spilled}
+
+
+def budget_of(options: ProfileOptions) -> int:
+    return BUDGET if options.stream_budget is None else parse_size(options.stream_budget, "--stream-budget")
+
+
+def choose(model: Any, options: ProfileOptions) -> Choice:
+    """Whether to stream: as asked for, else where the model is predicted not to fit into memory.
+
+    Raises:
+        UsageError: Asked for where it cannot be.
+    """
+    if options.stream == "off":
+        return Choice(False, "switched off")
+    obstacle = _obstacle(model, options)
+    if options.stream == "on":
+        if obstacle is not None:
+            raise UsageError(f"--stream on was asked for, but {obstacle}.", hint="Leave it out.")
+        return Choice(True, "asked for")
+    if obstacle is not None or _small(model, options):
+        return Choice(False, obstacle or "small")
+    from .plan import predict
+
+    predicted = predict(model, replace(options, stream="off"))[2]
+    if predicted.fits is not False:
+        return Choice(False, "fits into memory")
+    needed, free = size(predicted.weights + predicted.working), size(predicted.available)
+    return Choice(True, f"{needed} are needed to hold all blocks, {free} are free")
+
+
+def _obstacle(model: Any, options: ProfileOptions) -> str | None:
+    """Why this model cannot be streamed at all, None if it can."""
+    if isinstance(model, nn.Module | OpenedModel) or not (
+        model is None or isinstance(model, str) or _path(model)
+    ):
+        return "the model is in memory already"
+    if options.remote or options.backend not in (None, "hf"):
+        return "another library runs the model"
+    if options.device_map is not None:
+        return "a device map decides where its weights are"
+    return None
+
+
+def _path(model: Any) -> bool:
+    from os import PathLike
+
+    return isinstance(model, PathLike)
+
+
+def _small(model: Any, options: ProfileOptions) -> bool:
+    """Whether the files are so small that nothing needs to be predicted."""
+    from sinklens.models.opening import stored_bytes
+
+    from .cost import available_memory
+
+    free, stored = available_memory(device_of_run(options)), stored_bytes(model, options.revision)
+    return free is None or (stored is not None and stored * MARGIN < free)
+
+
+def device_of_run(options: ProfileOptions) -> str | None:
+    """Where the model will run: as asked for, else the first GPU; None for the CPU."""
+    import torch
+
+    return options.device or ("cuda" if torch.cuda.is_available() else None)
+
+
+def stream_cost(
+    described: ModelDescription, batches: Iterable[list[Prompt]], why: str, budget: int
+) -> StreamCost:
+    """The cost of streaming these batches."""
+    tokens = sum(len(batch) * len(batch[0]) for batch in batches)
+    itemsize = described.loaded_bytes / max(1, described.info.parameters)
+    states = round(tokens * described.anatomy.main.hidden_size * itemsize)
+    return StreamCost(why, described.shell_bytes, described.block_bytes, states, budget)
+
+
+def stream_section(opened: OpenedModel) -> dict[str, Any]:
+    """For the manifest: nothing for a model in memory."""
+    blocks = opened.blocks
+    if blocks is None:
+        return {}
+    stored = blocks.recipes.stored
+    return {
+        "stream": {
+            "why": blocks.why,
+            "blocks": len(blocks),
+            "times_loaded": list(blocks.loads),
+            "bytes_read": stored.total_read,
+            "bytes_stored": sum(header.nbytes for _, header in stored.where.values()),
+            "shell_bytes": blocks.sizes.shell,
+            "block_bytes": blocks.sizes.block,
+            "budget_bytes": blocks.budget,
+        }
+    }

@@ -1,0 +1,3 @@
+"""Tracing a model whose blocks are read from disk: block by block, all prompts through each."""
+
+from .sweep import trace_streamed as trace_streamed

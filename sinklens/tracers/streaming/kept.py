@@ -1,0 +1,222 @@
+"""States between two blocks: in memory within a budget, on disk beyond it, and in a run folder so that runs go on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sinklens.core.errors import ResourceError
+from sinklens.models.spec import OpenedModel
+
+from ..ledger import Arrays
+from ..store import STREAMING, RunStore
+from .carried import carried_by, give_back, pack, unpack
+
+if TYPE_CHECKING:
+    from .sweep import Journey
+
+PROBE = "probe"
+
+
+class Kept:
+    """The states of all batches of a sweep.
+
+    Attributes:
+        folder: Where they are written; None if they stay in memory.
+        probe: The state of the probe where an interrupted sweep stopped.
+        spilled: Bytes of the states that are not held in memory.
+    """
+
+    def __init__(
+        self, opened: OpenedModel, journeys: Sequence[Journey], store: RunStore | None, budget: int
+    ) -> None:
+        self.opened, self.journeys, self.store, self.budget = opened, journeys, store, budget
+        assert opened.blocks is not None
+        self.form_of = opened.blocks
+        self.probe: Tensor | None = None
+        self.sizes = {journey.name: self._size(journey) for journey in journeys}
+        self.in_memory = _within(self.sizes, budget)
+        self.spilled = sum(size for name, size in self.sizes.items() if name not in self.in_memory)
+        self.folder: Path | None = None if store is None else store.folder / STREAMING
+        self._temporary: Path | None = None
+
+    def _size(self, journey: Journey) -> int:
+        itemsize = next(self.opened.module.parameters()).dtype.itemsize
+        tokens = journey.batch.valid.numel() if journey.batch.valid is not None else 0
+        return tokens * self.opened.anatomy.main.hidden_size * itemsize
+
+    def open(self) -> None:
+        """Make the folder, and take up what an interrupted sweep left there.
+
+        Raises:
+            ResourceError: The states do not fit on the disk.
+        """
+        if self.folder is None and self.spilled:
+            self._temporary = self.folder = Path(tempfile.mkdtemp(prefix="sinklens-states-"))
+        if self.folder is None:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self._temporary is None:
+            for journey in self.journeys:
+                self._take_up(journey)
+            self._take_up_probe()
+        self._refuse_full_disk()
+
+    def _refuse_full_disk(self) -> None:
+        assert self.folder is not None
+        writes = (
+            self.sizes
+            if self.store is not None
+            else {n: self.sizes[n] for n in self.sizes.keys() - self.in_memory}
+        )
+        needed = sum(writes.values()) + max(writes.values(), default=0)
+        needed -= sum(path.stat().st_size for path in self.folder.iterdir())
+        free = shutil.disk_usage(self.folder).free
+        if needed > free:
+            place = "the run folder" if self._temporary is None else str(self.folder.parent)
+            raise ResourceError(
+                f"The states between two blocks need {needed / 1e9:.1f} GB on disk; {free / 1e9:.1f} GB are free.",
+                detail=f"They are written to {place}, and removed at the end.",
+                hint="Free some space, choose another --out, or take fewer or shorter prompts (-n, --seq-len).",
+            )
+
+    def state(self, journey: Journey) -> Tensor | None:
+        """What left the last block."""
+        if journey.done == 0 or journey.state is not None:
+            return journey.state
+        return self._read(journey.name)[0]["state"].to(self.form_of.device)
+
+    def keep(self, journey: Journey) -> None:
+        """A batch has passed a block."""
+        assert journey.state is not None
+        held = journey.name in self.in_memory and journey.towers.nbytes + self._held() <= self.budget
+        if not held:
+            journey.towers.forget()
+        writes = self.folder is not None and (self.store is not None or journey.name not in self.in_memory)
+        if writes:
+            self._write(journey)
+        if journey.name not in self.in_memory:
+            journey.state = None
+
+    def _held(self) -> int:
+        """Bytes of all states that may be in memory, and of what other towers gave."""
+        states = sum(self.sizes[name] for name in self.in_memory)
+        return states + sum(journey.towers.nbytes for journey in self.journeys)
+
+    def keep_probe(self, done: int, state: Tensor | None) -> None:
+        """The probe has passed a block; its state before that is kept until all batches have passed, too."""
+        if self.store is not None and self.folder is not None and state is not None:
+            self._save(_probe_at(done), {"state": state.detach().cpu()}, {})
+            (self.folder / f"{_probe_at(done - 2)}.safetensors").unlink(missing_ok=True)
+
+    def discard(self) -> None:
+        """The sweep is over: nothing of it is needed on disk."""
+        if self.folder is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """Leave nothing outside the run folder."""
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    # files -----------------------------------------------------------------------------------------------------
+
+    def _write(self, journey: Journey) -> None:
+        """What the block just passed showed, in a file of its own; then the state and what the recorder carries."""
+        assert journey.state is not None
+        tensors: dict[str, Tensor] = {}
+        if self.store is not None:
+            piece = {
+                f"{row}/{name}": torch.from_numpy(np.asarray(by_layer[journey.done - 1], order="C"))
+                for row, seen in enumerate(journey.recorder.ledger.seen)
+                for name, by_layer in seen.items()
+                if journey.done - 1 in by_layer
+            }
+            self._save(f"{journey.name}-{journey.done - 1:04d}", piece, {})
+            carried = pack(carried_by(journey.recorder), tensors)
+            vision = pack(journey.vision, tensors)
+        else:
+            carried = vision = None
+        tensors["state"] = journey.state.detach().cpu().contiguous()
+        about = {
+            "prompts": [prompt.index for prompt in journey.group],
+            "done": journey.done,
+            "form": self.form_of.form,
+            "carried": carried,
+            "vision": vision,
+        }
+        self._save(journey.name, tensors, about)
+
+    def _save(self, name: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        from safetensors.torch import save
+
+        assert self.folder is not None
+        path, data = self.folder / f"{name}.safetensors", save(tensors, metadata={"about": json.dumps(about)})
+        if self.store is not None:
+            self.store.write_bytes(path, data)
+            return
+        try:
+            path.write_bytes(data)
+        except OSError as error:
+            raise ResourceError(
+                f"The states between two blocks cannot be written: {error.strerror or error}.",
+                detail=f"They were to go to {self.folder.parent}, because they exceed the budget.",
+                hint="Give a larger --stream-budget, or an --out on a disk with more space.",
+            ) from error
+
+    def _read(self, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        from safetensors import safe_open
+
+        assert self.folder is not None
+        with safe_open(self.folder / f"{name}.safetensors", "pt") as file:
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+            return {key: file.get_tensor(key).clone() for key in list(file.keys())}, about
+
+    def _take_up(self, journey: Journey) -> None:
+        """Go on with a batch where an interrupted sweep left it, if it is the same batch."""
+        assert self.folder is not None
+        if not (self.folder / f"{journey.name}.safetensors").is_file():
+            return
+        tensors, about = self._read(journey.name)
+        if about.get("prompts") != [prompt.index for prompt in journey.group]:
+            return
+        for layer in range(about["done"]):
+            for key, array in self._piece(journey.name, layer).items():
+                row, _, name = key.partition("/")
+                journey.recorder.ledger.seen[int(row)].setdefault(name, {})[layer] = array
+        give_back(journey.recorder, unpack(about["carried"], tensors))
+        journey.vision = unpack(about["vision"], tensors)
+        journey.done, self.form_of.form = about["done"], about["form"]
+        if journey.name in self.in_memory:
+            journey.state = tensors["state"].to(self.form_of.device)
+
+    def _piece(self, name: str, layer: int) -> Arrays:
+        return {key: value.numpy() for key, value in self._read(f"{name}-{layer:04d}")[0].items()}
+
+    def _take_up_probe(self) -> None:
+        assert self.folder is not None
+        name = _probe_at(min(journey.done for journey in self.journeys))
+        if (self.folder / f"{name}.safetensors").is_file():
+            self.probe = self._read(name)[0]["state"].to(self.form_of.device)
+
+
+def _probe_at(done: int) -> str:
+    return f"{PROBE}-{done:04d}"
+
+
+def _within(sizes: dict[str, int], budget: int) -> set[str]:
+    """The batches whose states stay in memory: as many as the budget allows, in order."""
+    chosen, total = set(), 0
+    for name, size in sizes.items():
+        if total + size <= budget:
+            chosen.add(name)
+            total += size
+    return chosen

@@ -1,0 +1,212 @@
+"""The streamed executor: each block is read once, and all batches pass through it before the next one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sinklens.core.errors import ModelError, ResourceError
+from sinklens.inputs.spec import Prompt
+from sinklens.models.spec import OpenedModel
+from sinklens.models.streaming import StreamedBlocks
+from sinklens.models.sums import find_sums
+
+from ..backends import backend_of
+from ..batch import Batch, collate, device_of, forward, shortened
+from ..executor import TracePlan, recording
+from ..record_vision import vision_tap
+from ..recorder import Recorder
+from ..store import RunStore
+from ..trace import PromptRecord
+from .kept import Kept
+from .walks import OrdinaryPass, Remembered, Replay, same
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Journey:
+    """One batch on its way through the blocks.
+
+    Attributes:
+        done: Blocks it has passed.
+        state: What left the last of them; None where it is on disk, or before the first.
+        vision: Arrays of the vision tower, of a prompt with pictures.
+    """
+
+    group: list[Prompt]
+    batch: Batch
+    recorder: Recorder
+    towers: Remembered
+    done: int = 0
+    state: Tensor | None = None
+    vision: dict[str, np.ndarray] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.group[0].index:06d}"
+
+
+def trace_streamed(
+    opened: OpenedModel,
+    groups: Sequence[list[Prompt]],
+    plan: TracePlan,
+    *,
+    store: RunStore | None = None,
+    progress: Progress | None = None,
+) -> list[PromptRecord]:
+    """Trace batches of prompts through a model whose blocks are on disk.
+
+    Args:
+        store: Where finished batches go, and what is needed to go on after an interruption.
+        progress: Called with (passed, in all), counted in prompts: one that is half way through counts half.
+
+    Raises:
+        ModelError: A file of the model cannot be used any more, or the model does not allow streaming.
+        ResourceError: Memory or disk do not suffice; what was finished is kept.
+    """
+    sweep = Sweep(opened, groups, plan, store, progress)
+    try:
+        return sweep.run()
+    finally:
+        sweep.close()
+
+
+class Sweep:
+    """One way through the blocks."""
+
+    def __init__(
+        self,
+        opened: OpenedModel,
+        groups: Sequence[list[Prompt]],
+        plan: TracePlan,
+        store: RunStore | None,
+        progress: Progress | None,
+    ) -> None:
+        assert opened.blocks is not None
+        self.opened, self.plan, self.store, self.progress = opened, plan, store, progress
+        self.blocks: StreamedBlocks = opened.blocks
+        self.tower = opened.anatomy.main
+        self.journeys = [self._journey(list(group)) for group in groups]
+        self.kept = Kept(opened, self.journeys, store, self.blocks.budget)
+        self.votes: Counter[Any] = Counter()
+        self.probe = self._probe()
+        self._ordinary: OrdinaryPass | None = None
+        self._replayed: Tensor | None = None
+
+    def _journey(self, group: list[Prompt]) -> Journey:
+        pad = getattr(self.opened.tokenizer, "pad_token_id", None) or 0
+        batch = collate(group, pad_id=pad, device=device_of(self.opened))
+        plan = self.plan
+        recorder = Recorder(batch, len(self.tower.blocks), plan.signals, plan.limits, plan.sinks)
+        return Journey(group, batch, recorder, Remembered(self.opened.module, self.opened.anatomy))
+
+    def _probe(self) -> Batch:
+        """A short batch that is passed through ordinarily too: with pictures if any prompt has some."""
+        pictured = [j.batch for j in self.journeys if any(p.visual is not None for p in j.group)]
+        chosen = min(pictured, key=lambda batch: len(batch.prompts[0]), default=self.journeys[0].batch)
+        return shortened(chosen)
+
+    def close(self) -> None:
+        if self._ordinary is not None:
+            self._ordinary.stop()
+        self.blocks.close()
+        self.kept.close()
+
+    def run(self) -> list[PromptRecord]:
+        self.kept.open()
+        first = min(journey.done for journey in self.journeys)
+        for index in range(first, len(self.blocks)):
+            with self.blocks.loaded(index):
+                self._check(index, first)
+                for journey in self.journeys:
+                    if journey.done <= index:
+                        self._step(journey, index)
+                        self.kept.keep(journey)
+                        self._tell()
+        records = [record for journey in self.journeys for record in self._records(journey)]
+        self.kept.discard()
+        return records
+
+    def _tell(self) -> None:
+        if self.progress is not None:
+            total = sum(len(journey.group) for journey in self.journeys)
+            passed = sum(len(journey.group) * journey.done for journey in self.journeys)
+            self.progress(passed // len(self.blocks), total)
+
+    def _only(self, index: int) -> OpenedModel:
+        """The model as if it had one block: taps are put on that one."""
+        anatomy = self.opened.anatomy
+        alone = replace(self.tower, blocks=(self.tower.blocks[index],))
+        towers = tuple(alone if tower is self.tower else tower for tower in anatomy.towers)
+        return replace(self.opened, anatomy=replace(anatomy, towers=towers))
+
+    def _step(self, journey: Journey, index: int) -> None:
+        """Pass one batch through one block, recording."""
+        opened, plan, batch = self._only(index), self.plan, journey.batch
+        replay = Replay(self.blocks, index, self.kept.state(journey))
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(recording(opened, batch, plan, journey.recorder))
+                vision = stack.enter_context(vision_tap(opened, batch, plan)) if index == 0 else None
+                stack.enter_context(journey.towers.at_hand())
+                backend = backend_of(opened)
+                left = replay.run(lambda: backend.forward(opened, batch, logits=False))
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise self._out_of_memory(journey, index) from error
+        if vision is not None:
+            visual = batch.prompts[0].visual
+            journey.vision = vision.arrays(None if visual is None else visual.objects)
+        journey.state, journey.done = left, index + 1
+
+    def _out_of_memory(self, journey: Journey, index: int) -> ResourceError:
+        longest = max(len(prompt) for prompt in journey.group)
+        return ResourceError(
+            f"Out of memory in block {index}, in a batch of {len(journey.group)} x {longest} tokens.",
+            detail=None if self.store is None else "What passed the blocks before is saved.",
+            hint=f"Try: --batch-size 1, or --seq-len {max(32, longest // 2)}, or a smaller --stream-budget",
+        )
+
+    def _check(self, index: int, first: int) -> None:
+        """Pass the probe through a block twice, ordinarily and replayed, and look for what the block adds."""
+        module, block = self.opened.module, self.tower.blocks[index]
+
+        def run() -> Any:
+            return forward(module, self.probe, logits=False)
+
+        if self._ordinary is None:
+            self._replayed = self.kept.probe if first else None
+            if first and self._replayed is None:
+                return
+            self._ordinary = OrdinaryPass(self.blocks, run, first, self._replayed)
+        entering, left = self._ordinary.advance(index)
+        replay = Replay(self.blocks, index, self._replayed, copied=True)
+        if any(j.recorder.states.closely for j in self.journeys) and not block.sum.checked:
+            alone = self._only(index).anatomy.main
+            find_sums(module, alone, lambda: replay.run(run), self.votes)
+        else:
+            with torch.no_grad():
+                replay.run(run)
+        if not same(replay.entering, entering) or not same(replay.left, left):
+            raise ModelError(
+                f"{self.opened.anatomy.family} cannot be streamed: its blocks pass on more than their state.",
+                detail=f"Block {index} does not do what it does in an ordinary pass when it is run on its own.",
+                hint="Use --stream off, or --device-map auto, which offloads to disk.",
+            )
+        self._replayed = replay.left
+        self.kept.keep_probe(index + 1, self._replayed)
+
+    def _records(self, journey: Journey) -> list[PromptRecord]:
+        records = journey.recorder.records()
+        if journey.vision:
+            records[0].arrays.update(journey.vision)
+        if self.store is not None:
+            self.store.append(records)
+        return records
