@@ -30,6 +30,7 @@ from .loading import (
 )
 from .processors import load_processor
 from .spec import Anatomy, ModelInfo, OpenedModel
+from .spread import refuse_spread
 from .streaming import open_streamed, refuse_unstreamable
 
 PROMPTS = "sinklens_prompts.jsonl"
@@ -209,6 +210,7 @@ def _only_in_memory(**given: Any) -> None:
 
 def _in_memory(module: nn.Module, tokenizer: Any, processor: Any) -> OpenedModel:
     """A module of the user: it is put into eval mode and otherwise left alone."""
+    refuse_spread(module)
     anatomy = find_anatomy(module)
     name = getattr(module.config, "_name_or_path", "") or type(module).__name__
     check_finite(module, name)

@@ -29,6 +29,7 @@ from sinklens.tracers.selfcheck import Check, self_check
 from sinklens.tracers.streaming.check import check_streamed
 
 from .backends import chosen_backend, named_analyzers, refuse_lacking
+from .blocks import fitting_blocks
 from .listener import Listener
 from .options import ProfileOptions
 from .picture_prompts import has_pictures, read_pictures, refuse_without_pictures, wants_pictures
@@ -116,7 +117,7 @@ def prepare(
     sampling = worth_sampling(options, prompts)
     listener.planned(prompts, analyzers)
     plan = with_sinks(plan_for(options, analyzers), options, opened, prompts, analyzers)
-    plan = replace(plan, sampling=sampling)
+    plan = replace(plan, sampling=sampling, blocks=fitting_blocks(plan.blocks))
     refuse_sampling(plan, opened, prompts)
     return Prepared(opened, prompts, analyzers, recordable(opened, plan), reopen)
 

@@ -39,6 +39,7 @@ SHARED_SECTIONS = (
     "status",
     "inputs",
     "tracing",
+    "query_blocks",
     "processes",
     "mitigation",
 )

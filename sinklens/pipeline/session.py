@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sinklens.core.canonical import plain
 from sinklens.core.counts import counted
-from sinklens.core.errors import DataError, InterruptedRun, SelfCheckError, SinklensError, UsageError
+from sinklens.core.errors import InterruptedRun, SelfCheckError, SinklensError
 from sinklens.core.manifest import Clock, build_manifest
 from sinklens.models.fingerprint import weights_hash
 from sinklens.tracers.backends import backend_of
@@ -17,10 +16,13 @@ from sinklens.tracers.selfcheck import Check
 from sinklens.tracers.store import RunStore
 from sinklens.tracers.trace import Trace
 
+from .blocks import described_blocks
 from .experiments import Setting, run_experiments, without_experiments
 from .listener import Listener
 from .options import ProfileOptions
 from .prepare import Prepared, checked_plan, prepare
+from .resuming import asked_before, same_run
+from .room import refuse_without_room
 from .run import Run, load_run, stored_manifest, write_run
 from .streaming import stream_section
 from .words import note_words
@@ -54,11 +56,13 @@ class Session:
         self.listener.checked(checks)
         empty = empty_trace(self.prepared.opened, plan)
         if before is not None:
-            _same_run(before, self.prepared, empty)
+            same_run(before, self.prepared, empty)
         failed = [check for check in checks if not check.passed]
         if failed:
             self._save_untrusted(empty, checks)
             raise _untrusted(failed, self.store)
+        if self.store is not None:
+            refuse_without_room(self.store.folder, self.prepared, plan)
         self._describe(empty, checks, "running")
         try:
             run = self._measured(plan, checks)
@@ -105,7 +109,8 @@ class Session:
 
     def _sections(self) -> dict[str, Any]:
         """What the manifest says of this run besides."""
-        return {}
+        opened, prompts = self.prepared.opened, self.prepared.prompts.prompts
+        return {"query_blocks": described_blocks(opened, self.prepared.plan.blocks, max(map(len, prompts)))}
 
     def _describe(self, described: Trace, checks: list[Check], status: str) -> None:
         """Put the manifest on a trace and, while the run is going, on disk."""
@@ -164,43 +169,3 @@ def resume_run(
         opens = model if model is not None else asked
         prepared = prepare(opens, tokenizer, options, listener, processor)
         return Session(prepared, options, store, listener, argv, asked).run(before)
-
-
-def asked_before(
-    folder: Path, before: dict[str, Any], model: Any = None
-) -> tuple[str | None, ProfileOptions]:
-    """The model and the options of an interrupted run, from its manifest.
-
-    Args:
-        model: The model in memory, if its owner gives it again.
-
-    Raises:
-        UsageError: The run was of objects in memory that are not given again.
-    """
-    request = dict(before["request"])
-    asked = request.pop("model")
-    given = request.pop("prompts_given", None)
-    if given is not None or (model is None and asked is None):
-        raise UsageError(
-            f"The run in {folder} was started from objects in memory ({given or 'the model'}).",
-            hint="Start it again from Python.",
-        )
-    request["analyzers"] = tuple(request["analyzers"])
-    return asked, ProfileOptions(**request)
-
-
-def _same_run(before: dict[str, Any], prepared: Prepared, now: Trace) -> None:
-    """Refuse to mix two runs: the model's files, the prompts and the tracing must be those of the manifest."""
-    pairs = {
-        "the model": (before["model"], plain(asdict(prepared.opened.info))),
-        "the prompts": (before["inputs"].get("sha256"), prepared.prompts.description.get("sha256")),
-        "the tracing": (before["tracing"], plain(now.tracing)),
-    }
-    if "weights" in before:  # of a model in memory, which has no files
-        pairs["the weights"] = (before["weights"], weights_hash(prepared.opened.plain))
-    changed = [what for what, (then, today) in pairs.items() if then != today]
-    if changed:
-        raise DataError(
-            f"The run cannot be resumed: {' and '.join(changed)} changed since it was started.",
-            hint="Start it again into another folder with --out.",
-        )

@@ -24,8 +24,9 @@ from sinklens.tracers.trace import Trace
 from .listener import Listener, Silent
 from .options import ProfileOptions
 from .prepare import Prepared, checked_plan, model_request, prepare
+from .resuming import asked_before
 from .run import Run, load_run
-from .session import Session, asked_before
+from .session import Session
 
 
 def profile_together(
@@ -80,6 +81,11 @@ def refuse_alone(options: ProfileOptions, team: Team) -> None:
             f"--device-map {options.device_map} spreads one model over all devices, and each of the {team.size} "
             "processes would do so.",
             hint="Leave out either --device-map or torchrun.",
+        )
+    if options.stream == "on":
+        raise UsageError(
+            "Each process would read all blocks of the streamed model from disk by itself.",
+            hint="Leave out either --stream on or torchrun.",
         )
     if options.remote:
         raise UsageError(
@@ -141,6 +147,12 @@ class _Task:
                 hint="Start it without torchrun, or with --stream off where the memory holds one copy per process.",
             )
         self.total = len(prepared.prompts)
+        if prepared.opened.blocks is not None:
+            raise ResourceError(
+                f"The model does not fit into memory ({prepared.opened.blocks.why}), so that each process would read "
+                "all its blocks from disk by itself.",
+                hint="Start it without torchrun: its blocks then pass by once for all prompts.",
+            )
         return prepared
 
     def _sees_folder(self) -> None:
@@ -181,7 +193,7 @@ class TogetherSession(Session):
         return found
 
     def _sections(self) -> dict[str, Any]:
-        return {"processes": {"count": self.team.size, "transport": "gloo"}}
+        return {**super()._sections(), "processes": {"count": self.team.size, "transport": "gloo"}}
 
     def _interrupted(self) -> SinklensError:
         assert self.store is not None  # a run by several processes has a folder

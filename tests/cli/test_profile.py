@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -137,8 +138,56 @@ def test_resume_refuses_a_changed_model(folder: Path, tmp_path: Path, monkeypatc
         {k: v * 1.01 for k, v in weights.items()}, folder / "model.safetensors", metadata={"format": "pt"}
     )
     message = fails(capsys, 3, "--resume", str(out))
-    assert "the model" in message
-    assert "changed" in message
+    assert "the model changed" in message
+    assert re.search(
+        r"files_sha256\.model\.safetensors was [0-9a-f]{12}\.\.\. and is [0-9a-f]{12}\.\.\.", message
+    )
+
+
+def stopped_run(out: Path, monkeypatch: Any, *arguments: str) -> None:
+    """A run stopped when its prompts are done."""
+    from sinklens.tracers import store
+
+    monkeypatch.setattr(store.RunStore, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(["profile", "-q", *arguments, "--out", str(out)]) == 130
+    monkeypatch.undo()
+
+
+def test_resume_refuses_changed_prompts_and_names_what_differs(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    out, prompts = tmp_path / "run", tmp_path / "prompts.txt"
+    prompts.write_text("one line of words here\nanother line of words there\n", encoding="utf-8")
+    stopped_run(out, monkeypatch, "--prompts", str(prompts), "--analyzers", "massive-activations")
+    prompts.write_text("one line of words here\n", encoding="utf-8")
+    message = fails(capsys, 3, "--resume", str(out))
+    assert "the prompts changed" in message
+    assert "n_prompts was 2 and is 1" in message
+    prompts.unlink()
+    assert str(prompts.name) in fails(capsys, 3, "--resume", str(out))
+
+
+def test_resume_refuses_another_way_of_tracing(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    out = tmp_path / "run"
+    stopped_run(out, monkeypatch)
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    manifest["tracing"]["batch_tokens"] = 77
+    (out / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
+    message = fails(capsys, 3, "--resume", str(out))
+    assert "the tracing changed" in message
+    assert "batch_tokens was 77 and is 4096" in message
+
+
+def test_a_disk_without_room_is_told_before_anything_is_run(
+    tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
+    message = fails(capsys, 4, "--out", str(tmp_path / "run"))
+    assert "not enough disk for this run: 1 kB are free" in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_full_disk_keeps_what_was_finished(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
