@@ -173,6 +173,7 @@ class Run:
         """
         from sinklens.report import write_report
 
+        from .head_strips import head_strips
         from .methods import describe_methods
 
         if path is None and self.folder is None:
@@ -190,6 +191,7 @@ class Run:
             include_text=include_text,
             pictures=self.pictures,
             adjustable=self.adjustable,
+            heads=head_strips(self.trace),
         )
         return target
 

@@ -22,6 +22,7 @@ from sinklens.core.canonical import plain
 from sinklens.core.errors import DataError
 from sinklens.core.figures import Heatmap, Intervals, Lines, Timeline
 from sinklens.core.figures import Samples as SamplesFigure
+from sinklens.core.head_strip import HeadStrip
 
 from . import colour, text
 from .samples import Counts
@@ -104,6 +105,29 @@ def samples(figure: SamplesFigure, counts: Counts) -> dict[str, Any]:
         "labels": ["layer", "head"],
         "limits": [0.0, 100.0],
         "log": False,
+    }
+
+
+def heads(strips: Sequence[HeadStrip], prompts: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """Attention by head of some prompts, with the prompts' names and lengths; None without any."""
+    if not strips:
+        return None
+    named = {item.prompt: prompts[item.prompt] for item in strips}
+    return {
+        "shape": list(strips[0].received.shape[:2]),
+        "places": list(named),
+        "names": {
+            str(place): text.shorten(f"{prompt['index']}: {prompt['source']}", 60)
+            for place, prompt in named.items()
+        },
+        "lengths": {str(place): int(prompt["n_tokens"]) for place, prompt in named.items()},
+        "items": {
+            str(item.prompt): {
+                "positions": packed(item.positions, "<u4"),
+                "received": packed(item.received),
+            }
+            for item in strips
+        },
     }
 
 

@@ -15,6 +15,7 @@ from sinklens.core.adjustable import Adjustable
 from sinklens.core.canonical import plain
 from sinklens.core.errors import DataError
 from sinklens.core.figures import Figure, Samples, Tile
+from sinklens.core.head_strip import HeadStrip
 
 from . import (
     assets,
@@ -56,6 +57,7 @@ def render_report(
     methods_paragraph: str | None = None,
     pictures: Mapping[str, np.ndarray] | None = None,
     adjustable: Mapping[str, Adjustable] | None = None,
+    heads: Sequence[HeadStrip] = (),
 ) -> str:
     """The report as one self-contained HTML string.
 
@@ -71,6 +73,7 @@ def render_report(
         methods_paragraph: A paragraph ready to copy into a paper; overrides the ones in `methods`.
         pictures: Small RGB copies, `[y, x, 3]` of 8 bits, by the `sha256` of the picture they show.
         adjustable: What the thresholds of an analyzer read, to move them in the page.
+        heads: Attention by head on the tokens of some prompts, for the head view.
 
     Raises:
         DataError: `document` is not a `sinklens/run/1` document.
@@ -94,7 +97,9 @@ def render_report(
         movable = {name: redactor.adjustable(found) for name, found in movable.items()}
     paragraph = methods_paragraph or _paragraph(methods)
     album = Album((pictures or {}) if include_text else None)
-    return _render(record, drawn, tiles, given, methods, paragraph, title, include_text, album, movable)
+    return _render(
+        record, drawn, tiles, given, methods, paragraph, title, include_text, album, movable, heads
+    )
 
 
 def write_report(path: str | os.PathLike[str], *args: Any, **options: Any) -> Path:
@@ -113,6 +118,7 @@ def _render(
     include_text: bool,
     album: Album,
     adjustable: Mapping[str, Adjustable],
+    heads: Sequence[HeadStrip],
 ) -> str:
     found = page.sections(document, methods)
     ids = {section.analyzer: section.id for section in found} | {mitigated.SECTION: mitigated.SECTION}
@@ -125,6 +131,7 @@ def _render(
         "figures": data,
         "tokens": embed.tokens(prompts) if include_text else None,
         "text": include_text,
+        "heads": embed.heads(heads, prompts),
         "adjustable": {name: embed.adjustable(item) for name, item in adjustable.items()},
     }
     under = mitigated.view(document, figures.get(mitigated.SECTION, ()), data)
@@ -143,6 +150,7 @@ def _render(
         viewer=_viewer(prompts) if include_text else [],
         include_text=include_text,
         adjustable=adjustable,
+        heads=heads,
         pictures=album.definitions,
         methods=described,
         method_ids={method["name"]: method["id"] for method in described},

@@ -45,7 +45,7 @@ function ring(svg, row, column) {
   for (const [name, value] of Object.entries(size)) mark.setAttribute(name, value.toFixed(2));
 }
 
-function moveTo(layer, head, remember = true) {
+function moveTo(layer, head, keep = true) {
   const maps = $$("svg.heat[data-linked]").filter((svg) => figure(svg.dataset.fig));
   if (!maps.length) return;
   const [layers, heads] = figure(maps[0].dataset.fig).shape;
@@ -57,7 +57,8 @@ function moveTo(layer, head, remember = true) {
     ring(svg, cursor.layer, cursor.head);
     say(svg, cellText(fig, cursor.layer, cursor.head));
   }
-  if (remember) history.replaceState(null, "", `#L${cursor.layer}H${cursor.head}`);
+  if (picked.open) showHead(picked.prompt, picked.token, false);
+  if (keep) remember();
 }
 
 function watchMap(svg) {
@@ -78,7 +79,10 @@ function watchMap(svg) {
   });
   svg.addEventListener("click", (event) => {
     const cell = at(event);
-    if (cell && svg.dataset.linked) moveTo(cell.row, cell.column);
+    if (cell && svg.dataset.linked) {
+      moveTo(cell.row, cell.column);
+      openHead();
+    }
   });
 }
 

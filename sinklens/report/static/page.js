@@ -32,6 +32,8 @@ const keys = {
   k: () => moveTo(cursor.layer - 1, Math.max(cursor.head, 0)),
   l: () => moveTo(Math.max(cursor.layer, 0), cursor.head + 1),
   h: () => moveTo(Math.max(cursor.layer, 0), cursor.head - 1),
+  Enter: openHead,
+  Escape: closeHead,
   t: turn,
   "?": () => { if (help) help.showModal(); },
   "/": () => { if (find) { $("#prompts").scrollIntoView(); find.focus(); } },
@@ -40,15 +42,18 @@ const keys = {
 document.addEventListener("keydown", (event) => {
   const typing = event.target.closest("input, textarea, select, [contenteditable]");
   if (typing || event.ctrlKey || event.metaKey || event.altKey || (help && help.open) || !keys[event.key]) return;
+  if (event.key === "Enter" && (cursor.layer < 0 || event.target.closest("a, button, summary"))) return;
   event.preventDefault();
   keys[event.key]();
 });
 
 function follow() {
-  const cell = /^#L(\d+)H(\d+)$/.exec(location.hash);
+  const cell = /^#L(\d+)H(\d+)(?:P(\d+)(?:T(\d+))?)?$/.exec(location.hash);
   if (cell) {
-    moveTo(Number(cell[1]), Number(cell[2]), false);
-    $("#map").scrollIntoView({ block: "nearest" });
+    const [layer, head, prompt, token] = cell.slice(1).map((part) => (part === undefined ? -1 : Number(part)));
+    moveTo(layer, head, false);
+    if (prompt >= 0 && showHead(prompt, token, false)) headView.scrollIntoView({ block: "nearest" });
+    else if ($("#map")) $("#map").scrollIntoView({ block: "nearest" });
     return;
   }
   let target = null;
