@@ -7,7 +7,8 @@ Two entry points with the same definitions (`spec.Stat`, oracle in `reference.py
   log-sum-exp it needs no pass for the softmax denominator.
 
 Where the compiled kernels are there, calls without soft cap and additive mask go through one of them as a
-whole (`rowpass.attend`), others block by block through its row pass, and the rest through torch.
+whole (`rowpass.attend`), others block by block through its row pass, and the rest through torch. On CUDA the Triton
+kernels take whole calls (`triton_pass.py`), where they can and have proved right.
 
 Query heads that share a key head are rows of the same matrix product, so GQA repeats nothing. Keys that no
 row of a block sees at either end (the future, what lies before a sliding window, padding) are not visited.
@@ -25,6 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..core.errors import UsageError
+from . import triton_pass
 from .block import Block, Peak, edited_block, peak_at, row_tops
 from .groups import KeyGroups
 from .reduce import PER_KEY, Accumulator, needs_peak, reads_logits
@@ -98,8 +100,11 @@ class _Pass:
     """One walk over the blocks of one call."""
 
     def __init__(self, call: AttentionCall, want: Want, plan: BlockPlan) -> None:
-        self.sizes = sizes_of(call, want)
         self.call, self.want, self.plan = call, want, plan
+        self.sizes = sizes_of(call, want)
+        self.triton = plan.native and triton_pass.serves(call, want)
+        if self.triton:
+            return
         self.blocks = row_blocks(self.sizes, plan)
         self.chunks = list(chunks(self.sizes, plan, self.blocks[0][1]))
         self.view = visibility(call, self.sizes, self.blocks)
@@ -112,6 +117,8 @@ class _Pass:
         self.keys_seen = keys_seen(call, self.sizes, self.blocks) if wanted else None
 
     def fused(self) -> tuple[Tensor, AttentionStatistics]:
+        if self.triton:
+            return triton_pass.fused(self.call, self.want)
         sizes = self.sizes
         shape = (sizes.batch, sizes.queries, sizes.heads, sizes.value_dim)
         output = torch.empty(shape, dtype=self.call.query.dtype, device=self.call.query.device)
@@ -121,6 +128,8 @@ class _Pass:
         return output, self._statistics()
 
     def sweep(self, lse: Tensor | None) -> AttentionStatistics:
+        if self.triton:
+            return triton_pass.sweep(self.call, self.want, lse)
         if self.want.stats and (lse is not None or not self._attended(None)):
             for chunk in self.chunks:
                 if lse is None or self.call.edits:

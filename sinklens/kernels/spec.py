@@ -151,7 +151,8 @@ class BlockPlan:
     Attributes:
         scores: Number of logits in flight, all heads together. Twice that many floats are held as scratch.
         score_dtype: Type of the `q·k` product; logits are float32 in any case.
-        native: Use the compiled row pass where it is available (`native.py`); results agree to rounding.
+        native: Use the compiled kernels where they are available (`native.py`, on CUDA `triton_pass.py`); results
+            agree to rounding.
     """
 
     scores: int = 3_200_000
