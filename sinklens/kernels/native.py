@@ -77,10 +77,19 @@ class Asked(ctypes.Structure):
 
 def available() -> bool:
     """Whether the compiled pass is there; the first call may compile it, which takes about a second."""
+    return why_not() is None
+
+
+def why_not() -> str | None:
+    """Why the compiled pass is not there, in words; None where it is."""
     if os.environ.get("SINKLENS_NATIVE", "1") == "0":
-        return False
+        return "SINKLENS_NATIVE=0"
     built = library()
-    return built is not None and (built.threaded or torch.get_num_threads() == 1)
+    if built is None:
+        return "no C compiler was found" if _compiler() is None else "it could not be built, or was wrong"
+    if not built.threaded and (threads := torch.get_num_threads()) > 1:
+        return f"it was built without OpenMP, and torch uses {threads} threads"
+    return None
 
 
 def built() -> Library:
@@ -164,7 +173,7 @@ def _loaded(flags: tuple[str, ...]) -> Library:
 
 def _compiled(flags: tuple[str, ...], folder: Path) -> Path:
     """The library, built in a folder."""
-    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    compiler = _compiler()
     if compiler is None:
         raise FileNotFoundError("no C compiler")
     made = folder / "kernels.so"
@@ -172,6 +181,10 @@ def _compiled(flags: tuple[str, ...], folder: Path) -> Path:
     subprocess.run(command, check=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=60)
     made.chmod(0o600)
     return made
+
+
+def _compiler() -> str | None:
+    return os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 
 
 def _cache() -> Path | None:

@@ -52,7 +52,14 @@ _LN2 = math.log(2.0)
 
 def installed() -> bool:
     """Whether Triton can be imported and is not switched off."""
-    return os.environ.get("SINKLENS_TRITON", "1") != "0" and importlib.util.find_spec("triton") is not None
+    return why_not() is None
+
+
+def why_not() -> str | None:
+    """Why the kernels are not there, in words; None where they are, as far as can be known before they run."""
+    if os.environ.get("SINKLENS_TRITON", "1") == "0":
+        return "SINKLENS_TRITON=0"
+    return None if importlib.util.find_spec("triton") is not None else "Triton is not installed"
 
 
 def serves(call: AttentionCall, want: Want) -> bool:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from sinklens.kernels.choice import statistics_kernel
 from sinklens.models.spec import Anatomy, ModelInfo
+from sinklens.tracers.batch import device_of
 from sinklens.tracers.executor import attention_path
 from sinklens.tracers.selfcheck import Check
 
@@ -22,6 +24,7 @@ class Diagnosis:
     info: ModelInfo
     anatomy: Anatomy
     attention_path: str
+    statistics: str
     checks: list[Check]
     versions: dict[str, str]
     backend: dict[str, Any] = field(default_factory=dict)
@@ -31,6 +34,7 @@ class Diagnosis:
             "model": asdict(self.info),
             "anatomy": asdict(self.anatomy),
             "attention_path": self.attention_path,
+            "statistics": self.statistics,
             "checks": [check.to_json() for check in self.checks],
             "versions": self.versions,
             "backend": self.backend,
@@ -47,6 +51,7 @@ class Diagnosis:
         lines = [
             *_backend_lines(self.backend),
             f"{'Attention':<11}{self.attention_path}",
+            f"{'Statistics':<11}{self.statistics}",
             f"{'Towers':<11}{', '.join(map(_tower, self.anatomy.towers))}",
         ]
         lines += [f"{'Block ' + str(block.index):<11}{role}: {path}" for role, path in parts.items()]
@@ -67,7 +72,8 @@ def examine(model: Any, options: ProfileOptions, listener: Listener) -> Diagnosi
     opened = prepared.opened
     versions = {name: version for name in PACKAGES if (version := package_version(name)) is not None}
     path, backend = attention_path(opened, plan), described(opened)
-    return Diagnosis(opened.info, opened.anatomy, path, checks, versions, backend)
+    statistics = f"float32, {statistics_kernel(device_of(opened))}"
+    return Diagnosis(opened.info, opened.anatomy, path, statistics, checks, versions, backend)
 
 
 def _backend_lines(backend: dict[str, Any]) -> list[str]:

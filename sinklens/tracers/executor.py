@@ -11,7 +11,7 @@ import torch
 
 from sinklens.core.errors import ResourceError
 from sinklens.inputs.spec import Prompt, PromptSet
-from sinklens.kernels.native import available
+from sinklens.kernels.choice import statistics_kernel
 from sinklens.kernels.spec import BlockPlan
 from sinklens.models.spec import OpenedModel
 from sinklens.models.sums import find_sums
@@ -75,7 +75,6 @@ class TracePlan:
             "batch_prompts": self.batch_prompts,
             "batch_tokens": self.batch_tokens,
             "sinks": None if self.sinks is None else self.sinks.to_json(),
-            "statistics": "float32, " + ("compiled row pass" if available() else "torch row pass"),
         }
 
 
@@ -232,6 +231,7 @@ def recordable(opened: OpenedModel, plan: TracePlan) -> TracePlan:
 def empty_trace(opened: OpenedModel, plan: TracePlan) -> Trace:
     """A trace of the main tower without prompts yet; what changes the model right now is said as `mitigations`."""
     tracing = {**plan.describe(), "attention_path": attention_path(opened, plan)}
+    tracing["statistics"] = f"float32, {statistics_kernel(device_of(opened))}"
     if opened.blocks is not None:
         tracing["weights"] = "streamed: each block is read from disk once, and all prompts pass through it"
     feature = vision_feature_layer(opened.module)
