@@ -143,3 +143,11 @@ GAZE_SHIFTS = Reference(
     arxiv="2510.22067",
     code="https://github.com/amazon-science/GIFT",
 )
+INFORMED_TOKENS = Reference(
+    key="arif2025paint",
+    title="PAINT: Paying Attention to INformed Tokens to Mitigate Hallucination in Large Vision-Language Model",
+    authors="Kazi Hasan Ibn Arif and Sajib Acharjee Dip and Khizar Hussain and Lang Zhang and Chris Thomas",
+    year=2025,
+    arxiv="2501.12206",
+    code="https://github.com/hasanar1f/PAINT",
+)

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from .edits import edited
 from .scores import HIDDEN, Scores
 from .shapes import sizes_of
 from .spec import AttentionCall, BlockPlan, Want
@@ -18,8 +19,8 @@ def weights_of_rows(
 ) -> Iterator[tuple[slice, Float[Tensor, "batch head row key"], Bool[Tensor, "batch head row key"]]]:
     """The weights of query rows `start` to `stop`, a few rows of all heads at a time, with the keys those rows see.
 
-    Learned sinks take their part. A block is overwritten by the next one. Memory is that of one block: about
-    `plan.scores` numbers, or one row of all heads where that is more.
+    Learned sinks take their part, and weights are those after the call's edits. A block is overwritten by the next
+    one. Memory is that of one block: about `plan.scores` numbers, or one row of all heads where that is more.
     """
     plan = plan or BlockPlan()
     sizes = sizes_of(call, Want(frozenset()))
@@ -33,6 +34,8 @@ def weights_of_rows(
         if call.learned_sinks is not None:
             norm = torch.logaddexp(norm, call.learned_sinks.float()[:, None])
         weights = torch.exp(logits - norm[..., None]).masked_fill_(~seen, 0.0)
+        if call.edits:
+            weights, _ = edited(weights, weights[..., 0], call.edits, rows, slice(0, sizes.keys))
         yield rows, weights, seen
 
 

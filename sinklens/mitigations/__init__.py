@@ -20,6 +20,7 @@ from .learned_sink import LearnedSink
 from .massive import MassiveActivations
 from .method import Method, registry
 from .pai import PAI
+from .paint import PAINT
 from .quantise import FakeQuantisation
 from .recipes import Recipe
 from .recipes import load_recipe as load
@@ -34,6 +35,7 @@ __all__ = [
     "ACT",
     "GIFT",
     "PAI",
+    "PAINT",
     "VAR",
     "AttentionScaling",
     "Edits",

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from sinklens.core.errors import ModelError
 from sinklens.inputs.spans import Kind
-from sinklens.kernels.edits import edited
 from sinklens.kernels.rows import runs, weights_of_rows
 from sinklens.kernels.spec import AttentionCall
 from sinklens.models.spec import Tower
@@ -167,12 +166,9 @@ def _rises(
     """Rises of the attention to visual tokens from the row before to each of some rows, summed, and how many rows."""
     wanted = set(rows)
     total = torch.zeros(call.query.shape[1], len(visual), device=visual.device)
-    everything = slice(0, call.key.shape[2])
     for first, last in runs(sorted(wanted | {row - 1 for row in wanted})):
         before: Tensor | None = None
         for block, weights, _ in weights_of_rows(call, first, last):
-            if call.edits:
-                weights, _ = edited(weights, weights[..., 0], call.edits, block, everything)
             now = weights[0][:, :, visual]
             steps = now if before is None else torch.cat([before, now], 1)
             own = torch.arange(block.stop - steps.shape[1] + 1, block.stop)

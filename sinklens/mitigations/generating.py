@@ -21,11 +21,13 @@ class Generation:
     """A run of generate().
 
     Attributes:
-        prompt: Tokens of its prompt, padding included; 0 where nothing is generated.
+        run: Number of the run, from 1; 0 where nothing is generated.
+        prompt: Tokens of its prompt, padding included; 0 as long as it is not known.
         prefilling: Whether the prompt is being read.
         beams: Beams that are kept of each prompt; their cached tokens change places.
     """
 
+    run: int = 0
     prompt: int = 0
     prefilling: bool = False
     beams: int = 1
@@ -36,6 +38,7 @@ class _Wire:
     """The methods in place of a model's own, and who listens to them."""
 
     listeners: list[Generation] = field(default_factory=list)
+    runs: int = 0
 
     def tell(self, **parts: Any) -> None:
         for listener in self.listeners:
@@ -77,10 +80,12 @@ def _wired(module: Any) -> _Wire:
 
     @wraps(run)
     def generate(*args: Any, **kwargs: Any) -> Any:
+        wire.runs += 1
+        wire.tell(run=wire.runs)
         try:
             return run(*args, **kwargs)
         finally:
-            wire.tell(prompt=0, prefilling=False, beams=1)
+            wire.tell(run=0, prompt=0, prefilling=False, beams=1)
 
     prefill.wire = wire  # type: ignore[attr-defined]
     module._prefill, module.generate = prefill, generate

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Self
-
-import torch
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
 
 from sinklens.core.errors import UsageError
 from sinklens.core.papers import PAYING_ATTENTION_TO_IMAGE
 from sinklens.inputs.spans import Kind
 from sinklens.kernels.key_sets import Gains, KeySets, Shares
-from sinklens.models.spec import OpenedModel, Tower
 
-from .base import Mitigation, Seen, registry
-from .kinds import choosing_rows, kinds_of, needs_pictures
+from .base import Seen, registry
+from .kinds import kinds_of
+from .looking import LooksHarder, raised
 
 
 @registry.register("pai")
 @dataclass(frozen=True, kw_only=True)
-class PAI(Mitigation):
+class PAI(LooksHarder):
     """Makes the token that is about to be generated look harder at the picture.
 
     How it is computed: in the rows that choose a token (that of the last prompt token, and those of the answer) the
@@ -44,12 +38,9 @@ class PAI(Mitigation):
 
     Args:
         alpha: Share of |z| that is added, at least 0.
-        start, end: First layer, and the one after the last; None for the last layer of the model.
     """
 
     alpha: float = 0.2
-    start: int = 2
-    end: int | None = None
 
     name = "pai"
     title = "PAI (pay attention to image)"
@@ -60,39 +51,15 @@ class PAI(Mitigation):
     )
     reference = PAYING_ATTENTION_TO_IMAGE.at("attention to image tokens, before the softmax")
     grid = MappingProxyType({"alpha": (0.2, 0.5, 0.8)})
-    logits_needed = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not math.isfinite(self.alpha) or self.alpha < 0:
             raise UsageError(f"{self.name}: alpha must be a number of at least 0, got {self.alpha}.")
-        if self.start < 0 or (self.end is not None and self.end <= self.start):
-            raise UsageError(
-                f"{self.name}: start and end must be layers with start before end, got {self.start} and {self.end}."
-            )
 
     @property
     def identity(self) -> bool:
         return self.alpha == 0.0
-
-    def own_layers(self, count: int) -> Collection[int]:
-        return range(self.start, count if self.end is None else min(self.end, count))
-
-    def check(self, tower: Tower) -> None:
-        super().check(tower)
-        if self.layers is None and self.heads is None and not self.own_layers(len(tower.blocks)):
-            raise UsageError(
-                f"{self.name}: there is no layer {self.start}.",
-                detail=f"The model has layers 0 to {len(tower.blocks) - 1}.",
-                hint="Give a smaller start.",
-            )
-
-    def fitted(self, model: nn.Module | OpenedModel, tower: Tower) -> Self:
-        needs_pictures(self.title, model)
-        return self
-
-    def rows(self, seen: Seen) -> Bool[Tensor, "batch query"]:
-        return choosing_rows(seen)
 
     def sets(self, seen: Seen) -> KeySets | None:
         """Every visual token as a set of its own."""
@@ -105,9 +72,3 @@ class PAI(Mitigation):
     def factors(self, seen: Seen, shares: Shares) -> Gains:
         assert shares.logits is not None  # `logits_needed` asks for them
         return raised(shares.logits, self.alpha)
-
-
-def raised(logits: Float[Tensor, "batch head row key"], alpha: float | Tensor) -> Gains:
-    """Logits z that become z + alpha |z|; `alpha` may differ from key to key."""
-    gains = alpha * logits.abs()
-    return Gains(gains, torch.ones_like(gains[..., 0], dtype=torch.bool))

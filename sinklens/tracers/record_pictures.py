@@ -267,9 +267,9 @@ def _own_call(view: PromptView) -> AttentionCall:
     mask = call.mask
     if mask is not None and mask.ndim == 4 and mask.shape[0] > 1:
         mask = mask[row]
-    return replace(
-        call, query=call.query[row], key=call.key[row], value=call.value[row], mask=mask, counted=None
-    )
+    edits = tuple(edit.of(row, slice(None)) for edit in call.edits)
+    parts = {"query": call.query[row], "key": call.key[row], "value": call.value[row]}
+    return replace(call, **parts, mask=mask, counted=None, edits=edits)
 
 
 def _entering(layer: int, observer: Callable[[int, Tensor], None]) -> Callable[..., None]:
