@@ -1,4 +1,4 @@
-"""Writes docs/analyzers.md, docs/signals.md, docs/api.md and the table of docs/backends.md from the code.
+"""Writes docs/analyzers.md, docs/signals.md, docs/api.md and tables of docs/backends.md and docs/mitigations.md.
 
     python docs/generate.py
 
@@ -69,6 +69,42 @@ def backends_page() -> str:
     before, _, rest = page.partition(_TABLE)
     head, _, after = rest.partition(_TABLE_END)
     return f"{before}{_TABLE}{head.partition(chr(10))[0]}\n{_capabilities()}{_TABLE_END}{after}"
+
+
+def mitigations_page() -> str:
+    """The page as it is, with its table of methods written again."""
+    page = (HERE / "mitigations.md").read_text(encoding="utf-8")
+    before, _, rest = page.partition(_TABLE)
+    head, _, after = rest.partition(_TABLE_END)
+    return f"{before}{_TABLE}{head.partition(chr(10))[0]}\n{_methods()}{_TABLE_END}{after}"
+
+
+def _methods() -> str:
+    """Every method, its own parameters with their defaults, and what it does."""
+    from dataclasses import MISSING, fields
+
+    from sinklens.mitigations import registry
+    from sinklens.mitigations.attention_method import AttentionMethod
+    from sinklens.pipeline.methods import first_line
+
+    shared = {field.name for field in fields(AttentionMethod)}
+    lines = ["| `--with` | Source | Parameters | What it does |", "|---|---|---|---|"]
+    for name, cls in sorted(registry.items()):
+        given = [
+            f"`{field.name}`" if field.default is MISSING else f"`{field.name}={_plain(field.default)}`"
+            for field in fields(cls)
+            if field.name not in shared
+        ]
+        cells = (f"`{name}`", cls.reference.label, " ".join(given), first_line(cls))
+        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+    return "\n".join([*lines, ""])
+
+
+def _plain(value: Any) -> str:
+    """A default as it is written on the command line."""
+    if isinstance(value, tuple):
+        return "+".join(map(str, value)) or "()"
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def api_page() -> str:
@@ -191,6 +227,7 @@ def main() -> None:
     (HERE / "analyzers.md").write_text(analyzers_page(), encoding="utf-8")
     (HERE / "signals.md").write_text(signals_page(), encoding="utf-8")
     (HERE / "backends.md").write_text(backends_page(), encoding="utf-8")
+    (HERE / "mitigations.md").write_text(mitigations_page(), encoding="utf-8")
     (HERE / "api.md").write_text(api_page(), encoding="utf-8")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ from torch import Tensor
 
 import sinklens as sl
 from sinklens.core.errors import DataError, UsageError
+from sinklens.inputs.load import load_prompts
 from sinklens.inputs.spec import Prompt
 from sinklens.kernels.spec import AttentionCall, Stat
 from sinklens.mitigations import (
+    KnockOut,
     KVBias,
     LearnedSink,
     Mitigation,
@@ -32,6 +35,8 @@ from sinklens.mitigations.recipes import Recipe, load_recipe, recipe_for
 from sinklens.mitigations.sink_values import FAR, MOST, solved
 from sinklens.models.anatomy import find_anatomy
 from sinklens.models.opening import open_model
+from sinklens.testbeds.recipe import recipes
+from sinklens.testbeds.train import held_out
 from sinklens.tracers.attention import AttentionTap, Site, ignore, no_statistics, sites
 
 from ..families import BOS, FAMILIES, HEADS, LAYERS, build, inputs
@@ -247,6 +252,31 @@ def test_a_learned_sink_takes_over_the_share_of_a_token(family: str) -> None:
     with found(opened) as effect:
         logits(opened.module, {"input_ids": torch.tensor([prompts[0].token_ids])})
     assert effect.acted
+
+
+def test_where_a_sink_has_emerged_its_place_matters_more_than_its_value() -> None:
+    """The table of docs/mitigations.md: values from some held-out sequences, the loss on others."""
+    recipe = recipes["dense-ind"]
+    opened, ids = open_model("bundled:dense-ind", dtype="fp32"), held_out(recipe, 128)
+    prompts = load_prompts([row.tolist() for row in ids[:64]], None)
+
+    def loss(method: Any) -> float:
+        with nullcontext() if method is None else method(opened), torch.no_grad():
+            found = opened.module(ids[64:]).logits[:, :-1].double()  # type: ignore[operator]
+        return float(torch.nn.functional.cross_entropy(found.transpose(1, 2), ids[64:, 1:]))
+
+    bias = kv_bias_for(opened, prompts)
+    found = {
+        "plain": loss(None),
+        "kv": loss(bias),
+        "hidden": loss(KnockOut()),
+        "sink": loss(learned_sink_for(opened, prompts)),
+        "k": loss(KVBias(key=bias.key, replaces=(0,))),
+        "zero": loss(LearnedSink(replaces=(0,))),
+    }
+    expected = {"plain": 1.0538, "kv": 1.0538, "hidden": 1.1652, "sink": 1.0633, "k": 1.0731, "zero": 1.1065}
+    assert found == pytest.approx(expected, abs=1e-3)
+    assert found["kv"] == pytest.approx(found["plain"], abs=1e-6)
 
 
 def test_shares_of_nothing_and_of_everything_have_a_number() -> None:

@@ -37,7 +37,7 @@ def generate() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("page", ["analyzers", "signals", "backends", "api"])
+@pytest.mark.parametrize("page", ["analyzers", "signals", "backends", "mitigations", "api"])
 def test_pages_are_what_the_code_says(generate: ModuleType, page: str) -> None:
     written = (DOCS / f"{page}.md").read_text(encoding="utf-8")
     assert written == getattr(generate, f"{page}_page")(), "Write the pages again: python docs/generate.py"
