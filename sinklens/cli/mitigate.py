@@ -16,6 +16,7 @@ from .profile import (
     Count,
     Device,
     DeviceMap,
+    DryRun,
     Dtype,
     FailIf,
     Force,
@@ -124,6 +125,7 @@ def command(
     resume: Annotated[Path | None, typer.Option(help="Continue an interrupted run folder.")] = None,
     as_json: AsJson = False,
     fail_if: FailIf = None,
+    dry_run: DryRun = False,
     quiet: Quiet = False,
     no_text: NoText = False,
 ) -> None:
@@ -134,6 +136,11 @@ def command(
     options = None if resume is not None else chosen_options(given)
     if resume is not None:
         _refuse_beside_resume(given)
+    elif given["dry_run"]:
+        from .dry_run import print_mitigation_plan
+
+        print_mitigation_plan(_source(given), chosen_options(given), as_json=given["as_json"])
+        return
     run_mitigate(given, options)
 
 
@@ -179,7 +186,6 @@ def chosen_options(given: dict[str, Any]) -> MitigateOptions:
 
 def run_mitigate(given: dict[str, Any], options: MitigateOptions | None) -> None:
     """Judge, report, print, and hold the outcome against the conditions."""
-    from sinklens.core.errors import UsageError
     from sinklens.pipeline.gate import check_gate
     from sinklens.pipeline.mitigate import mitigate
     from sinklens.pipeline.mitigation_gate import gate_document, require_acted
@@ -187,9 +193,7 @@ def run_mitigate(given: dict[str, Any], options: MitigateOptions | None) -> None
     from .console import ConsoleListener, print_json
     from .mitigated import print_mitigated
 
-    if given["run"] is not None and given["model"] is not None:
-        raise UsageError("A run folder and a model were both given.", hint="Leave one of them out.")
-    source = given["run"] if given["run"] is not None else given["model"]
+    source = _source(given)
     listener = ConsoleListener(quiet=given["quiet"])
     try:
         found: MitigationRun = mitigate(
@@ -211,6 +215,15 @@ def run_mitigate(given: dict[str, Any], options: MitigateOptions | None) -> None
     for expression in given["fail_if"] or []:
         check_gate(expression, gate_document(found))
     require_acted(found)
+
+
+def _source(given: dict[str, Any]) -> str | None:
+    """The run folder or the model."""
+    from sinklens.core.errors import UsageError
+
+    if given["run"] is not None and given["model"] is not None:
+        raise UsageError("A run folder and a model were both given.", hint="Leave one of them out.")
+    return given["run"] if given["run"] is not None else given["model"]
 
 
 def _name(source: str | None) -> str:

@@ -190,6 +190,27 @@ def stored_bytes(spec: Any, revision: str | None = None) -> int | None:
     return _stored_bytes(source, _commit(source))
 
 
+def open_shell(
+    spec: Any = None,
+    *,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
+) -> OpenedModel:
+    """A model by name without its weights (they are on the meta device), with its tokenizer: for plans, not to run."""
+    described = describe_model(spec, revision=revision, dtype=dtype, trust_remote_code=trust_remote_code)
+    source = locate(_name(spec), revision)
+    config = load_config(source, trust_remote_code)
+    return OpenedModel(
+        _shell(source, config, trust_remote_code),
+        load_tokenizer(source, None, True, trust_remote_code),
+        described.anatomy,
+        described.info,
+        own_prompts(source),
+        load_processor=lambda: load_processor(source, trust_remote_code),
+    )
+
+
 def _name(spec: Any) -> str | os.PathLike[str] | None:
     if spec is None or isinstance(spec, str | os.PathLike):
         return spec

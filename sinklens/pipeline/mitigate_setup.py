@@ -12,6 +12,7 @@ from sinklens.evaluation.splits import CalibrationSplit, ReportSplit, given_spli
 from sinklens.evaluation.tasks import Task, read_task, tasks_for
 from sinklens.mitigations import Method
 from sinklens.mitigations.asking import chosen_methods, label_of
+from sinklens.mitigations.calibration import Search
 from sinklens.mitigations.recipes import Recipe, load_recipe
 from sinklens.models.spec import OpenedModel
 
@@ -90,6 +91,16 @@ def jobs(options: MitigateOptions) -> list[Job]:
         if seen[job.label] > 1:
             job.label += f" {seen[job.label]}"
     return found
+
+
+def search_of(method: Method, options: MitigateOptions) -> Search:
+    """How a method is calibrated: with those of the given settings that its search has."""
+    wanted = method.search()
+    assert wanted is not None
+    known = getattr(wanted, "__dataclass_fields__", {})
+    search = method.search(**{key: value for key, value in options.search.items() if key in known})
+    assert search is not None
+    return search
 
 
 def assigned(

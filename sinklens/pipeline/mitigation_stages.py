@@ -18,7 +18,7 @@ from sinklens.tracers.store import RunStore
 from .judging import Assignment, Judged, Result, ask_under, kl_mean, overhead
 from .listener import Listener
 from .mitigate_options import MitigateOptions
-from .mitigate_setup import Job
+from .mitigate_setup import Job, search_of
 from .mitigation_controls import judge_controls
 from .mitigation_run import slug
 from .prepare import Prepared
@@ -92,15 +92,7 @@ def judge_job(setting: Setting, job: Job) -> Result:
 def _calibrated(setting: Setting, job: Job) -> Any:
     assert setting.calibration is not None
     assert setting.calibration_task is not None
-    wanted = job.method.search()
-    assert wanted is not None
-    own = {
-        key: v
-        for key, v in setting.options.search.items()
-        if key in getattr(wanted, "__dataclass_fields__", {})
-    }
-    search = job.method.search(**own)
-    assert search is not None
+    search = search_of(job.method, setting.options)
     passes = search.passes(job.method, setting.opened.anatomy.main)
     tokens = setting.calibration_task.tokens(setting.opened, setting.calibration.items)
     setting.listener.stage(

@@ -92,7 +92,7 @@ def predict(model: str | None, options: ProfileOptions) -> tuple[ModelDescriptio
     found = _streamed(options, described, prompts, plan, found)
     asked = experiments_of(options, analyzers, prompts, described.info.layers)
     for cost in asked.values():
-        cost["seconds"] = _seconds(described, cost["tokens"]) if on_cpu else None
+        cost["seconds"] = seconds_for(described, cost["tokens"]) if on_cpu else None
     return described, prompts, replace(found, experiments=asked)
 
 
@@ -156,7 +156,7 @@ def prediction(
         working=working_bytes(described, widest, plan) + picture_bytes(described, prompts, plan),
         available=available_memory(device),
         disk=sum(record_bytes(described, prompt, plan) for prompt in prompts.prompts),
-        seconds=_seconds(described, tokens) if on_cpu else None,
+        seconds=seconds_for(described, tokens) if on_cpu else None,
         batches=len(batches),
         signals=tuple(
             sorted(s.name for s in plan.signals if tower.n_experts or s.source is not Source.EXPERTS)
@@ -274,7 +274,7 @@ def _elements(signal: Signal, sizes: dict[str, int]) -> int:
     return count
 
 
-def _seconds(described: ModelDescription, tokens: int) -> float:
+def seconds_for(described: ModelDescription, tokens: int) -> float:
     """Two operations per active weight and token, at the speed of one matrix product measured now."""
     import torch
 
