@@ -67,7 +67,7 @@ def examine(model: Any, options: ProfileOptions, listener: Listener) -> Diagnosi
     """Open a model and run the self-check."""
     from sinklens.core.manifest import PACKAGES, package_version
 
-    prepared = prepare(model, None, options, listener)
+    prepared = prepare(model, None, options, listener, streaming=True)
     plan, checks = checked_plan(prepared)
     opened = prepared.opened
     versions = {name: version for name in PACKAGES if (version := package_version(name)) is not None}

@@ -26,6 +26,8 @@ from sinklens.tracers.executor import TracePlan, recordable
 from sinklens.tracers.recorder import Limits
 from sinklens.tracers.sampling import Sampling, refuse_sampling
 from sinklens.tracers.selfcheck import Check, self_check
+from sinklens.tracers.store import RunStore
+from sinklens.tracers.streaming import take_up
 from sinklens.tracers.streaming.check import check_streamed
 
 from .backends import chosen_backend, named_analyzers, refuse_lacking
@@ -78,9 +80,21 @@ def analyzers_for(options: ProfileOptions) -> tuple[Analyzer, ...]:
 
 
 def prepare(
-    model: Any, tokenizer: Any, options: ProfileOptions, listener: Listener, processor: Any = None
+    model: Any,
+    tokenizer: Any,
+    options: ProfileOptions,
+    listener: Listener,
+    processor: Any = None,
+    *,
+    streaming: bool = False,
+    resumed: RunStore | None = None,
 ) -> Prepared:
-    """Open the model and read the prompts."""
+    """Open the model and read the prompts.
+
+    Args:
+        streaming: Whether blocks may stay on disk. Whoever changes weights needs them in memory.
+        resumed: The folder of an interrupted run that goes on.
+    """
     analyzers = analyzers_for(options)
     source = {
         "tokenizer": tokenizer,
@@ -91,12 +105,14 @@ def prepare(
         "trust_remote_code": options.trust_remote_code,
     }
     backend = chosen_backend(options)
-    choice = choose(model, options)
-    if choice.on:
+    choice = choose(model, options) if streaming else None
+    if choice is not None and choice.on:
         source["stream"] = True
     opened = open_with(model, backend=backend, dtype=options.dtype, **source)
-    if opened.blocks is not None:
+    if opened.blocks is not None and choice is not None:
         opened.blocks.budget, opened.blocks.why = budget_of(options), choice.why
+        if resumed is not None:
+            take_up(opened.blocks, resumed)
     refuse_lacking(options, opened)
 
     def reopen(dtype: str) -> OpenedModel:

@@ -76,10 +76,10 @@ def _start(
     chosen_analyzers(options.analyzers)  # a misspelt analyzer is told before a large model is loaded
     chosen_backend(options)
     if out is None:
-        prepared = prepare(model, tokenizer, options, listener, processor)
+        prepared = prepare(model, tokenizer, options, listener, processor, streaming=True)
         return Session(prepared, options, None, listener, argv, None).run()
     store = RunStore(out)
     with store.created(force=force), store.locked():
-        prepared = prepare(model, tokenizer, options, listener, processor)
+        prepared = prepare(model, tokenizer, options, listener, processor, streaming=True)
         request = model_request(model, prepared.opened)
         return Session(prepared, options, store, listener, argv, request).run()

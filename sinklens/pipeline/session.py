@@ -167,5 +167,5 @@ def resume_run(
     asked, options = asked_before(folder, before, model)
     with store.locked():
         opens = model if model is not None else asked
-        prepared = prepare(opens, tokenizer, options, listener, processor)
+        prepared = prepare(opens, tokenizer, options, listener, processor, streaming=True, resumed=store)
         return Session(prepared, options, store, listener, argv, asked).run(before)

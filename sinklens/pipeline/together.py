@@ -140,7 +140,7 @@ class _Task:
     def prepared(self) -> Prepared:
         options = self.options
         device = own_device(options.device, self.team.local_rank)
-        prepared = prepare(self.model, None, replace(options, device=device), self.listener)
+        prepared = prepare(self.model, None, replace(options, device=device), self.listener, streaming=True)
         if prepared.opened.blocks is not None:
             raise UsageError(
                 f"This model is read block by block ({prepared.opened.blocks.why}), which is one process's work.",

@@ -63,6 +63,7 @@ class StreamedBlocks:
     Attributes:
         loads: How often each block was loaded.
         form: Values in the tuple that a block puts out; None where it puts out the state alone.
+        start: The first block that an interrupted run still needs; 0 in a new one.
         budget: Bytes of states between two blocks that tracing may hold in memory.
         why: Why the model is streamed, in a few words.
     """
@@ -73,6 +74,7 @@ class StreamedBlocks:
         self.module, self.blocks, self.recipes, self.device = module, tuple(blocks), recipes, device
         self.loads = [0] * len(blocks)
         self.form: int | None = None
+        self.start = 0
         self.budget, self.why = BUDGET, "asked for"
         self._resident: list[int] = []
         self._ahead: tuple[int, _Reading] | None = None
@@ -218,19 +220,22 @@ class _Sample:
 
 
 @contextmanager
-def sampled(blocks: StreamedBlocks, anatomy: Anatomy, chosen: Sequence[int] = (0, 1)) -> Iterator[Anatomy]:
+def sampled(
+    blocks: StreamedBlocks, anatomy: Anatomy, chosen: Sequence[int] | None = None
+) -> Iterator[Anatomy]:
     """The model with a few of its blocks, for questions that need many short passes: the others are skipped.
 
     The chosen ones stay in memory, so that those which are needed next need not be read again.
 
     Args:
-        chosen: The first block must be among them: it tells how blocks hand on their state.
+        chosen: By default the first two that are needed. The very first must be among them, unless a run goes on:
+            it tells how blocks hand on their state.
 
     Yields:
         The anatomy of what is left, its blocks numbered anew.
     """
     tower = anatomy.main
-    chosen = [index for index in chosen if index < len(blocks)]
+    chosen = first_two(blocks) if chosen is None else chosen
     kept = tuple(replace(tower.blocks[index], index=place, sum=Sum()) for place, index in enumerate(chosen))
     alone = replace(tower, blocks=kept)
     blocks.keep_only(chosen)
@@ -240,8 +245,13 @@ def sampled(blocks: StreamedBlocks, anatomy: Anatomy, chosen: Sequence[int] = (0
         yield replace(anatomy, towers=tuple(alone if one is tower else one for one in anatomy.towers))
 
 
+def first_two(blocks: StreamedBlocks) -> tuple[int, ...]:
+    """The first two blocks that are needed."""
+    return tuple(range(blocks.start, len(blocks)))[:2]
+
+
 def samples(blocks: StreamedBlocks) -> list[tuple[int, ...]]:
-    """Pairs of blocks in which every kind is found, the first two last.
+    """Pairs of blocks in which every kind that is needed is found, the first two last.
 
     Blocks are of one kind if they have the same class, parts of the same shapes, and the same kind of attention.
     """
@@ -249,12 +259,13 @@ def samples(blocks: StreamedBlocks) -> list[tuple[int, ...]]:
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     types = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or []
     first: dict[Any, int] = {}
-    for block in blocks.blocks:
+    for block in blocks.blocks[blocks.start :]:
         part = blocks.module.get_submodule(block.path)
         shapes = tuple((name, tuple(p.shape)) for name, p in part.named_parameters())
         kind = types[block.index] if block.index < len(types) else None
         first.setdefault((type(part), shapes, kind), block.index)
-    return [*((0, index) for index in first.values() if index > 1), (0, 1)[: len(blocks)]]
+    pair = first_two(blocks)
+    return [*((pair[0], index) for index in first.values() if index > pair[-1]), pair]
 
 
 @cache

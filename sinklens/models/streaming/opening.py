@@ -45,6 +45,7 @@ def open_streamed(
     except Exception as error:
         raise explain(error, source, "weights") from error
     blocks = find_anatomy(module).main.blocks
+    _refuse_sharing(module.config, len(blocks))
     starts = {f"{block.path}.": block.index for block in blocks}
 
     def group_of(name: str) -> int | str:
@@ -95,6 +96,23 @@ def refuse_unstreamable(device_map: Any, quantization: Any) -> None:
         )
     if quantization is not None:
         raise UsageError("A streamed model is not quantised while it is loaded.", hint="Use --stream off.")
+
+
+def shares_more(family: str, index: int) -> ModelError:
+    """The refusal of a model whose block `index` is the first that needs more than the state before it."""
+    return ModelError(
+        f"{family} cannot be streamed: its blocks pass on more than their state.",
+        detail=f"Block {index} does not do what it does in an ordinary pass when it is run on its own.",
+        hint="Use --stream off, or --device-map auto, which leaves to disk what does not fit.",
+    )
+
+
+def _refuse_sharing(config: Any, blocks: int) -> None:
+    """Refuse, before anything is read, models whose config says that late blocks read keys of earlier ones."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    shared = getattr(text, "num_kv_shared_layers", None) or 0
+    if shared:
+        raise shares_more(config.model_type, blocks - shared)
 
 
 def refuse_quantised(source: Source, config: Any) -> None:

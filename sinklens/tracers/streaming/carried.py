@@ -63,7 +63,7 @@ def unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
 
 def _named(tensor: Tensor, tensors: dict[str, Tensor]) -> str:
     name = f"carried-{len(tensors)}"
-    tensors[name] = tensor.contiguous()
+    tensors[name] = tensor.clone(memory_format=torch.contiguous_format)  # no two may share memory
     return name
 
 

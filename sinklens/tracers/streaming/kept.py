@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sinklens.core.errors import ResourceError
 from sinklens.models.spec import OpenedModel
+from sinklens.models.streaming import StreamedBlocks
 
 from ..ledger import Arrays
 from ..store import STREAMING, RunStore
@@ -114,7 +115,8 @@ class Kept:
     def keep_probe(self, done: int, state: Tensor | None) -> None:
         """The probe has passed a block; its state before that is kept until all batches have passed, too."""
         if self.store is not None and self.folder is not None and state is not None:
-            self._save(_probe_at(done), {"state": state.detach().cpu()}, {})
+            about = {"form": self.form_of.form}
+            self._save(_probe_at(done), {"state": state.detach().cpu()}, about)
             (self.folder / f"{_probe_at(done - 2)}.safetensors").unlink(missing_ok=True)
 
     def discard(self) -> None:
@@ -135,7 +137,7 @@ class Kept:
         tensors: dict[str, Tensor] = {}
         if self.store is not None:
             piece = {
-                f"{row}/{name}": torch.from_numpy(np.asarray(by_layer[journey.done - 1], order="C"))
+                f"{row}/{name}": torch.from_numpy(np.array(by_layer[journey.done - 1], order="C"))
                 for row, seen in enumerate(journey.recorder.ledger.seen)
                 for name, by_layer in seen.items()
                 if journey.done - 1 in by_layer
@@ -206,6 +208,17 @@ class Kept:
         name = _probe_at(min(journey.done for journey in self.journeys))
         if (self.folder / f"{name}.safetensors").is_file():
             self.probe = self._read(name)[0]["state"].to(self.form_of.device)
+
+
+def take_up(blocks: StreamedBlocks, store: RunStore) -> None:
+    """Tell the blocks where an interrupted run stopped, before anything is read for its self-check."""
+    from safetensors import safe_open
+
+    passed = store.passed_blocks()
+    if passed:
+        with safe_open(store.folder / STREAMING / f"{_probe_at(passed + 1)}.safetensors", "pt") as file:
+            blocks.form = json.loads(file.metadata()["about"])["form"]
+        blocks.start = passed
 
 
 def _probe_at(done: int) -> str:
