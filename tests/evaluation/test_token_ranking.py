@@ -21,6 +21,7 @@ from sinklens.evaluation.token_ranking import (
     without_padding,
 )
 from sinklens.inputs.spans import Kind, ModalitySpans, PatchGrid, Picture
+from tests.vlms import build, processor
 
 TOKENS, DIM = 23, 7
 
@@ -187,3 +188,20 @@ def test_labels_name_what_is_not_usual() -> None:
     assert DivPrune().simpler == []
     assert {cls.reference.arxiv for _, cls in registry.items()} == {"2403.06764", "2503.02175"}
     assert all("When not to trust it:" in (cls.__doc__ or "") for _, cls in registry.items())
+
+
+@pytest.mark.parametrize("size", [(40, 72), (90, 30), (40, 40), (33, 50)])
+def test_padding_is_where_the_processor_put_it(size: tuple[int, int]) -> None:
+    """A white picture through a processor that pads: what is not white in a patch is padding."""
+    from sinklens.inputs.vision import load_pictures
+
+    name = "padded to a square"
+    made, config = processor(name), build(name).config
+    white = np.full((*size, 3), 255, dtype=np.uint8)
+    (prompt,) = load_pictures([[white]], made, config, question="how many ?").prompts
+    assert prompt.visual is not None
+    pixels = prompt.visual.inputs["pixel_values"][0].double().numpy()
+    full = pixels.max((1, 2), keepdims=True)
+    shown = (pixels / full).mean(0).reshape(5, 8, 5, 8).mean((1, 3))
+    assert padding_shares(prompt.visual.spans) == pytest.approx(1 - shown.ravel(), abs=0.05)
+    assert padding_shares(prompt.visual.spans).any() == (size[0] != size[1])

@@ -208,3 +208,26 @@ def test_planted_sinks_cost_a_pruner_its_budget(tmp_path: Path) -> None:
     assert versus["fastv:sinks=kept"]["fastv"]["verdict"] == "the same as fastv"
     assert versus["divprune:sinks=dropped"]["random tokens"]["verdict"] == "better than random tokens"
     assert not found["skipped"]
+
+
+def test_padded_cells_go_first() -> None:
+    """Wide pictures in padded squares: 20 of 25 cells show nothing, and PAS keeps none of them while others are left."""
+    from sinklens.inputs.vision import load_pictures
+    from tests.vlms import build, processor
+
+    name = "padded to a square"
+    made, built = processor(name), build(name)
+    rng = np.random.default_rng(0)
+    text = {"text": "how many ? two", "question": "how many ?", "answer": "two"}
+    rows = [{"image": rng.integers(0, 255, (24, 120, 3), dtype=np.uint8), **text} for _ in range(5)]
+    prompts = load_pictures(rows, made, built.config, bos="on").prompts
+    opened = open_model(built, tokenizer=made.tokenizer)
+    for read in reads(opened, prompts, None):
+        padded = read.padding >= 0.5
+        assert padded.reshape(5, 5).tolist() == [[row != 2] * 5 for row in range(5)]
+        assert not padded[FastV(padding=True).kept(read, 5)].any()
+        assert padded[FastV().kept(read, 5)].any()
+        assert len(FastV(padding=True).kept(read, 9)) == 9
+    found = pruning_probe(opened, prompts, [FastV(), FastV(padding=True)], keeps=[0.2], draws=1)
+    assert not found["skipped"]
+    assert found["rows"][1]["versus"]["fastv"]["same_tokens"] < 1.0
