@@ -16,7 +16,9 @@ QUESTIONS = 192
 
 
 def save_visual_retrieval(out: Path, seed: int, options: dict[str, float]) -> VisualRetrievalTruth:
-    """A folder that opens like any checkpoint: processor, `task.jsonl`, pictures, prompts and `truth.json`.
+    """A folder that opens like any checkpoint: processor, pictures, prompts, `truth.json`, and the questions twice.
+
+    `task.jsonl` has them as a choice task, `answers.jsonl` as texts that end in their answers.
 
     Raises:
         UsageError: Pillow is not installed, or the logits leave nothing to win.
@@ -35,25 +37,27 @@ def save_visual_retrieval(out: Path, seed: int, options: dict[str, float]) -> Vi
 
 
 def _save_questions(task: VisualRetrievalTask, out: Path, seed: int) -> list[dict[str, Any]]:
-    """Pictures, the choice task that asks about each, and what a profile looks at: the first with their answers."""
+    """Pictures and the questions about them; the first, with masks of their objects, are what a profile looks at."""
     from PIL import Image
 
     asked = task.ask(QUESTIONS, np.random.default_rng(seed))
     masks = task.object_pixels(asked.scenes)
     questions = task.questions(asked)
     (out / "pictures").mkdir(exist_ok=True)
-    shown = []
+    answered = []
     for place, (pixels, question) in enumerate(zip(asked.scenes.pixels, questions, strict=True)):
         question["image"] = f"pictures/{place:03d}.png"
         Image.fromarray(pixels.transpose(1, 2, 0).copy()).save(out / question["image"])
+        answer = question["choices"][question["answer"]]
+        text = f"{question['prompt']} {answer}"
+        row = {"image": question["image"], "text": text, "question": question["prompt"], "answer": answer}
         if place < PICTURES:
-            mask, answer = f"pictures/{place:03d}.mask.png", question["choices"][question["answer"]]
-            Image.fromarray(masks[place]).save(out / mask)
-            text = f"{question['prompt']} {answer}"
-            row = {"image": question["image"], "text": text, "question": question["prompt"]}
-            shown.append({**row, "answer": answer, "mask": mask})
+            row["mask"] = f"pictures/{place:03d}.mask.png"
+            Image.fromarray(masks[place]).save(out / row["mask"])
+        answered.append(row)
     _write(out / "task.jsonl", questions)
-    _write(out / "sinklens_pictures.jsonl", shown)
+    _write(out / "answers.jsonl", answered)
+    _write(out / "sinklens_pictures.jsonl", answered[:PICTURES])
     return questions
 
 

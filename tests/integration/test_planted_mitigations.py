@@ -18,6 +18,12 @@ from sinklens.testbeds import plant_testbed
 ITEMS = 64
 
 
+@pytest.fixture(autouse=True)
+def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Milliseconds are not what this is about."""
+    monkeypatch.setattr(judging, "ROUNDS", 1)
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("sink", ["first", "inner"])
 def test_the_mitigation_for_the_sink_is_helpful_and_no_other_is(sink: str, seed: int, tmp_path: Path) -> None:
@@ -51,11 +57,8 @@ def test_the_mitigation_for_the_sink_is_helpful_and_no_other_is(sink: str, seed:
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_of_visual_sinks_var_alone_is_helpful(
-    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_of_visual_sinks_var_alone_is_helpful(seed: int, tmp_path: Path) -> None:
     """Questions about pictures: what takes the text sink away, or VAR in other heads, acts and does not help."""
-    monkeypatch.setattr(judging, "ROUNDS", 1)  # milliseconds are not what this is about
     bed = tmp_path / "bed"
     truth: Any = plant_testbed("retrieval-visual", bed, seed=seed)
     rng = np.random.default_rng(seed)
@@ -95,11 +98,8 @@ def test_calibration_finds_it_from_the_command_line(tmp_path: Path, capsys: Any)
     assert [truth["layer"], truth["head"]] in entry["parameters"]["heads"]
 
 
-def test_calibration_finds_var_without_being_told_the_sinks(
-    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_calibration_finds_var_without_being_told_the_sinks(tmp_path: Path, capsys: Any) -> None:
     """Neither sink dims nor parameters are given: both are found, and judged on other questions."""
-    monkeypatch.setattr(judging, "ROUNDS", 1)
     bed, out = tmp_path / "bed", tmp_path / "run"
     assert main(["testbed", "plant", "retrieval-visual", "--seed", "1", "--out", str(bed)]) == 0
     truth = json.loads((bed / "truth.json").read_text())

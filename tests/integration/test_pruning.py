@@ -188,30 +188,36 @@ def test_what_cannot_be_judged_is_refused(model: Any, prompts: tuple[Prompt, ...
         pruning_probe(model, prompts, [FastV()], sinks="found")
 
 
-def test_planted_sinks_cost_a_pruner_its_budget(tmp_path: Path) -> None:
-    """Four specks that mean nothing get most attention: FastV keeps them first and loses what is asked for."""
+def test_planted_sinks_and_recency_cost_a_pruner_its_budget(tmp_path: Path) -> None:
+    """Four specks that mean nothing get most attention, then what stands late: FastV loses what is asked for.
+
+    Without the specks it keeps objects, the late ones rather than the early ones; corrected for the place it keeps all.
+    """
     from sinklens.evaluation.pictures import processor_of
     from sinklens.inputs.vision import load_pictures
     from sinklens.testbeds import plant_testbed
 
     truth: Any = plant_testbed("retrieval-visual", tmp_path, seed=1)
     bed = open_model(str(tmp_path))
-    rows = str(tmp_path / "sinklens_pictures.jsonl")
-    given = load_pictures(None, processor_of(bed), bed.module.config, prompts=rows)
-    pruners = [FastV(), FastV(sinks="dropped"), FastV(sinks="kept"), DivPrune(sinks="dropped")]
-    found = pruning_probe(bed, given, pruners, keeps=[0.2], draws=2)
+    rows = str(tmp_path / "answers.jsonl")
+    given = load_pictures(None, processor_of(bed), bed.module.config, prompts=rows, n=96)
+    pruners = [FastV(), FastV(sinks="kept"), FastV(sinks="dropped"), FastV(sinks="dropped", recency=True)]
+    found = pruning_probe(bed, given, pruners, keeps=[0.2], draws=1)
     assert found["sinks"]["dims"] == [truth.sink_dim]
     assert found["sinks"]["per_prompt"] == 4.0
+    assert found["fits"][0]["sigma"] == pytest.approx(1.0, abs=0.2)
     versus = {row["pruner"]: row["versus"] for row in found["rows"]}
+    assert versus["fastv:sinks=kept"]["fastv"]["verdict"] == "the same as fastv"
     assert versus["fastv:sinks=dropped"]["fastv"]["verdict"] == "better than fastv"
     assert versus["fastv:sinks=dropped"]["fastv"]["same_tokens"] == pytest.approx(0.2)
-    assert versus["fastv:sinks=kept"]["fastv"]["verdict"] == "the same as fastv"
-    assert versus["divprune:sinks=dropped"]["random tokens"]["verdict"] == "better than random tokens"
+    both = versus["fastv:sinks=dropped:recency=true"]
+    assert both["fastv:sinks=dropped"]["verdict"] == "better than fastv:sinks=dropped"
+    assert both["random tokens"]["verdict"] == "better than random tokens"
     assert not found["skipped"]
 
 
 def test_padded_cells_go_first() -> None:
-    """Wide pictures in padded squares: 20 of 25 cells show nothing, and PAS keeps none of them while others are left."""
+    """Wide pictures in padded squares: 20 of 25 cells show nothing, and PAS keeps none of them before others."""
     from sinklens.inputs.vision import load_pictures
     from tests.vlms import build, processor
 

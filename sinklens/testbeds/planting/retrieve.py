@@ -201,6 +201,7 @@ class Dims:
     Args:
         noise_size: Norm of the noise dims in every embedding.
         sink_size: Value of the sink dim at sinks, where their logit is `strength`.
+        rest: Dims that fill every embedding up to its size, each alike.
     """
 
     def __init__(
@@ -211,6 +212,7 @@ class Dims:
         *,
         noise_size: float = MARK,
         sink_size: float = MARK,
+        rest: int = 1,
     ) -> None:
         self.noise_size, self.sink_size = noise_size, sink_size
         order = iter(torch.randperm(SIZE, generator=rng).tolist())
@@ -221,14 +223,16 @@ class Dims:
         self.keys, self.asked = take(keys), take(keys)
         self.values, self.guess, self.found = take(values), take(values), take(values)
         self.noise = take(16)
-        self.sink, self.constant, self.rest = take(3)
+        self.sink, self.constant = take(2)
+        self.rest = take(rest)
         self.spare = list(order)
 
     def fill(self, rows: torch.Tensor, rng: torch.Generator) -> None:
-        """Adds the noise and brings every row to a root mean square of 1, by a dim that nobody reads."""
+        """Adds the noise and brings every row to a root mean square of 1, by dims that nobody reads."""
         noise = torch.randn(len(rows), len(self.noise), generator=rng).to(rows)
         rows[:, self.noise] = self.noise_size * noise / noise.norm(dim=-1, keepdim=True)
-        rows[:, self.rest] = (SIZE - rows.square().sum(-1)).sqrt()
+        left = (SIZE - rows.square().sum(-1, keepdim=True)) / len(self.rest)
+        rows[:, self.rest] = left.sqrt().expand(-1, len(self.rest))
 
 
 def write_head(

@@ -59,10 +59,12 @@ TURNING = 2
 """The rotary component that turns by about a radian over a picture: attention falls with distance."""
 DRIVE = 8.0
 """What a neuron of the projector gives at its kind of patch; at all others at most GELU(-8), which is 0."""
-LEVEL = 0.25
-"""What the vision tower adds to every feature, so that empty patches have a state too."""
+LEVEL = 1.0
+"""What the vision tower adds to every feature, so that empty patches have a state that is not much smaller."""
 TRACE, FAINT = 16, 0.2
 """Dims that hold a trace of the pixels, and its size."""
+REST = 64
+"""Dims that fill the embeddings up: so many that none of them is larger than a mark."""
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def plant_visual_retrieval(
     task = task or VisualRetrievalTask()
     rng = torch.Generator().manual_seed(seed)
     layer, head, looker = (int(torch.randint(n, (), generator=rng)) for n in (2, HEADS, HEADS))
-    dims = Dims(len(COLOURS), len(SHAPES), rng, noise_size=NOISE_SIZE, sink_size=SPECK)
+    dims = Dims(len(COLOURS), len(SHAPES), rng, noise_size=NOISE_SIZE, sink_size=SPECK, rest=REST)
     truth = VisualRetrievalTruth(
         "visual", 2 + layer, head, match, strength, noise, 0.0, *REMEDY, dims.sink,
         strength * TEXT_SINK / SPECK, task.specks, task.patches - 1 - task.specks, len(QUESTION) + 1, (1, looker),
@@ -261,9 +263,11 @@ def _write_projector(
     trace, marks = slice(used, used + TRACE), dims.spare[:TRACE]
     first.weight[trace, :pixels] = torch.randn(TRACE, pixels, generator=rng) / math.sqrt(pixels)
     last.weight[marks, range(trace.start, trace.stop)] = FAINT
-    # What the trace adds is taken from the dim that fills every embedding up.
-    faint = body.multi_modal_projector(_features(body.vision_tower, task).float()).square().sum(-1)
-    kinds[:, dims.rest] = (kinds[:, dims.rest].square() - faint).sqrt()
+    # What the trace adds is taken from the dims that fill every embedding up.
+    faint = (
+        body.multi_modal_projector(_features(body.vision_tower, task).float()).square().sum(-1, keepdim=True)
+    )
+    kinds[:, dims.rest] = (kinds[:, dims.rest].square() - faint / len(dims.rest)).sqrt()
     last.bias.copy_(kinds[-1])
     last.weight[:, :used] += ((kinds[:-1] - kinds[-1]) / DRIVE).T
 
