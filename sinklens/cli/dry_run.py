@@ -36,6 +36,9 @@ def print_plan(model: str | None, options: ProfileOptions, *, as_json: bool) -> 
         else f"about {duration(predicted.seconds)}"
     )
     lines = {**_head(described, prompts, predicted), "Time": time}
+    lines["Blocks"] = "{rows} query rows at a time at {at_tokens} tokens".format(**predicted.query_blocks)
+    if predicted.sampling is not None:
+        lines["Sampled"] = prompts.description["warnings"][-1]
     if (stream := predicted.stream) is not None:
         disk = f", {size(stream.spilled)} of them on disk" if stream.spilled else ""
         states = f"{size(stream.states)} of states between blocks{disk}"

@@ -10,7 +10,7 @@ from typing import Any
 from sinklens.kernels.shapes import Sizes
 from sinklens.kernels.spec import BlockPlan
 from sinklens.kernels.walk import row_blocks
-from sinklens.models.spec import OpenedModel
+from sinklens.models.spec import Tower
 
 from .cost import available_memory
 
@@ -53,9 +53,8 @@ def _bytes(text: str) -> int:
     return int(number) * factors[unit] if unit in factors and number.isdigit() else 0
 
 
-def described_blocks(opened: OpenedModel, plan: BlockPlan, length: int) -> dict[str, Any]:
+def described_blocks(tower: Tower, plan: BlockPlan, length: int) -> dict[str, Any]:
     """For plan and manifest: logits in flight, and query rows per block for one prompt of this length."""
-    tower = opened.anatomy.main
     heads, kv_heads = max(1, tower.heads), max(1, tower.kv_heads)
     sizes = Sizes(1, heads, kv_heads, heads // kv_heads, length, length, 1, 1, 0)
     rows = row_blocks(sizes, plan)[0][1]

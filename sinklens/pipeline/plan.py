@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from sinklens.tracers import signals as sig
@@ -15,10 +15,20 @@ from sinklens.tracers.signals_pictures import LENS, LENS_RANKS, PAIR_SETS, QUERY
 from sinklens.tracers.signals_visual import KEY_CLASSES, LEAST_ENERGY, MASS_FLOORS, SHARE_BINS
 
 from . import visual_experiments as visual
+from .blocks import described_blocks
 from .cost import available_memory, size
 from .options import ProfileOptions
 from .picture_prompts import has_pictures, refuse_without_pictures
-from .prepare import EFFECTS, READERS, SENSITIVITY, analyzers_for, plan_for, read_prompts, those_that_apply
+from .prepare import (
+    EFFECTS,
+    READERS,
+    SENSITIVITY,
+    analyzers_for,
+    plan_for,
+    read_prompts,
+    reading,
+    those_that_apply,
+)
 from .streaming import StreamCost, budget_of, device_of_run, stream_cost
 
 if TYPE_CHECKING:
@@ -46,6 +56,8 @@ class Prediction:
         seconds: A rough estimate for this machine's CPU, None for models that will run elsewhere.
         experiments: Per experiment that is asked for or may run: `passes` and `tokens` in all, about, and `seconds`.
         stream: What streaming takes; None where all blocks are in memory. `weights` and `working` count it.
+        query_blocks: Logits in flight, and query rows per block for the longest prompt.
+        sampling: What is estimated from a sample of the query rows; None where all are looked at.
     """
 
     weights: int
@@ -57,6 +69,8 @@ class Prediction:
     signals: tuple[str, ...]
     experiments: dict[str, dict[str, Any]]
     stream: StreamCost | None = None
+    query_blocks: dict[str, Any] = field(default_factory=dict)
+    sampling: dict[str, Any] | None = None
 
     @property
     def fits(self) -> bool | None:
@@ -86,7 +100,7 @@ def predict(model: str | None, options: ProfileOptions) -> tuple[ModelDescriptio
     )
     refuse_without_pictures(options.analyzers, prompts)
     analyzers = those_that_apply(options, analyzers, prompts)
-    plan = plan_for(options, analyzers)
+    plan = reading(plan_for(options, analyzers), options, prompts)
     on_cpu = options.device in (None, "cpu")
     found = prediction(described, prompts, plan, on_cpu=on_cpu, device=device_of_run(options))
     found = _streamed(options, described, prompts, plan, found)
@@ -162,6 +176,8 @@ def prediction(
             sorted(s.name for s in plan.signals if tower.n_experts or s.source is not Source.EXPERTS)
         ),
         experiments={},
+        query_blocks=described_blocks(tower, plan.blocks, max(map(len, prompts.prompts))),
+        sampling=None if plan.sampling is None else plan.sampling.describe(),
     )
 
 

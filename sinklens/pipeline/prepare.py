@@ -24,7 +24,7 @@ from sinklens.tracers.backends import backend_of, open_with
 from sinklens.tracers.batch import Batch, forward
 from sinklens.tracers.executor import TracePlan, recordable
 from sinklens.tracers.recorder import Limits
-from sinklens.tracers.sampling import Sampling, refuse_sampling
+from sinklens.tracers.sampling import Sampling, not_estimable, refuse_sampling
 from sinklens.tracers.selfcheck import Check, self_check
 from sinklens.tracers.store import RunStore
 from sinklens.tracers.streaming import take_up
@@ -130,12 +130,18 @@ def prepare(
     analyzers = those_that_apply(options, analyzers, prompts)
     refuse_short(options, analyzers, prompts)
     _within_reach(opened, prompts)
-    sampling = worth_sampling(options, prompts)
+    plan = reading(plan_for(options, analyzers), options, prompts)
     listener.planned(prompts, analyzers)
-    plan = with_sinks(plan_for(options, analyzers), options, opened, prompts, analyzers)
-    plan = replace(plan, sampling=sampling, blocks=fitting_blocks(plan.blocks))
+    plan = with_sinks(plan, options, opened, prompts, analyzers)
     refuse_sampling(plan, opened, prompts)
     return Prepared(opened, prompts, analyzers, recordable(opened, plan), reopen)
+
+
+def reading(plan: TracePlan, options: ProfileOptions, prompts: PromptSet) -> TracePlan:
+    """The plan with how query rows are read: how many at once, and whether all."""
+    sampling = worth_sampling(options, prompts)
+    signals = plan.signals if sampling is None else plan.signals - set(not_estimable())
+    return replace(plan, signals=signals, sampling=sampling, blocks=fitting_blocks(plan.blocks))
 
 
 def worth_sampling(options: ProfileOptions, prompts: PromptSet) -> Sampling | None:

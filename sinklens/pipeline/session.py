@@ -109,8 +109,8 @@ class Session:
 
     def _sections(self) -> dict[str, Any]:
         """What the manifest says of this run besides."""
-        opened, prompts = self.prepared.opened, self.prepared.prompts.prompts
-        return {"query_blocks": described_blocks(opened, self.prepared.plan.blocks, max(map(len, prompts)))}
+        tower, longest = self.prepared.opened.anatomy.main, max(map(len, self.prepared.prompts.prompts))
+        return {"query_blocks": described_blocks(tower, self.prepared.plan.blocks, longest)}
 
     def _describe(self, described: Trace, checks: list[Check], status: str) -> None:
         """Put the manifest on a trace and, while the run is going, on disk."""

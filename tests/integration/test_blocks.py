@@ -9,6 +9,8 @@ import sinklens as sl
 from sinklens.kernels.spec import BlockPlan
 from sinklens.pipeline import prepare
 from sinklens.pipeline.blocks import LEAST_SCORES, fitting_blocks, last_cache
+from sinklens.pipeline.options import ProfileOptions
+from sinklens.pipeline.plan import plan_document, predict
 
 GB = 1_000_000_000
 
@@ -38,3 +40,15 @@ def test_the_manifest_states_the_blocks_and_results_do_not_depend_on_them(
     for mine, theirs in zip(one.trace, other.trace, strict=True):
         for name in ("attention_received", "attention_top1"):
             np.testing.assert_allclose(mine[name], theirs[name], atol=1e-5)
+
+
+def test_the_plan_states_blocks_and_sample_before_anything_is_run() -> None:
+    asked = ProfileOptions(prompts="corpus:mixed", pack=True, n=3, seq_len=256, sample_queries="50%")
+    described, prompts, predicted = predict("bundled:dense-ind", asked)
+    document = plan_document(described, prompts, predicted)["prediction"]
+    assert document["query_blocks"]["at_tokens"] == 256
+    assert document["query_blocks"]["rows"] >= 32
+    assert document["sampling"]["share"] == 0.5
+    assert "attention_self" not in document["signals"]
+    assert "attention_received" in document["signals"]
+    assert plan_document(*predict(None, ProfileOptions()))["prediction"]["sampling"] is None
