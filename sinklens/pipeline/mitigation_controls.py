@@ -88,7 +88,7 @@ def controls_of(method: Method, setting: Setting) -> list[Control]:
         kept = Protection.of(method)
         others = kept.controls(setting.opened, tokens=shortest, draws=draws, seed=seed)
         what = "the same grid, as many other dims, tokens, blocks and experts protected"
-        return [Control("others", what, tuple(other.applied(method) for other in others))]
+        return [Control("other parts", what, tuple(other.applied(method) for other in others))]
     return []
 
 
@@ -191,7 +191,8 @@ def _sentence(row: Mapping[str, Any]) -> str:
         return f"With {row['what']}: none of {row['draws']} draws changed anything, so there is no control."
     parts = []
     for one in row["metrics"]:
-        name = f"{one['metric'].replace('_', ' ')} on {one['task']}"
+        name, task = one["metric"].replace("_", " "), one["task"]
+        name = name if task == one["metric"] else f"{name} on {task}"
         beyond = _within(one["beyond"])
         parts.append(f"{name} changes by {_within(one['change'])}, the mitigation by {beyond} beyond that")
     if row["sink"] is not None:

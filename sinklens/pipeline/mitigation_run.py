@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 SECTION = "mitigations"
+END = 15
+"""Characters that a drawing keeps of each end of a long label."""
 REQUEST, RECIPE = "mitigate.json", "recipe.json"
 UNITS = {
     "baseline": "the metric's own",
@@ -218,7 +220,8 @@ def _intervals(rows: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str,
         estimates: list[Estimate] = []
         for row in mine:
             ends = _number(row["ci_low"]), _number(row["ci_high"])
-            estimates.append(Estimate(row["mitigation"], row["delta"], *ends, note=row["verdict"] or ""))
+            named = _both_ends(row["mitigation"])
+            estimates.append(Estimate(named, row["delta"], *ends, note=row["verdict"] or ""))
             entry = next((one for one in entries if one["label"] == row["mitigation"]), {})
             estimates += _control_estimates(entry, task, metric)
         better = "more is better" if mine[0]["better"] > 0 else "less is better"
@@ -226,13 +229,18 @@ def _intervals(rows: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str,
             Intervals(
                 f"change-{task}-{metric}",
                 f"{task}: change of {metric.replace('_', ' ')}",
-                f"Mitigated minus unchanged on the same {mine[0]['n']} items; {better}. Bars: 95 % intervals.",
+                f"Mitigated minus unchanged on the same {mine[0]['n']} items; {better}.",
                 tuple(estimates),
                 f"change of {metric.replace('_', ' ')}",
                 interval="95 % interval over items",
             )
         )
     return figures
+
+
+def _both_ends(label: str) -> str:
+    """A long label without its middle: methods differ at their ends."""
+    return label if len(label) <= 2 * END else f"{label[: END - 1]}…{label[-END:]}"
 
 
 def _control_estimates(entry: Mapping[str, Any], task: str, metric: str) -> list[Estimate]:
@@ -243,7 +251,7 @@ def _control_estimates(entry: Mapping[str, Any], task: str, metric: str) -> list
                 change = one["change"]
                 ends = _number(change["ci_low"]), _number(change["ci_high"])
                 note = f"mean of {control['acted']} draws" if control["acted"] > 1 else "one draw"
-                found.append(Estimate(f"  {control['kind']} control", change["delta"], *ends, note=note))
+                found.append(Estimate(f"{control['kind']} control", change["delta"], *ends, note=note))
     return found
 
 

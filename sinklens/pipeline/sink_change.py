@@ -93,11 +93,12 @@ def change_of(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, 
         "lost_by_layer": layers,
         "map": after["map"],
     }
+    rates = f"{told['rate_before']:.1f} to {told['rate']:.1f}"
     text = (
-        f"Attention to position {told['position']} {told['share_before']:.3f} -> {told['share']:.3f}, heads above "
-        f"{before['epsilon']:g} in {told['rate_before']:.1f} -> {told['rate']:.1f} %"
+        f"Attention to position {told['position']} goes from {told['share_before']:.3f} to {told['share']:.3f}, heads "
+        f"above {before['epsilon']:g} from {rates} %"
     )
-    return {**told, "text": text + ("." if lost is None else f", {round(100 * lost)} % of the sink lost.")}
+    return {**told, "text": text + ("." if lost is None else f"; {round(100 * lost)} % of the sink is lost.")}
 
 
 def mean_sink(draws: list[dict[str, Any]]) -> dict[str, Any]:

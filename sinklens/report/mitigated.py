@@ -88,7 +88,7 @@ def _told(entry: Mapping[str, Any]) -> Told:
     verdict = entry.get("verdict") or {}
     effect, cost = entry.get("effect") or {}, entry.get("cost") or {}
     facts = []
-    if effect.get("text"):
+    if effect.get("text") and entry.get("acted"):
         facts.append(("effect", str(effect["text"])))
     if entry.get("acted") and isinstance(effect.get("kl_mean"), int | float):
         facts.append(("KL to the unchanged model", f"{number(effect['kl_mean'])} nats per token"))
