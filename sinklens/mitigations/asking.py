@@ -116,8 +116,10 @@ def _value(cls: type[Method], key: str, text: str, default: Any) -> Any:
         raise UsageError(
             f"{cls.name}: {text!r} names no heads.", hint="Write heads=L2H0+L3H1, counted from 0."
         )
-    if many:
+    if many or (len(parts) > 1 and default is None):
         return tuple(parts)
+    if len(parts) > 1:
+        raise UsageError(f"{cls.name}: {key} must be one number, got {text!r}.")
     number = parts[0]
     if isinstance(default, float) and isinstance(number, int):
         return float(number)

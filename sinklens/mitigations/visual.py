@@ -33,7 +33,7 @@ class VisualSinkMethod(Mitigation):
         update_decode: Whether generated tokens can become sinks; otherwise those of the prompt are kept.
     """
 
-    dims: SinkDims | Collection[int] | None = None
+    dims: SinkDims | Collection[int] | int | None = None
     tau: float = TAU
     tau_energy: float | None = None
     update_decode: bool = False
@@ -43,7 +43,8 @@ class VisualSinkMethod(Mitigation):
         if isinstance(self.dims, Mapping):  # of a recipe
             object.__setattr__(self, "dims", SinkDims.from_json(cast("dict[str, Any]", self.dims)))
         if self.dims is not None and not isinstance(self.dims, SinkDims):
-            dims = tuple(dict.fromkeys(int(dim) for dim in self.dims))
+            given = (self.dims,) if isinstance(self.dims, int) else self.dims
+            dims = tuple(dict.fromkeys(int(dim) for dim in given))
             if not dims or min(dims) < 0:
                 raise UsageError(
                     f"{self.name}: dims must be dims of the hidden state from 0 on, got {list(dims)}."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,9 +12,12 @@ from torch import Tensor
 from sinklens.core.errors import ModelError, UsageError
 from sinklens.kernels.key_sets import Shares
 from sinklens.kernels.spec import AttentionCall
-from sinklens.mitigations import GIFT, NothingEdited, ZeroTuning
+from sinklens.mitigations import GIFT, PAI, PAINT, VAR, NothingEdited, ZeroTuning, chosen_methods
+from sinklens.mitigations.asking import label_of
 from sinklens.mitigations.gift import amplified
+from sinklens.mitigations.recipes import load_recipe, recipe_for
 from sinklens.models.anatomy import find_anatomy
+from sinklens.models.opening import open_model
 from sinklens.tracers import signals as sig
 from sinklens.tracers.attention import AttentionTap, Site, ignore, no_statistics, sites
 from sinklens.tracers.executor import trace
@@ -264,3 +268,23 @@ def test_nothing_to_amplify_and_what_is_refused() -> None:
     assert FAMILIES["llava"].kind == "vlm"
     assert LAYERS == 4
     assert IMAGE in given["input_ids"]
+
+
+def test_it_is_named_on_the_command_line_and_kept_in_recipes(tmp_path: Path) -> None:
+    opened = open_model(build("llava"))
+    found = chosen_methods(
+        "gift:alpha=2:saliency=0:words=14-16,gift:saliency=0+1,paint:start=0:beta=0,pai:alpha=1,var:dims=3"
+    )
+    assert found == (
+        GIFT(alpha=2.0, saliency=0, words=(14, 15, 16)),
+        GIFT(saliency=(0, 1)),
+        PAINT(start=0, beta=0.0),
+        PAI(alpha=1.0),
+        VAR(dims=(3,)),
+    )
+    for method in found:
+        recipe_for(method, opened).save(tmp_path / "recipe.json")
+        assert load_recipe(tmp_path / "recipe.json").mitigation == method
+        assert chosen_methods(label_of(method)) == (method,)
+    with pytest.raises(UsageError, match="alpha must be one number, got '1-3'"):
+        chosen_methods("gift:alpha=1-3")
