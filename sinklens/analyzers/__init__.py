@@ -26,6 +26,7 @@ from .head_classes import HeadClasses
 from .head_roles import HeadRoles
 from .image_centric_heads import ImageCentricHeads
 from .information_horizon import InformationHorizon
+from .mass_ledger import MassLedger
 from .massive_activations import MassiveActivations
 from .matrix_entropy import MatrixEntropy
 from .mean_maps import MeanMaps
@@ -67,6 +68,7 @@ __all__ = [
     "HeadRoles",
     "ImageCentricHeads",
     "InformationHorizon",
+    "MassLedger",
     "MassiveActivations",
     "MatrixEntropy",
     "MeanMaps",

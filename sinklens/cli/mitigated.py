@@ -35,6 +35,8 @@ def print_mitigated(run: MitigationRun, report: Path) -> None:
 
 
 def _details(entry: dict[str, Any]) -> list[str]:
+    from sinklens.pipeline.mass_ledger import ledger_sentence
+
     found = []
     calibration = entry["calibration"]
     if calibration:
@@ -42,12 +44,16 @@ def _details(entry: dict[str, Any]) -> list[str]:
             f"calibration: {calibration['text']} ({calibration['passes']} passes, {calibration['seconds']:.0f} s)"
         )
     if entry["acted"]:
-        kl = entry["effect"].get("kl_mean")
-        divergence = "" if kl is None else f" KL to the unchanged model {kl:.3g} nats."
+        kl, over = entry["effect"].get("kl_mean"), entry["effect"].get("kl_positions")
+        divergence = (
+            "" if kl is None else f" KL to the unchanged model {kl:.3g} nats, mean over {over} predictions."
+        )
         found.append(f"effect: {entry['effect']['text']}{divergence}")
         if entry.get("sink"):
             found.append(f"sink: {entry['sink']['text']}")
         found += [f"control: {control['text']}" for control in entry.get("controls") or []]
+        if entry.get("ledger"):
+            found.append(f"ledger: {ledger_sentence(entry['ledger'])}")
         cost = entry["cost"]
         if cost:
             found.append(

@@ -29,11 +29,20 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Question:
-    """A context, and the continuations whose likelihood is asked for."""
+    """A context, and the continuations whose likelihood is asked for.
+
+    Attributes:
+        evaluated: Place of the context from which on the predictions of the next token count; None for the last alone.
+    """
 
     context: tuple[int, ...]
     continuations: tuple[tuple[int, ...], ...] = ()
     visual: Visual | None = None
+    evaluated: int | None = None
+
+    @property
+    def first_evaluated(self) -> int:
+        return len(self.context) - 1 if self.evaluated is None else self.evaluated
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,19 +12,19 @@ import numpy as np
 import torch
 
 from sinklens.evaluation.judgement import Case, Judgement, Row, Verdict, judge, overall
-from sinklens.evaluation.predictions import divergence
 from sinklens.evaluation.running import Question
 from sinklens.evaluation.splits import ReportSplit, require
 from sinklens.evaluation.statistics import compare_paired, holm
 from sinklens.evaluation.tasks import Answers, Task
 from sinklens.mitigations import Method, Outcome
 from sinklens.models.spec import OpenedModel
-from sinklens.tracers.batch import Batch, collate, forward
+from sinklens.tracers.batch import Batch
 
+from .divergence import as_batch
 from .scoring import put_on
 
 PROBES = 8
-"""Contexts on which predictions with and without a mitigation are compared."""
+"""Contexts of which the longest is timed."""
 ROUNDS, NEW_TOKENS = 5, 16
 
 
@@ -58,11 +57,12 @@ class Result:
         label: What results call it.
         method: None if a calibration kept the unchanged model.
         kept: Why it kept it.
-        effect: `rows_edited, kl_mean, ...`.
+        effect: `rows_edited`, `kl_mean` and `kl_positions` (see `divergence.Divergence`), `mean_mass_moved`.
         cost: Milliseconds per token without and with it.
         findings: What a profile says of the model while it is on; None if none was made.
         sink: What becomes of the sink, as of `sink_change.change_of`.
         controls: What came of its controls, as of `mitigation_controls.judge_controls`.
+        ledger: What groups of keys get without and with it.
     """
 
     label: str
@@ -79,6 +79,7 @@ class Result:
     findings: dict[str, Any] | None = None
     sink: dict[str, Any] | None = None
     controls: list[dict[str, Any]] = field(default_factory=list)
+    ledger: dict[str, Any] | None = None
 
 
 def ask_under(
@@ -105,33 +106,13 @@ def outcome_of(outcome: Outcome) -> dict[str, Any]:
     return found
 
 
-def kl_mean(opened: OpenedModel, method: Method, probes: Sequence[Question]) -> float:
-    """KL(unchanged || changed) of the next-token distributions, mean over the tokens of a few contexts, nats."""
-    total, tokens = 0.0, 0
-    for question in probes[:PROBES]:
-        batch = _batch(opened, question)
-        plain = forward(opened.module, batch).logits[0]
-        with put_on(method, opened):
-            changed = forward(opened.module, batch).logits[0]
-        total += divergence(plain, changed) * len(plain)
-        tokens += len(plain)
-    return total / tokens if tokens else math.nan
-
-
-def _batch(opened: OpenedModel, question: Question) -> Batch:
-    from sinklens.inputs.spec import Prompt
-
-    prompt = Prompt(0, question.context, (), "", visual=question.visual)
-    return collate([prompt], device=next(opened.module.parameters()).device)
-
-
 def overhead(opened: OpenedModel, method: Method, probes: Sequence[Question]) -> dict[str, Any]:
     """Milliseconds per token while reading and while writing, without and with a mitigation, in turns.
 
     Medians over rounds; the difference is the median of the paired differences.
     """
     question = max(probes[:PROBES], key=lambda q: len(q.context))
-    batch = _batch(opened, question)
+    batch = as_batch(opened, question)
     length = len(question.context)
     rounds: list[tuple[float, float, float, float]] = []
     for number in range(ROUNDS + 1):
@@ -241,7 +222,11 @@ def _table_row(result: Result, one: Assignment, row: Row, verdict: Verdict) -> d
         "role": row.metric.role,
         "better": row.metric.better,
         "verdict": str(verdict.judgement) if row.metric.role == "primary" else None,
-        "effect": {"rows_edited": judged.outcome["rows_edited"], "kl_mean": result.effect.get("kl_mean")},
+        "effect": {
+            "rows_edited": judged.outcome["rows_edited"],
+            "kl_mean": result.effect.get("kl_mean"),
+            "kl_positions": result.effect.get("kl_positions"),
+        },
     }
 
 

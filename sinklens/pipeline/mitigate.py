@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from sinklens.core.errors import DataError, InterruptedRun, ModelError, UsageError
-from sinklens.evaluation.running import Question
 from sinklens.evaluation.splits import refuse_overlap
 from sinklens.mitigations.recipes import Recipe
 from sinklens.models.fingerprint import fingerprint
@@ -17,6 +16,7 @@ from sinklens.models.spec import OpenedModel
 from sinklens.tracers.backends import backend_of, modes_restored
 from sinklens.tracers.store import RunStore
 
+from .divergence import QUESTIONS, of_prompt
 from .judging import (
     Result,
     evaluation_rows,
@@ -210,11 +210,11 @@ def _base_run(
 
 def _ask_baseline(setting: Setting) -> None:
     """The unchanged model's answers, and the contexts on which predictions are compared."""
+    share = max(1, QUESTIONS // len(setting.given))
     for one in setting.given:
-        setting.probes += one.task.probes(setting.opened, one.split.items[:8])
+        setting.probes += one.task.probes(setting.opened, one.split.items[:share])[:share]
     if not setting.probes:
-        prompts = setting.prepared.prompts.prompts[:8]
-        setting.probes = [Question(prompt.token_ids, visual=prompt.visual) for prompt in prompts]
+        setting.probes = [of_prompt(prompt) for prompt in setting.prepared.prompts.prompts[:QUESTIONS]]
     mark = {one.task.name: one.split.sha256 for one in setting.given}
     stored = stored_result(setting.store, "baseline")
     if stored is not None and stored["splits"] == mark:

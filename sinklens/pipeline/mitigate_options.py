@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from sinklens.evaluation.tasks import Task
 from sinklens.mitigations import Method
 from sinklens.mitigations.recipes import Recipe, load_recipe
 
+from .mass_ledger import with_ledger
 from .options import ProfileOptions
 
 ANALYZERS = ("primary-sinks", "massive-activations")
@@ -25,6 +26,8 @@ MOST_CONTROLS = 50
 @dataclass(frozen=True)
 class MitigateOptions:
     """Everything but the model.
+
+    The mass ledger is always among the analyzers.
 
     Attributes:
         methods: Methods, or their command-line forms.
@@ -53,6 +56,9 @@ class MitigateOptions:
     profile: ProfileOptions = field(default_factory=lambda: ProfileOptions(analyzers=ANALYZERS, verify=False))
 
     def __post_init__(self) -> None:
+        named = with_ledger(self.profile.analyzers)
+        if named != self.profile.analyzers:
+            object.__setattr__(self, "profile", replace(self.profile, analyzers=named))
         if not self.methods and not self.recipes:
             raise UsageError(
                 "No mitigation was named.",

@@ -165,6 +165,7 @@ def entry(result: Result, verdicts: dict[str, Any], controls: list[dict[str, Any
             },
         },
         "effect": {**result.effect, "text": result.said},
+        "ledger": result.ledger,
         "cost": result.cost,
         "calibration": result.calibration,
         "findings": result.findings,

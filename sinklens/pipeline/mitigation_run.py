@@ -17,6 +17,7 @@ from sinklens.tracers import signals as sig
 from sinklens.tracers.store import RunStore
 from sinklens.tracers.trace import Trace
 
+from .mass_ledger import Ledger, ledger_figures, ledger_of
 from .run import Run, load_run, stored_manifest
 from .verdict import Line, Verdict
 
@@ -34,6 +35,8 @@ UNITS = {
     "p_holm": "corrected for all verdicts of the run",
     "n": "items",
     "changed": "items whose result differs",
+    "kl_mean": "KL(unchanged || mitigated) in nats, mean over the evaluated next-token positions",
+    "kl_positions": "evaluated next-token positions",
     "detectable": "smallest change seen with 80 % power",
 }
 
@@ -84,6 +87,11 @@ class MitigationRun(Run):
     @property
     def evaluation(self) -> Evaluation:
         return Evaluation(self.rows)
+
+    @property
+    def ledger(self) -> Ledger:
+        """What groups of keys get without and with each mitigation."""
+        return ledger_of(self.entries)
 
     @property
     def verdict(self) -> Verdict:
@@ -150,6 +158,8 @@ def write_results(run: MitigationRun, store: RunStore) -> None:
     if run.rows:
         (store.folder / "tables").mkdir(exist_ok=True)
         run.evaluation.to_frame().to_parquet(store.folder / "tables" / "evaluation.parquet")
+    if len(run.ledger):
+        run.ledger.to_frame().to_parquet(store.folder / "tables" / "ledger.parquet")
     for label, recipe in run.recipes.items():
         (store.folder / "recipes").mkdir(exist_ok=True)
         recipe.save(store.folder / "recipes" / f"{slug(label)}.json")
@@ -207,8 +217,8 @@ def load_mitigation_run(path: str | Path) -> MitigationRun:
 
 
 def mitigation_figures(run: MitigationRun) -> list[Figure]:
-    """Maps of the attention to the sink, unchanged and under each mitigation, and the changes with their intervals."""
-    return [*_intervals(run.rows, run.entries), *_maps(run)]
+    """Changes with their intervals, attention by group of keys and to the sink, unchanged and under each mitigation."""
+    return [*_intervals(run.rows, run.entries), *ledger_figures(run.entries, slug), *_maps(run)]
 
 
 def _intervals(rows: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str, Any]]) -> list[Figure]:

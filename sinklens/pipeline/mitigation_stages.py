@@ -15,8 +15,10 @@ from sinklens.models.spec import OpenedModel
 from sinklens.tracers.executor import trace
 from sinklens.tracers.store import RunStore
 
-from .judging import Assignment, Judged, Result, ask_under, kl_mean, overhead
+from .divergence import Divergence, kl_to_unchanged
+from .judging import Assignment, Judged, Result, ask_under, overhead
 from .listener import Listener
+from .mass_ledger import side_by_side
 from .mitigate_options import MitigateOptions
 from .mitigate_setup import Job, search_of
 from .mitigation_controls import judge_controls
@@ -73,9 +75,11 @@ def judge_job(setting: Setting, job: Job) -> Result:
     outcomes = [judged.outcome for judged in result.judged.values()]
     result.acted = any(outcome["acted"] for outcome in outcomes)
     result.said = next((o["text"] for o in outcomes if o["acted"]), outcomes[0]["text"])
+    kl = kl_to_unchanged(opened, method, setting.probes) if result.acted else Divergence(0.0, 0)
     result.effect = {
         "rows_edited": sum(outcome["rows_edited"] for outcome in outcomes),
-        "kl_mean": kl_mean(opened, method, setting.probes) if result.acted else 0.0,
+        "kl_mean": kl.mean,
+        "kl_positions": kl.positions,
         "mean_mass_moved": max((o.get("mean_mass_moved", 0.0) for o in outcomes), default=0.0),
     }
     if result.acted:
@@ -83,6 +87,8 @@ def judge_job(setting: Setting, job: Job) -> Result:
         result.findings = _after(setting, job.label, method)
         result.sink = _sink_change(setting, job.label)
         result.controls = judge_controls(setting, job.label, method)
+        traces = setting.run.trace, setting.after[job.label].trace
+        result.ledger = side_by_side(*traces, setting.run.analyzers)
         recipe = recipe or recipe_for(method, opened)
         result.recipe = recipe.to_json()
     store_result(setting.store, slug(job.label), asdict(result))

@@ -50,6 +50,8 @@ class Mitigated:
     recommendation: str
     told: tuple[Told, ...]
     table: tables.Table | None
+    ledger: tables.Table | None
+    ledger_layers: tables.Table | None
     figures: tuple[FigureView, ...]
 
 
@@ -62,8 +64,29 @@ def view(document: Mapping[str, Any], figures: Sequence[Figure], data: dict[str,
         str((document.get("recommended") or {}).get("text") or ""),
         tuple(_told(entry) for entry in entries),
         tables.table([_row(row) for row in document.get("evaluation") or []], _UNITS, _LABELS),
+        *_ledgers(entries),
         tuple(views.draw_all(SECTION, figures, data)),
     )
+
+
+def _ledgers(entries: Sequence[Mapping[str, Any]]) -> tuple[tables.Table | None, tables.Table | None]:
+    """What groups of keys get, over all layers and by layer."""
+    total: list[dict[str, Any]] = []
+    layers: list[dict[str, Any]] = []
+    for entry in entries:
+        ledger = entry.get("ledger") or {}
+        for row in [{"layer": None, **ledger["total"]}, *ledger["layers"]] if "total" in ledger else []:
+            for group, shares in row.items():
+                if group == "layer":
+                    continue
+                line = {"mitigation": entry.get("label"), "group": group.replace("_", " ")}
+                if row["layer"] is None:
+                    total.append(line | dict(shares))
+                else:
+                    layers.append(
+                        {"mitigation": line.pop("mitigation"), "layer": row["layer"], **line, **shares}
+                    )
+    return tables.table(total, {}), tables.table(layers, {})
 
 
 def _row(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,7 +114,9 @@ def _told(entry: Mapping[str, Any]) -> Told:
     if effect.get("text") and entry.get("acted"):
         facts.append(("effect", str(effect["text"])))
     if entry.get("acted") and isinstance(effect.get("kl_mean"), int | float):
-        facts.append(("KL to the unchanged model", f"{number(effect['kl_mean'])} nats per token"))
+        over = effect.get("kl_positions")
+        kl = f"{number(effect['kl_mean'])} nats, mean over {over} next-token predictions of the tasks"
+        facts.append(("KL to the unchanged model", kl))
     if (entry.get("sink") or {}).get("text"):
         facts.append(("sink", str(entry["sink"]["text"])))
     for control in entry.get("controls") or []:

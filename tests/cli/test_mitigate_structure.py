@@ -60,7 +60,7 @@ def test_pruning_the_causal_expert_collapses_the_sink_and_its_controls_do_not(
     loaded = sl.load(out)
     assert isinstance(loaded, MitigationRun)
     assert loaded.document["mitigations"] == found["mitigations"]
-    assert len(loaded.figures["mitigations"]) == 1 + 4
+    assert len(loaded.figures["mitigations"]) == 1 + 1 + 4  # change, ledger, maps
 
 
 def test_what_is_lost_is_the_papers_decay(tmp_path: Path) -> None:

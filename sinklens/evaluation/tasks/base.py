@@ -81,7 +81,7 @@ class Task(ABC):
         """Tokens that one round of asking runs through the model, about."""
 
     def probes(self, opened: OpenedModel, items: Sequence[Item]) -> list[Question]:
-        """Contexts of items, on which predictions of two models can be compared."""
+        """Contexts of items, on which predictions of two models can be compared, and which predictions count."""
         return Reader(opened, chat_template=self.chat_template).contexts(items)
 
     def check_item(self, item: Item) -> None:

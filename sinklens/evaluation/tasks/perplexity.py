@@ -80,7 +80,8 @@ class Perplexity(Task):
         )
 
     def probes(self, opened: OpenedModel, items: Sequence[Item]) -> list[Question]:
-        return [Question(ids) for ids, _ in self._all_windows(opened, items)[0]]
+        windows = self._all_windows(opened, items)[0]
+        return [Question(ids[:-1], evaluated=first - 1) for ids, first in windows]
 
     def _all_windows(
         self, opened: OpenedModel, items: Sequence[Item]
