@@ -119,7 +119,7 @@ def assigned(
             f"Two tasks are called {sorted(twice)[0]!r}.", hint="Rename a file, or name each task once."
         )
     if not needed:
-        return None, [Assignment(task, _report(task, options)) for task in tasks], None
+        return None, [_to_report(task, _report(task, options)) for task in tasks], None
     if options.calibration is not None:
         own = options.calibration
         other = own if isinstance(own, Task) else read_task(own, opened, n=options.n_items)
@@ -130,11 +130,17 @@ def assigned(
             calibration=options.calibration_items, report=options.report_items, seed=options.seed
         )
         chosen_on = tasks[0]
-    given = [Assignment(tasks[0], report)]
+    chosen_on.check_part(calibration.items, "calibration split")
+    given = [_to_report(tasks[0], report)]
     for task in tasks[1:]:
-        given.append(Assignment(task, _report(task, options)))
+        given.append(_to_report(task, _report(task, options)))
         refuse_overlap(calibration, given[-1].split)
     return chosen_on, given, calibration
+
+
+def _to_report(task: Task, split: ReportSplit) -> Assignment:
+    task.check_part(split.items, "report split")
+    return Assignment(task, split)
 
 
 def _report(task: Task, options: MitigateOptions) -> ReportSplit:

@@ -267,7 +267,7 @@ def test_kinds_follow_from_fields(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ('{"prompt": "a", "label": "x"}\n{"prompt": "b", "label": "x"}\n', "every item has the label 'x'"),
-        ('{"prompt": "a", "answer": "yes"}\n', "every item is 'yes'"),
+        ('{"prompt": "a", "answer": "yes"}\n', "every item has the label 'yes'"),
         ('{"prompt": "a", "choices": ["x", "y"], "answer": 7}\n', "none of the 2 choices"),
         ('{"prompt": "a", "choices": ["x"], "answer": 0}\n', "two choices"),
         ('{"foo": 1}\n', "no kind of task"),

@@ -89,6 +89,20 @@ class Task(ABC):
         needs(item, prompt=lambda item: bool(item.prompt))
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """What answers stand for, by their number, of tasks whose items all choose among the same few."""
+        return ()
+
+    def check_part(self, items: Sequence[Item], what: str) -> None:
+        """Refuse a part of the items in which only one class occurs.
+
+        Raises:
+            DataError: Naming the part, `what`, and what it could not show.
+        """
+        if self.classes:
+            refuse_one_class(self.name, items, self.classes, f"item of the {what}")
+
+    @property
     def primary(self) -> Metric:
         return self.metrics[0]
 
@@ -184,6 +198,27 @@ def needs(item: Item, **wanted: Callable[[Item], bool]) -> None:
     for name, holds in wanted.items():
         if not holds(item):
             raise DataError(f"{item.id}: {name.replace('_', ' ')} is missing or cannot be used.")
+
+
+def refuse_one_class(name: str, items: Sequence[Item], words: Sequence[str], what: str = "item") -> None:
+    """Refuse items whose right answer is the same everywhere.
+
+    Args:
+        words: The classes, by `answer`.
+
+    Raises:
+        DataError: With what such items cannot show.
+    """
+    used = {int(item.answer or 0) for item in items}
+    if len(used) > 1:
+        return
+    only = words[used.pop()]
+    raise DataError(
+        f"{name}: every {what} has the label {only!r}.",
+        detail=f"Always saying {only!r} would be right, so accuracy could not tell a mitigation that helps from one "
+        "that shifts all answers towards it.",
+        hint="Give items of at least two classes.",
+    )
 
 
 def one_of(name: str, value: str, known: Sequence[str]) -> None:

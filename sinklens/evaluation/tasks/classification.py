@@ -15,7 +15,7 @@ from sinklens.models.spec import OpenedModel
 from ..items import Item
 from ..metrics import Metric
 from ..running import Progress, written
-from .base import Answers, Reader, one_of, registry
+from .base import Answers, Reader, one_of, refuse_one_class, registry
 from .choice import ACCURACY, Choice
 
 VALID_RATE = Metric(
@@ -53,15 +53,12 @@ class Classification(Choice):
         labels = {item.choices for item in self.items}
         if len(labels) > 1:
             raise DataError(f"{self.name}: all items of a classification must have the same labels.")
-        used = {item.answer for item in self.items}
-        if len(used) == 1:
-            only = self.items[0].choices[int(self.items[0].answer or 0)]
-            raise DataError(
-                f"{self.name}: every item has the label {only!r}.",
-                detail="Nothing can be classified: always giving this label would be right.",
-                hint="Give items of at least two classes.",
-            )
+        refuse_one_class(self.name, self.items, self.classes)
         super().__post_init__()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.items[0].choices
 
     @property
     def metrics(self) -> tuple[Metric, ...]:

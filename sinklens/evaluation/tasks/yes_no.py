@@ -15,7 +15,7 @@ from sinklens.models.spec import OpenedModel
 from ..items import Item
 from ..metrics import Metric
 from ..running import Progress, likelihoods, written
-from .base import Answers, Reader, Task, needs, one_of, registry
+from .base import Answers, Reader, Task, needs, one_of, refuse_one_class, registry
 from .choice import ENTROPY, continued
 from .classification import VALID_RATE, WRITING_ENTROPY, label_in
 
@@ -52,13 +52,11 @@ class YesNo(Task):
         one_of("by", self.by, ("likelihood", "generation", "mention"))
         object.__setattr__(self, "items", tuple(_answered(item, self.words) for item in self.items))
         super().__post_init__()
-        if len({item.answer for item in self.items}) < 2:
-            only = self.words[0] if self.items[0].answer == YES else self.words[1]
-            raise DataError(
-                f"{self.name}: the right answer of every item is {only!r}.",
-                detail="Always saying it would be right.",
-                hint="Give questions of both kinds.",
-            )
+        refuse_one_class(self.name, self.items, self.classes)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.words[::-1]
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
