@@ -200,7 +200,7 @@ def figures(rows: Sequence[dict[str, Any]], x_label: str) -> list[Lines]:
         y = np.array([np.nan if value is None else float(value) for value in values])
         x = np.array([row["x"] for row in rows])
         series = (Series(name.replace("_", " "), x, y, emphasis=True),)
-        caption = f"{title}, one point per run, by {x_label}."
+        caption = f"{title}, one point per run{'' if x_label == 'run' else f', by {x_label}'}."
         drawn.append(
             Lines(
                 name, title, caption, series, x_label, unit, log_y=log and bool((y[~np.isnan(y)] > 0).all())

@@ -39,7 +39,9 @@ class Browser:
         assert found is not None, dom[-2000:]
         return json.loads(markup.unescape(found.group(1)))
 
-    def run_later(self, page: str, library: str, driver: str, width: int = 1280) -> dict[str, Any]:
+    def run_later(
+        self, page: str, library: str, driver: str, width: int = 1280, address: str = ""
+    ) -> dict[str, Any]:
         """Like `run` for a driver that awaits something; `library` is loaded before it."""
         report = "document.body.dataset.answer = JSON.stringify(answer);"
         last = f"(async () => {{ const answer = {{}};\n{driver}\n{report} }})();"
@@ -50,7 +52,7 @@ class Browser:
         place.write_text(
             f"{head}<script>{library}</script><script>{last}</script>{end}{tail}", encoding="utf-8"
         )
-        dom = self._dom(place.as_uri(), width, "--virtual-time-budget=60000")
+        dom = self._dom(f"{place.as_uri()}{address}", width, "--virtual-time-budget=60000")
         found = re.search(r'data-answer="([^"]*)"', dom)
         assert found is not None, dom[-2000:]
         return json.loads(markup.unescape(found.group(1)))

@@ -56,9 +56,9 @@ def value(strip: HeadStrip, layer: int, head: int, position: int) -> str:
 def test_a_click_opens_the_head_and_its_tokens_lead_to_the_prompt(browser: Browser) -> None:
     html, held, run = page()
     driver = """
-    answer.before = view.hidden;
+    answer.before = !view.checkVisibility();
     cell(document.querySelector("#map svg.heat"), 0.99, 0.5);
-    answer.title = title(); answer.hidden = view.hidden; answer.hash = location.hash;
+    answer.title = title(); answer.hidden = !view.checkVisibility(); answer.hash = location.hash;
     answer.facts = Array.from(view.querySelectorAll(".of-head dd"), (node) => node.textContent);
     answer.tokens = strip.querySelectorAll(".token").length;
     answer.unknown = strip.querySelectorAll(".unknown").length;
@@ -70,7 +70,7 @@ def test_a_click_opens_the_head_and_its_tokens_lead_to_the_prompt(browser: Brows
     view.querySelector(".to-prompt").click();
     answer.now = document.querySelector('.tokens[data-prompt="0"] .now').textContent;
     answer.open = document.querySelector('.tokens[data-prompt="0"]').closest("details").open;
-    view.querySelector(".close").click(); answer.closed = view.hidden; answer.after = location.hash;
+    view.querySelector(".close").click(); answer.closed = !view.checkVisibility(); answer.after = location.hash;
     """
     answer = browser.run(html, VIEW + driver)
     assert answer["troubles"] == []

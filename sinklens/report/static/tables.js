@@ -35,8 +35,11 @@ function csv(keys, rows) {
   return [keys, ...rows].map((row) => row.map(csvField).join(",")).join("\r\n") + "\r\n";
 }
 
+// What a table shows: a finding, or, on a page of several runs, the numbers of all findings.
+const shownIn = (name) => (run.document.findings ? run.document.findings[name] : { rows: run.document.summaries });
+
 function findingCsv(name) {
-  const { rows } = run.document.findings[name];
+  const { rows } = shownIn(name);
   const keys = [...new Set(rows.flatMap((row) => Object.keys(row)))];
   return csv(keys, rows.map((row) => keys.map((key) => row[key])));
 }
@@ -65,7 +68,7 @@ for (const button of $$("[data-values]")) {
 }
 for (const button of $$("[data-json]")) {
   const name = button.dataset.json;
-  const data = name ? run.document.findings[name] : run.document;
+  const data = name ? shownIn(name) : run.document;
   button.addEventListener("click", () => save(`${name || button.dataset.file || "summary"}.json`, "application/json", JSON.stringify(data, null, 1)));
 }
 
