@@ -117,6 +117,8 @@ def _told(entry: Mapping[str, Any]) -> Told:
         over = effect.get("kl_positions")
         kl = f"{number(effect['kl_mean'])} nats, mean over {over} next-token predictions of the tasks"
         facts.append(("KL to the unchanged model", kl))
+    if (entry.get("ledger") or {}).get("reason"):
+        facts.append(("attention by group of keys", f"none: {entry['ledger']['reason']}"))
     if (entry.get("sink") or {}).get("text"):
         facts.append(("sink", str(entry["sink"]["text"])))
     for control in entry.get("controls") or []:
