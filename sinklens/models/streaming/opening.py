@@ -103,7 +103,7 @@ def shares_more(family: str, index: int) -> ModelError:
     return ModelError(
         f"{family} cannot be streamed: its blocks pass on more than their state.",
         detail=f"Block {index} does not do what it does in an ordinary pass when it is run on its own.",
-        hint="Use --stream off, or --device-map auto, which leaves to disk what does not fit.",
+        hint="Use --stream off, on a machine whose memory holds it.",
     )
 
 
