@@ -23,7 +23,7 @@ from sinklens.models.verify import verify_anatomy
 from .attention import AttentionTap, Mode, Site, ignore, unedited
 from .backends import backend_of
 from .batch import Batch, collate, device_of, first_tensor, forward, text_config
-from .executor import Pass, TracePlan, edited_output, sites, trace_batch
+from .executor import Pass, TracePlan, edited_output, recordable, sites, trace_batch
 from .fallback import calls_kernel_directly
 from .recorder import Recorder
 from .signals import Source
@@ -101,7 +101,7 @@ def self_check(opened: OpenedModel, prompts: Iterable[Prompt], plan: TracePlan) 
     """
     from .check_pictures import dense_batch, picture_batch
 
-    everything = list(prompts)
+    everything, plan = list(prompts), recordable(opened, plan)
     chosen = everything[:2]
     if (hosted := backend_of(opened).self_checks(opened, chosen, plan)) is not None:
         return hosted
