@@ -41,7 +41,8 @@ def test_everything_is_there_and_nothing_overflows(browser: Browser, page: str, 
     answer.heads = Array.from(section.querySelectorAll("h3"), (h) => h.textContent);
     answer.text = section.textContent;
     answer.maps = section.querySelectorAll("svg.heat").length;
-    answer.rows = section.querySelectorAll("table tbody tr").length;
+    const rowsOf = (table) => table.querySelectorAll("tbody tr").length;
+    answer.rows = Array.from(section.querySelectorAll("table"), rowsOf);
     answer.wide = document.documentElement.scrollWidth - innerWidth;
     const clipped = (svg) => { const box = svg.getBoundingClientRect(); return Array.from(svg.querySelectorAll("text"))
       .filter((t) => t.getBoundingClientRect().left < box.left - 1).map((t) => t.textContent); };
@@ -55,7 +56,8 @@ def test_everything_is_there_and_nothing_overflows(browser: Browser, page: str, 
     assert answer["clipped"] == []
     assert answer["fetched"] == []
     assert answer["maps"] == 1 + 2 + 3  # unchanged, two that act, their controls
-    assert answer["rows"] == 2 * 3
+    # Two that act: three metrics each; text sinks and the rest, of each; the same by layer.
+    assert answer["rows"] == [2 * 3, 2 * 2, 2 * 2 * 4]
     assert any(head.startswith("expert-pruning:experts=found: harmful") for head in answer["heads"])
     assert "% of the sink is lost" in answer["text"]
     assert "control (layer-matched)" in answer["text"]
