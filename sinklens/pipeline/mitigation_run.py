@@ -173,7 +173,7 @@ def write_results(run: MitigationRun, store: RunStore) -> None:
 
 
 def is_mitigation_folder(folder: Path) -> bool:
-    return (folder / REQUEST).is_file() and (folder / "summary.json").is_file()
+    return (folder / REQUEST).is_file()
 
 
 def load_mitigation_run(path: str | Path) -> MitigationRun:
@@ -182,20 +182,21 @@ def load_mitigation_run(path: str | Path) -> MitigationRun:
     Raises:
         DataError: A part is missing or damaged.
     """
-    import json
-
     folder = Path(path)
     base = load_run(folder)
-    try:
-        document = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{folder / 'summary.json'} is damaged: {error}.") from error
-    entries = document.get("mitigations") or []
-    after = {
-        entry["label"]: load_run(folder / "after" / slug(entry["label"]))
-        for entry in entries
-        if (folder / "after" / slug(entry["label"]) / "manifest.json").is_file()
-    }
+    document = _document(folder)
+    entries = document["mitigations"]
+    after = {}
+    for entry in entries:
+        place = folder / "after" / slug(entry["label"])
+        if (place / "manifest.json").is_file():
+            after[entry["label"]] = load_run(place)
+        elif entry.get("acted"):
+            raise DataError(
+                f"{folder} is the run of a mitigation, but its part {place.relative_to(folder)} is missing.",
+                detail=f"{entry['label']} acted, so there was a profile under it.",
+                hint="Copy the whole folder, or run it again with --force.",
+            )
     recipes = {
         entry["label"]: load_recipe(found)
         for entry in entries
@@ -214,6 +215,28 @@ def load_mitigation_run(path: str | Path) -> MitigationRun:
         recipe=recipe,
         recipes=recipes,
     )
+
+
+def _document(folder: Path) -> dict[str, Any]:
+    """The results, without which a mitigation run is not read as if it were a plain one."""
+    import json
+
+    place = folder / "summary.json"
+    if not place.is_file():
+        raise DataError(
+            f"{folder} is the run of a mitigation, but its summary.json is missing.",
+            detail="It holds the results; either the run was interrupted, or the file was not copied.",
+            hint=f"Finish it with: sinklens mitigate --resume {folder}",
+        )
+    try:
+        document = json.loads(place.read_text(encoding="utf-8"))
+        labels = [entry["label"] for entry in document["mitigations"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise DataError(
+            f"{place} is damaged: {reason}.", hint="Copy the whole folder, or run it again with --force."
+        ) from error
+    return {**document, "mitigations": document["mitigations"] if labels else []}
 
 
 def mitigation_figures(run: MitigationRun) -> list[Figure]:

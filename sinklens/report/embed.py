@@ -213,6 +213,18 @@ def read_report(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise DataError(
             f"{str(place)!r} was written by another version of sinklens.",
             detail=f"Expected {SCHEMA} with {RUN_SCHEMA}, found {data['schema']} with {document['schema']}.",
-            hint="Open it in a browser, or read it with the version that wrote it.",
+            hint=f"Open it in a browser, or read it with {_writer(document)}.",
         )
     return document
+
+
+def _writer(document: Any) -> str:
+    """The version that wrote a report, as far as its manifest says."""
+    manifest = document.get("manifest") if isinstance(document, dict) else None
+    program = manifest.get("sinklens") if isinstance(manifest, dict) else None
+    version = program.get("version") if isinstance(program, dict) else None
+    return (
+        f"sinklens {version}, which wrote it, or a newer one that knows its schema"
+        if version
+        else "its own version"
+    )
