@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from sinklens.core.errors import ModelError
+from sinklens.inputs.cutting import cut_prompt
 from sinklens.inputs.spans import Kind
 from sinklens.inputs.spec import Prompt
 from sinklens.models.spec import OpenedModel
@@ -38,6 +39,20 @@ def answer_positions(prompt: Prompt) -> Int[np.ndarray, " answer"]:
 def has_answer(prompt: Prompt) -> bool:
     """Whether a prompt with pictures goes on to its answer."""
     return prompt.visual is not None and bool(prompt.visual.spans.is_(Kind.GENERATED).any())
+
+
+def sees_answer(opened: OpenedModel, prompt: Prompt) -> bool:
+    """Whether the prediction of an answer's first token depends on the answer itself: a text that is read both ways.
+
+    So it is in models that read a whole prompt as a prefix (PaliGemma); a loss of such an answer says nothing.
+    """
+    before = int(answer_positions(prompt)[0])
+    device = next(opened.module.parameters()).device
+    rows = []
+    for part in (prompt, cut_prompt(prompt, before)):
+        logits = forward(opened.module, collate([part], device=device)).logits
+        rows.append(logits[0, before - 1].float())
+    return float((rows[0] - rows[1]).norm()) > 1e-2 * float(rows[1].norm())
 
 
 @dataclass(frozen=True)

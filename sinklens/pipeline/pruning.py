@@ -11,8 +11,8 @@ from jaxtyping import Int
 
 from sinklens.analyzers.pictured import text_received, visual_positions
 from sinklens.analyzers.visual import decided
-from sinklens.core.errors import DataError, UsageError
-from sinklens.evaluation.answers import Answered, Answers, answer_positions, has_answer
+from sinklens.core.errors import DataError, ModelError, UsageError
+from sinklens.evaluation.answers import Answered, Answers, answer_positions, has_answer, sees_answer
 from sinklens.evaluation.metrics import Metric
 from sinklens.evaluation.paired import mean_interval
 from sinklens.evaluation.pruners import USUAL, FastV, Pruner, Read
@@ -78,11 +78,17 @@ def pruning_probe(
     Raises:
         DataError: Too few prompts have a picture, a question and an answer, or the two parts overlap.
         UsageError: A share that is none, the same pruner twice, or a layer that the model does not have.
+        ModelError: The model sees the answer before it gives it.
     """
     simpler = {pruner.label: pruner.simpler for pruner in pruners}
     probe = _Probe(opened, {pruner.label: pruner for pruner in pruners}, tuple(keeps), draws, seed, simpler)
     probe.check(len(pruners))
     first, later = _parts(prompts, calibration, seed)
+    if sees_answer(opened, later[0]):
+        raise ModelError(
+            f"{type(opened.module).__name__} reads its text both ways, so it sees the answer before it gives it.",
+            detail="The loss of an answer that is a part of the prompt means nothing there.",
+        )
     rule, why = _rule(opened, first, sinks)
     read = {prompt.index: one for prompt, one in zip(later, reads(opened, later, rule), strict=True)}
     probe.pruners, fits, skipped = _calibrated(pruners, reads(opened, first, rule), list(read.values()))
@@ -169,6 +175,8 @@ class _Probe:
             for label, pruner in self.pruners.items():
                 cell = self.cells.setdefault((label, share), _Cell())
                 kept = pruner.kept(read, count)
+                if len(set(kept.tolist())) != count:
+                    raise UsageError(f"{label} keeps {len(set(kept.tolist()))} tokens in place of {count}.")
                 found = change(pruner.leaves_at, kept)
                 drawn = [change(pruner.leaves_at, places) for places in controls]
                 cell.kept.append(count)

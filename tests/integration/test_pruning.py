@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -237,3 +238,32 @@ def test_padded_cells_go_first() -> None:
     found = pruning_probe(opened, prompts, [FastV(), FastV(padding=True)], keeps=[0.2], draws=1)
     assert not found["skipped"]
     assert found["rows"][1]["versus"]["fastv"]["same_tokens"] < 1.0
+
+
+@pytest.mark.parametrize(("family", "refused"), [("paligemma", True), ("gemma3", False), ("qwen3_vl", False)])
+def test_an_answer_that_is_seen_before_it_is_given_is_refused(family: str, refused: bool) -> None:
+    """PaliGemma reads the whole prompt as a prefix; Gemma 3 only its pictures; the others nothing."""
+    from sinklens.core.errors import ModelError
+    from sinklens.inputs.vision import load_pictures
+    from tests.vlms import build, processor
+
+    made, built = processor(family), build(family)
+    rng = np.random.default_rng(0)
+    text = {"text": "how many ? two red", "question": "how many ?", "answer": "two red"}
+    rows = [{"image": rng.integers(0, 255, (64, 80, 3), dtype=np.uint8), **text} for _ in range(5)]
+    prompts = load_pictures(rows, made, built.config, bos="on").prompts
+    opened = open_model(built, tokenizer=made.tokenizer)
+    with pytest.raises(ModelError, match="reads its text both ways") if refused else nullcontext():
+        found = pruning_probe(opened, prompts, [FastV(recency=True), DivPrune()], keeps=[0.4], draws=1)
+        assert len(found["rows"]) == 2
+
+
+def test_a_pruner_that_keeps_another_number_is_refused(model: Any, prompts: tuple[Prompt, ...]) -> None:
+    class Greedy(FastV):
+        name: ClassVar[str] = "greedy"
+
+        def kept(self, read: Read, count: int) -> np.ndarray:
+            return np.arange(count + 1)
+
+    with pytest.raises(UsageError, match="greedy keeps 14 tokens in place of 13"):
+        pruning_probe(model, prompts[:6], [Greedy()], keeps=[0.5])
