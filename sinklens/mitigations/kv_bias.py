@@ -42,7 +42,8 @@ class KVBias(BesideKeys):
 
     When not to trust it: on a model trained without it, a bias that is not read off the model is a change of every row
     it was not trained for. One key for all positions is exact only where the token's key is the same in every prompt,
-    as that of a token that always comes first.
+    as that of a token that always comes first. As k' is not rotated, it meets absolute positions: a left-padded batch
+    needs position_ids that count real tokens, which generate() and traces give.
 
     Args:
         key: k' as layers of heads of numbers; heads are those of keys or of queries.

@@ -9,7 +9,18 @@ import torch
 from torch import Tensor
 
 from sinklens.core.errors import ModelError
-from sinklens.mitigations import ACT, PAI, VAR, KnockOut, LearnedSink, NothingEdited, SinkGating, ZeroTuning
+from sinklens.mitigations import (
+    ACT,
+    PAI,
+    VAR,
+    KnockOut,
+    KVBias,
+    LearnedSink,
+    NothingEdited,
+    SinkGating,
+    ValueBias,
+    ZeroTuning,
+)
 from sinklens.mitigations.tokens import Tokens
 from sinklens.models.anatomy import find_anatomy
 
@@ -19,7 +30,9 @@ from .test_var import DIMS, TAU
 TEXT = {
     "zero-tuning": ZeroTuning(gamma=4.0),
     "knock-out": KnockOut(positions=(0, 3)),
-    "learned-sink": LearnedSink(logit=1.0),
+    "learned-sink": LearnedSink(logit=(0.5, 2.0, -1.0, 3.0), replaces=(0,)),
+    "kv-bias": KVBias(key=torch.ones(4, 2, 16).tolist(), value=torch.ones(4, 2, 16).tolist(), replaces=(1,)),
+    "value-bias": ValueBias(value=torch.ones(4, 2, 16).tolist()),
     "act": ACT(alpha=2.0, layers=range(4)),
 }
 PICTURES = {
@@ -99,6 +112,10 @@ def grown(given: dict[str, Tensor], sequences: Tensor) -> dict[str, Tensor]:
 def model_logits(model: Any, given: dict[str, Tensor], prompt: int, at: int) -> Tensor:
     """Logits that chose the token `at` of the answer, the prompt read and then the answer token by token."""
     width = given["input_ids"].shape
+    if (
+        "pixel_values" not in given
+    ):  # as generate() counts: a bias that is not rotated sees absolute positions
+        given = {**given, "position_ids": (given["attention_mask"].cumsum(1) - 1).clamp(min=0)}
     first = {k: v[:, :prompt] if v.shape == width else v for k, v in given.items()}
     with torch.no_grad():
         out = model(**first, use_cache=True)
@@ -108,6 +125,11 @@ def model_logits(model: Any, given: dict[str, Tensor], prompt: int, at: int) -> 
                 attention_mask=given["attention_mask"][:, : place + 1],
                 past_key_values=out.past_key_values,
                 use_cache=True,
+                **(
+                    {"position_ids": given["position_ids"][:, place : place + 1]}
+                    if "position_ids" in given
+                    else {}
+                ),
             )
     return out.logits[:, -1]
 

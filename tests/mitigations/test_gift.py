@@ -126,7 +126,7 @@ class ByDefinition:
 def test_it_equals_its_definition(family: str) -> None:
     model, given = reader(family, batch=3)
     definition = ByDefinition(family, given)
-    with GIFT()(model) as effect, held_against(model, definition.real, definition, limit=2e-6) as apart:
+    with GIFT()(model) as effect, held_against(model, definition.real, definition) as apart:
         logits(model, given)
     if family not in ("mistral", "gemma3_text", "gemma3"):  # a window may have lost the picture
         assert min(apart[2], apart[3]) > 1e-3
@@ -155,7 +155,7 @@ def test_layers_and_words(family: str, case: str) -> None:
         definition.ahead(model, given)
     logits(model, given)  # the first call of some models leaves hooks of transformers' own
     before = state(model)
-    with mitigation(model) as effect, held_against(model, definition.real, definition, limit=2e-6):
+    with mitigation(model) as effect, held_against(model, definition.real, definition):
         logits(model, given)
     assert effect.acted
     assert state(model) == before
