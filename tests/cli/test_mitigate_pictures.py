@@ -23,6 +23,7 @@ from sinklens.mitigations.recipes import load_recipe
 from sinklens.mitigations.var_search import VarSearch
 from sinklens.models.anatomy import find_anatomy
 from sinklens.pipeline import judging
+from sinklens.testbeds import plant_testbed
 from sinklens.testbeds.planting.pictures import covered, painted, plant_visual
 from sinklens.tracers.sink_dims import SinkDims
 from tests.inputs.vision.painting import noise
@@ -195,6 +196,27 @@ def test_values_of_the_search_mean_what_the_paper_means_by_them() -> None:
     for wrong in ({"p_ladder": (1.2,)}, {"rho_ladder": ()}, {"budgets": "visual+none"}):
         with pytest.raises(UsageError, match=next(iter(wrong))):
             VarSearch(**wrong)  # pyright: ignore[reportArgumentType]
+
+
+def test_var_frees_planted_attention_with_the_dims_that_it_searches_for(tmp_path: Path) -> None:
+    truth: Any = plant_testbed("retrieval-visual", tmp_path / "bed")
+    run = sl.mitigate(
+        str(tmp_path / "bed"), "var", tasks=f"task:{tmp_path / 'bed' / 'task.jsonl'}", n=4, n_items=20, calibrate=True,
+        search={"p_ladder": (0.6,), "rho_ladder": (0.5,), "budgets": "visual+text"},
+    )  # fmt: skip
+    assert run.recipe is not None
+    method = run.recipe.mitigation
+    assert isinstance(method, VAR)
+    assert isinstance(method.dims, SinkDims)
+    assert method.dims.indices == (truth.sink_dim,)
+    assert method.budget == "visual"
+    entry = run.entries[0]
+    assert entry["verdict"]["judgement"] == "helpful"
+    total = entry["ledger"]["total"]
+    assert entry["ledger"]["rule"] == "states"
+    assert total["visual_sink"]["change"] < 0 < total["visual_nonsink"]["change"]
+    assert sum(shares["change"] for shares in total.values()) == pytest.approx(0.0, abs=1e-6)
+    assert sum(shares["mitigated"] for shares in total.values()) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_a_model_without_sink_dims_has_nothing_to_edit(tmp_path: Path, capsys: Any) -> None:
