@@ -18,7 +18,8 @@ def quiet_libraries(*, offline: bool = False) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for library in ("transformers", "huggingface_hub"):  # the latter tells every retry
+        logging.getLogger(library).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     # A scheduler's polite stop is treated like Ctrl-C: finished batches are kept and the exit code says so.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

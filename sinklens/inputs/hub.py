@@ -54,7 +54,11 @@ def _parts(spec: str) -> tuple[str, str | None, str, str]:
     return name, config or None, split or "train", field or "text"
 
 
-def _load(name: str, config: str | None, split: str) -> Any:
+INSTEAD = "use a file, or the bundled corpus: --prompts mixed"
+"""What helps without a network; tasks have other words."""
+
+
+def _load(name: str, config: str | None, split: str, *, instead: str = INSTEAD) -> Any:
     try:
         import datasets
         from datasets.config import HF_HUB_OFFLINE
@@ -69,10 +73,12 @@ def _load(name: str, config: str | None, split: str) -> Any:
     try:
         return datasets.load_dataset(name, config, split=split, streaming=not offline)
     except Exception as err:
-        raise _explained(err, name, config, split, offline) from err
+        raise _explained(err, name, config, split, offline, instead) from err
 
 
-def _explained(err: Exception, name: str, config: str | None, split: str, offline: bool) -> DataError:
+def _explained(
+    err: Exception, name: str, config: str | None, split: str, offline: bool, instead: str = INSTEAD
+) -> DataError:
     """One message per cause; `datasets` tells most of them apart by text only."""
     text = " ".join(str(err).split())
     first = text.split(". ")[0][:200]
@@ -91,12 +97,12 @@ def _explained(err: Exception, name: str, config: str | None, split: str, offlin
     if offline:
         return DataError(
             f"The dataset {label!r} is not in the local cache, and HF_HUB_OFFLINE forbids asking the hub.",
-            hint="Unset HF_HUB_OFFLINE, or use a file, or the bundled corpus: --prompts mixed",
+            hint=f"Leave --offline out and unset HF_HUB_OFFLINE, or {instead}",
         )
     if isinstance(err, ConnectionError) or "onnection" in type(err).__name__ or "resolve host" in text:
         return DataError(
             f"The hub could not be reached for the dataset {label!r}.",
-            hint="Check the network, or use a file, or the bundled corpus: --prompts mixed",
+            hint=f"Check the network, or {instead}",
         )
     return DataError(
         f"The dataset {label!r} cannot be read: {first}.",

@@ -179,6 +179,26 @@ def test_mistakes_and_conditions_are_told(
     assert said in told
 
 
+@pytest.mark.parametrize(
+    ("arguments", "typed"),
+    [
+        (["--task", "hf:nobody/nothing:cfg:test"], "--task task:FILE.jsonl"),
+        (["--task", "ppl", "--prompts", "hf:nobody/nothing"], "--prompts mixed"),
+    ],
+)
+@pytest.mark.parametrize("planned", [[], ["--dry-run"]])
+def test_datasets_of_the_hub_need_a_network(
+    tmp_path: Path, capsys: Any, arguments: list[str], typed: str, planned: list[str]
+) -> None:
+    out = ["--out", str(tmp_path / "x")]
+    assert main(["mitigate", "--offline", "-q", "--with", "act", *arguments, *planned, *out]) == 3
+    told = [x for x in capsys.readouterr().err.strip().splitlines() if "Loading weights" not in x]
+    assert len(told) == 2
+    assert told[0].startswith("The dataset 'nobody/nothing' is not in the local cache")
+    assert told[1].startswith("Leave --offline out and unset HF_HUB_OFFLINE, or ")
+    assert told[1].endswith(typed)
+
+
 def test_open_methods_are_not_put_on_a_model() -> None:
     from sinklens.core.errors import UsageError
     from sinklens.models.opening import open_model

@@ -29,6 +29,8 @@ from .base import Task, registry
 from .classification import with_labels
 
 PROMPTS = ("prompt", "question", "text", "sentence", "context")
+INSTEAD = "save its rows to a file: --task task:FILE.jsonl"
+"""What helps where a dataset of the hub cannot be read."""
 HUB_ROWS = 2000
 """Rows of a hub dataset that are read at most."""
 
@@ -61,7 +63,7 @@ def task_from_hub(spec: str, **settings: Any) -> Task:
     from sinklens.inputs.hub import _load, _parts, _rows
 
     name, config, split, _ = _parts(spec)
-    rows = _rows(_load(name, config, split), spec)
+    rows = _rows(_load(name, config, split, instead=INSTEAD), spec)
     label = Path(name).name
     named = [
         (f"hf:{label}:{split}:{i}", _plain_labels(dict(row))) for i, row in enumerate(islice(rows, HUB_ROWS))
