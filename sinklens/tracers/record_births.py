@@ -18,7 +18,7 @@ from sinklens.models.sums import piece
 from . import signals as sig
 from .experts import Routed, expert_inner, expert_outer, expert_parts
 from .ledger import Arrays, Ledger
-from .record_writes import added
+from .record_writes import added, elsewhere
 from .states import BlockPass
 
 BIRTH_SIGNALS = frozenset(signal for signal in sig.ALL_SIGNALS if "birth" in signal.axes)
@@ -185,7 +185,9 @@ def _rows(tensor: Tensor | None, places: list[int]) -> Tensor | None:
 @torch.no_grad()
 def _run(passed: BlockPass, part: Piece | None, read: Tensor) -> Tensor | None:
     """A projection once more, for two tokens; by `forward`, so that nobody's hooks are called."""
-    return None if part is None else piece(passed.modules[part.path].forward(read), part.part)
+    if part is None or elsewhere(passed.modules[part.path]):
+        return None
+    return piece(passed.modules[part.path].forward(read), part.part)
 
 
 @torch.no_grad()
@@ -200,7 +202,7 @@ def _mixture_parts(passed: BlockPass, routed: Routed | None, places: list[int]) 
     That is the expert which adds most to the new position, if the reference is routed to it as well.
     """
     nothing: list[Tensor | None] = [None] * len(sig.PARTS)
-    if routed is None:
+    if routed is None or elsewhere(routed.module):
         return nothing
     hidden = routed.hidden[places]
     mixture = _rows(passed.made.get(passed.block.mlp or ""), places)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -190,7 +191,7 @@ def look_up(entries: Entries, passed: BlockPass, routed: Routed | None, found: F
     if not len(which):
         return
     if block.experts is not None:
-        if routed is not None:
+        if routed is not None and not elsewhere(routed.module):
             _look_in_experts(entries, which, passed, routed, found)
         return
     weight = down_weight(passed, block.down_proj)
@@ -198,6 +199,11 @@ def look_up(entries: Entries, passed: BlockPass, routed: Routed | None, found: F
         return
     neuron, value = _neurons(passed.given[block.down_proj], weight, entries.place[which], entries.dim[which])
     found.neuron[which.cpu()], found.neuron_value[which.cpu()] = neuron.int().cpu(), value.cpu()
+
+
+def elsewhere(module: Any) -> bool:
+    """Whether a module's weights are on disk now: an offloaded one has them only while it runs."""
+    return any(parameter.is_meta for parameter in module.parameters(recurse=False))
 
 
 def down_weight(passed: BlockPass, path: str | None) -> Float[Tensor, "dim inner"] | None:
