@@ -82,6 +82,13 @@ def without_experiments(run: Run, why: str) -> Run:
 
 def why_not(setting: Setting, run: Run, name: str, wanted: bool | None) -> str | None:
     """Why an experiment is not run, as a sentence; None if it is."""
+    why = _unasked_or_long(setting, run, name, wanted)
+    if why is None and name in visual.PROMPTS:
+        return visual.why_meaningless(setting, name)
+    return why
+
+
+def _unasked_or_long(setting: Setting, run: Run, name: str, wanted: bool | None) -> str | None:
     if name == SENSITIVITY and has_pictures(setting.prepared.prompts):
         return "Its variants (without BOS, random tokens, other lengths) are of texts, and these prompts have pictures."
     ahead = visual.planned(setting, run, name) if name in visual.PROMPTS else None

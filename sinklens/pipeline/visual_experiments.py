@@ -11,6 +11,7 @@ import numpy as np
 
 from sinklens.analyzers import VisualTokens
 from sinklens.analyzers.base import Analyzer, Finding
+from sinklens.evaluation.answers import answer_positions, sees_answer
 from sinklens.evaluation.removal import DRAWS, TokenSet, planned_passes, removal_effects
 from sinklens.evaluation.visual_depth import exit_depths, horizon_information, windows
 from sinklens.inputs.spec import Prompt, PromptSet
@@ -118,6 +119,18 @@ def planned(setting: Setting, run: Run, name: str) -> Planned:
         return Planned(planned_passes(prompts, sets), longest)
     layers = len(setting.prepared.opened.anatomy.main.blocks)
     return Planned(passes_before(setting.prepared.prompts, layers, run.analyzers, name), longest)
+
+
+def why_meaningless(setting: Setting, name: str) -> str | None:
+    """Why the predictions of the prompts' answers say nothing in this model, a sentence; None if they do."""
+    opened = setting.prepared.opened
+    asked = [prompt for prompt in pictured(setting.prepared.prompts, name) if len(answer_positions(prompt))]
+    if not asked or not sees_answer(opened, asked[0]):
+        return None
+    return (
+        f"{type(opened.module).__name__} reads its text both ways, so it sees an answer that is a part of the prompt "
+        "before it gives it; what it predicts there says nothing."
+    )
 
 
 def perform(setting: Setting, run: Run, name: str) -> dict[str, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 import sinklens as sl
+from tests.vlms import build, processor
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +53,16 @@ def test_the_run_comes_back_from_its_folder_and_has_a_report(run: Any, tmp_path:
 def test_experiments_can_be_switched_off() -> None:
     run = sl.profile("bundled:vlm-shapes", n=9, analyzers=("visual-tokens", "visual-effects"), verify=False)
     assert "--no-verify" in (run.findings["visual-effects"].reason or "")
+
+
+@pytest.mark.parametrize(("family", "seen"), [("paligemma", True), ("llava", False)])
+def test_nothing_is_said_of_answers_that_the_model_sees_before_it_gives_them(family: str, seen: bool) -> None:
+    """PaliGemma reads the whole prompt as a prefix."""
+    made, built = processor(family), build(family)
+    rng = np.random.default_rng(0)
+    text = {"text": "how many ? two red", "question": "how many ?", "answer": "two red"}
+    rows = [{"image": rng.integers(0, 255, (64, 80, 3), dtype=np.uint8), **text} for _ in range(2)]
+    names = ("visual-exit", "information-horizon")
+    run = sl.profile(built, prompts=rows, processor=made, analyzers=names, verify=True)
+    for name in names:
+        assert ("reads its text both ways" in (run.findings[name].reason or "")) == seen
