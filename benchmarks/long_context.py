@@ -138,10 +138,10 @@ def main() -> None:
         for way in options.ways.split(","):
             row = measured(options.model, length, way, options.threads)
             floor = next((r["cpu_s"] for r in rows if r["length"] == length and r["way"] == "plain"), None)
-            row["cpu_ratio"] = row["cpu_s"] / floor if floor else 1.0
+            row["cpu_ratio"] = 1.0 if way == "plain" else row["cpu_s"] / floor if floor else None
             rows.append(row)
             print(
-                f"T={length:<7} {way:<8} cpu {row['cpu_s']:8.1f} s  x{row['cpu_ratio']:.2f}   "
+                f"T={length:<7} {way:<8} cpu {row['cpu_s']:8.1f} s  x{row['cpu_ratio'] or math.nan:.2f}   "
                 f"wall {row['wall_s']:8.1f} s   peak {row['peak_mb']:8.0f} MB",
                 flush=True,
             )
