@@ -66,9 +66,8 @@ $(DEV_STAMP): $(RUN_STAMP)
 	$(PIP) --editable '.[dev]'
 	@touch $@
 
-bench: $(RUN_STAMP)  ## Cost of tracing against a plain forward pass (some minutes)
-	$(BIN)/python -m benchmarks.profile --lengths 512,1024,2048,4096,8192 --out benchmarks/results/profile.json
-	$(BIN)/python -m benchmarks.profile --lengths 2048,8192 --dtype bfloat16 --out benchmarks/results/profile.json
+bench: $(RUN_STAMP)  ## The whole benchmark suite: ratios, plot, docs/performance.md (a quarter of an hour)
+	$(BIN)/python -m benchmarks
 
 notebooks: $(RUN_STAMP)  ## Run the notebooks in notebooks/ again and keep their results
 	HF_HUB_OFFLINE=1 $(BIN)/python notebooks/run.py

@@ -41,13 +41,13 @@ DEFAULT = frozenset(
 COLUMN = frozenset({Stat.RECEIVED})
 
 
-def reference_model(dtype: torch.dtype) -> LlamaForCausalLM:
-    """The model all ratios refer to."""
+def reference_model(dtype: torch.dtype, layers: int = 12) -> LlamaForCausalLM:
+    """The model all ratios refer to; with fewer layers where lengths are long."""
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=768,
         intermediate_size=2048,
-        num_hidden_layers=12,
+        num_hidden_layers=layers,
         num_attention_heads=12,
         num_key_value_heads=4,
         vocab_size=8192,
