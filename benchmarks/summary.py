@@ -83,6 +83,15 @@ def generic_table(rows: list[dict[str, Any]], *, absolute: bool) -> str:
     return "\n".join(lines)
 
 
+def _digests(part: dict[str, Any], *, absolute: bool) -> list[str]:
+    """What a part says of all its rows: exponents of memory over the length, ratios."""
+    found = []
+    for name in ("memory_exponent", "summary"):
+        if isinstance(said := part.get(name), dict) and said:
+            found += [f"{name.replace('_', ' ').capitalize()}:", generic_table([said], absolute=absolute)]
+    return found
+
+
 def _number(value: object) -> str:
     if not isinstance(value, float):
         return str(value)
@@ -119,7 +128,7 @@ def table(suite: Suite) -> str:
         text += [memory_sentence(rows), "## Every pass", generic_table(rows, absolute=True)]
     for name, part in _others(suite).items():
         if "rows" in part:
-            text += [f"## {name}", generic_table(part["rows"], absolute=True)]
+            text += [f"## {name}", generic_table(part["rows"], absolute=True), *_digests(part, absolute=True)]
         if "report" in part:
             text += [generic_table([part["report"]], absolute=True)]
     text += [f"Left out: {line}" for line in left_out(suite)]
@@ -156,7 +165,11 @@ def page(suite: Suite) -> str:
     text += [memory_sentence(rows) if rows else "The cost of a pass is not among the results: `make bench`."]
     for name, part in _others(suite).items():
         if "rows" in part:
-            text += [f"## {name}", generic_table(part["rows"], absolute=False)]
+            text += [
+                f"## {name}",
+                generic_table(part["rows"], absolute=False),
+                *_digests(part, absolute=False),
+            ]
         if report := part.get("report"):
             text += [
                 f"Writing the report takes {report['report_ratio']:.2f} of the CPU time of a profile of "
