@@ -5,6 +5,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 PROFILE_ARGS ?=
 PYTEST_ARGS ?= -n auto --maxprocesses 8
+DYNAMICS := 0,100,250,500,1000,1500,2000,2500
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -75,8 +76,15 @@ notebooks: $(RUN_STAMP)  ## Run the notebooks in notebooks/ again and keep their
 pages: $(RUN_STAMP)  ## Write the generated pages of docs/ from the code again
 	$(BIN)/python docs/generate.py
 
-reports: $(RUN_STAMP)  ## Make the example reports in reports/ again
+reports: $(RUN_STAMP)  ## Make the example reports in reports/ again; trains the testbed once, some minutes
 	for name in dense-ind moe-ind vlm-shapes; do \
 	  HF_HUB_OFFLINE=1 $(BIN)/sinklens profile -q --verify --sensitivity -m bundled:$$name --out runs/example-$$name --force && \
 	  cp runs/example-$$name/report.html reports/$$name.html || exit 1; \
 	done
+	[ -f runs/dynamics/model.safetensors ] || \
+	  $(BIN)/sinklens testbed train dense-ind --steps $(DYNAMICS) --out runs/dynamics
+	for step in $$(echo $(DYNAMICS) | tr , ' '); do \
+	  HF_HUB_OFFLINE=1 $(BIN)/sinklens profile -q --no-verify -m runs/dynamics/step-$$step --prompts runs/dynamics/sinklens_prompts.jsonl \
+	    --out runs/dynamics/run/step-$$step --force || exit 1; \
+	done
+	$(BIN)/sinklens compare runs/dynamics/run/step-* --out reports/dynamics.html
