@@ -166,7 +166,7 @@ def refuse_overlap(calibrated: Iterable[str] | CalibrationSplit, report: ReportS
     raise DataError(
         f"{len(shared)} of {len(report)} items to report on were used for calibration.",
         detail=f"They are: {', '.join(shared[:NAMED])}{more}.",
-        hint="Take them out of one of the two, or let one file be split: task.split(seed=0).",
+        hint="Take them out of one of the two, or let one task be split: --task with --calibrate, or task.split().",
     )
 
 

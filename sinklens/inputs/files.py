@@ -74,8 +74,19 @@ def _document(line: str, field: str, where: str) -> Document:
     return parse_row(row, field, where)
 
 
-def numbered_lines(path: Path) -> list[tuple[int, str]]:
-    """Lines with their numbers, from 1. Only line feeds end a line: U+2028 may be part of a prompt."""
+def numbered_lines(
+    path: Path,
+    *,
+    what: str = "prompt",
+    absent: str = "Without --prompts, the bundled corpus is used.",
+    empty: str = "Write one prompt per line.",
+) -> list[tuple[int, str]]:
+    """Lines with their numbers, from 1. Only line feeds end a line: U+2028 may be part of a prompt.
+
+    Args:
+        what: What the lines are, for messages.
+        absent, empty: What to do without the file, and with an empty one.
+    """
     try:
         data = path.read_bytes()
     except FileNotFoundError as err:
@@ -83,22 +94,22 @@ def numbered_lines(path: Path) -> list[tuple[int, str]]:
             did_you_mean(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
         )
         raise DataError(
-            f"The prompt file {str(path)!r} does not exist.",
+            f"The {what} file {str(path)!r} does not exist.",
             detail=near,
-            hint="Without --prompts, the bundled corpus is used.",
+            hint=absent,
         ) from err
     except OSError as err:
         raise DataError(
-            f"The prompt file {str(path)!r} cannot be read: {err.strerror}.",
+            f"The {what} file {str(path)!r} cannot be read: {err.strerror}.",
             hint="Name a regular file that you may read.",
         ) from err
     if not data:
-        raise DataError(f"The prompt file {str(path)!r} is empty.", hint="Write one prompt per line.")
+        raise DataError(f"The {what} file {str(path)!r} is empty.", hint=empty)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as err:
         raise DataError(
-            f"The prompt file {str(path)!r} is not UTF-8: byte {data[err.start]:#04x} at offset {err.start}.",
+            f"The {what} file {str(path)!r} is not UTF-8: byte {data[err.start]:#04x} at offset {err.start}.",
             hint=f"Convert it: iconv -f latin1 -t utf-8 {path.name} > utf8-{path.name}",
         ) from err
     return [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -157,11 +157,15 @@ def _parts(cls: type[Method], key: str, text: str) -> list[Any]:
     raise UsageError(f"{cls.name}: {key} must be a number, got {text!r}.")
 
 
-def label_of(method: Method) -> str:
-    """The command-line form of a method, with the parameters that differ from their defaults; long ones are counted."""
+def label_of(method: Method, *, without: Collection[str] = ()) -> str:
+    """The command-line form of a method, with the parameters that differ from their defaults; long ones are counted.
+
+    Args:
+        without: Parameters to leave out.
+    """
     from .calibration import changed
 
-    said = [f"{key}={_short(key, value)}" for key, value in changed(method).items()]
+    said = [f"{key}={_short(key, value)}" for key, value in changed(method).items() if key not in without]
     return ":".join([method.name, *said])
 
 

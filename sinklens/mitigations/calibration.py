@@ -133,6 +133,11 @@ class Choice:
 class Search(ABC):
     """A way to choose parameters; frozen dataclasses whose fields are its own settings."""
 
+    @property
+    def replaces(self) -> tuple[str, ...]:
+        """Parameters of the method that it sets, whatever they were; heads and layers only limit where it looks."""
+        return ()
+
     @abstractmethod
     def passes(self, method: Method, tower: Tower) -> int:
         """Passes over the items that it will take, the one of the unchanged model included."""
@@ -172,6 +177,10 @@ class GridSearch(Search):
 
     grid: Mapping[str, Sequence[Any]]
     objective: Objective = "supervised"
+
+    @property
+    def replaces(self) -> tuple[str, ...]:
+        return tuple(self.grid)
 
     def passes(self, method: Method, tower: Tower) -> int:
         return 1 + math.prod(len(values) for values in self.grid.values())

@@ -130,7 +130,8 @@ class Effect(Outcome):
         if not self.calls:
             return f"{self.name} did not act: the model was not run while it was on."
         if not self.acted:
-            found = f"{self.name} did not act: {self.calls} attention calls were seen and no row had anything to edit"
+            seen = "1 attention call was" if self.calls == 1 else f"{self.calls} attention calls were"
+            found = f"{self.name} did not act: {seen} seen and no row had anything to edit"
             why = max(self.reasons, key=lambda reason: self.reasons[reason]) if self.reasons else None
             return f"{found}." if why is None else f"{found}, because {why}."
         share = self.rows_edited / max(1, self.rows_seen)

@@ -49,6 +49,10 @@ class VarSearch(Search):
             raise UsageError(f"var: budgets must be of {'+'.join(known)}, got {self.budgets!r}.")
 
     @property
+    def replaces(self) -> tuple[str, ...]:
+        return ("p", "rho", "budget")
+
+    @property
     def receivers(self) -> Sequence[str]:
         return [part for part in self.budgets.split("+") if part]
 

@@ -68,6 +68,10 @@ class ZeroTuningSearch(Search):
         kept = cast("tuple[tuple[int, int], ...] | None", method.heads)
         return [pair for pair in every if kept is None or pair in kept]
 
+    @property
+    def replaces(self) -> tuple[str, ...]:
+        return ("gamma", "gammas")
+
     def passes(self, method: Method, tower: Tower) -> int:
         return 1 + 2 * len(self.candidates(method, tower)) + max(len(self.up_ladder), len(self.down_ladder))
 

@@ -78,10 +78,14 @@ def jobs(options: MitigateOptions) -> list[Job]:
     if options.methods:
         calibrated = options.calibrate or options.calibration is not None
         for method in chosen_methods(options.methods):
-            wanted = calibrated and method.search() is not None
-            found.append(
-                Job(label_of(method) + (" (calibrated)" if wanted else ""), method, calibrate=wanted)
+            search = method.search() if calibrated else None
+            # A value that the calibration replaces is not what is judged.
+            label = (
+                label_of(method)
+                if search is None
+                else f"{label_of(method, without=search.replaces)} (calibrated)"
             )
+            found.append(Job(label, method, calibrate=search is not None))
     for given in options.recipes:
         recipe = given if isinstance(given, Recipe) else load_recipe(given)
         found.append(Job(f"{recipe.method} (recipe)", recipe.mitigation, recipe))

@@ -68,6 +68,18 @@ def test_a_part_with_one_class_is_refused_too(tmp_path: Path, capsys: Any) -> No
     assert " split has the label 'yes'" in said
 
 
+def test_task_files_that_hold_nothing_are_told_as_such(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    said = fails(capsys, tmp_path, 3, "--with", "zero-tuning", "--task", f"task:{tmp_path / 'empty.jsonl'}")
+    assert "The task file" in said
+    assert "is empty" in said
+    assert "one JSON object per line" in said
+    said = fails(capsys, tmp_path, 3, "--with", "zero-tuning", "--task", f"task:{tmp_path / 'absent.jsonl'}")
+    assert "The task file" in said
+    assert "does not exist" in said
+    assert "prompts" not in said.partition("does not exist")[2]
+
+
 def test_files_that_share_a_question_are_refused(tmp_path: Path, capsys: Any) -> None:
     report = lines(tmp_path / "report.jsonl", labelled("w1", "w2", "w1", "w2"))
     copy = {"prompt": "w2  w3", "label": "w1"}  # but for a space
@@ -76,6 +88,7 @@ def test_files_that_share_a_question_are_refused(tmp_path: Path, capsys: Any) ->
     said = fails(capsys, tmp_path, 3, "--with", "zero-tuning", "--task", report, "--calibration", calibration)
     assert "1 of 4 items to report on were used for calibration" in said
     assert "report.jsonl:3" in said
+    assert "--task with --calibrate" in said
 
 
 def test_a_model_without_a_sink_has_nothing_to_edit(tmp_path: Path) -> None:

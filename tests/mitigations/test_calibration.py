@@ -13,14 +13,25 @@ import torch
 from sinklens.core.errors import DataError, ModelError, UsageError
 from sinklens.evaluation.splits import ReportSplit
 from sinklens.evaluation.tasks import read_task
-from sinklens.mitigations import ACT, KnockOut, Method, ZeroTuning, chosen_methods, load
+from sinklens.mitigations import (
+    ACT,
+    VAR,
+    KnockOut,
+    Method,
+    ZeroTuning,
+    chosen_methods,
+    load,
+)
 from sinklens.mitigations.act_search import ActSearch
 from sinklens.mitigations.asking import label_of
 from sinklens.mitigations.calibration import GridSearch, Scored, Trials
 from sinklens.mitigations.recipes import recipe_for
+from sinklens.mitigations.var_search import VarSearch
 from sinklens.mitigations.zero_tuning_search import ZeroTuningSearch
 from sinklens.models.anatomy import find_anatomy
 from sinklens.models.opening import open_model
+from sinklens.pipeline.mitigate_options import MitigateOptions
+from sinklens.pipeline.mitigate_setup import jobs
 from sinklens.pipeline.scoring import calibrate
 
 from ..families import HEADS, LAYERS, build
@@ -226,3 +237,35 @@ def test_command_line_forms() -> None:
 def test_bad_forms_are_told(text: str, said: str) -> None:
     with pytest.raises(UsageError, match=said):
         chosen_methods(text)
+
+
+@pytest.mark.parametrize(
+    ("asked", "label"),
+    [
+        ("zero-tuning:gamma=0.5:layers=1-2", "zero-tuning:layers=1+2"),
+        ("var:p=0.3:rho=0.5:floor=0.1", "var:floor=0.1"),
+        ("act:beta=0.2", "act:beta=0.2"),
+    ],
+)
+def test_a_calibrated_method_is_not_called_by_values_that_the_calibration_replaces(
+    asked: str, label: str
+) -> None:
+    found = jobs(MitigateOptions(methods=(asked,), calibrate=True))
+    assert [job.label for job in found] == [f"{label} (calibrated)"]
+    kept = jobs(MitigateOptions(methods=(asked,)))
+    assert kept[0].label == label_of(kept[0].method)
+    two = jobs(MitigateOptions(methods=("zero-tuning:gamma=0.5", "zero-tuning:gamma=2"), calibrate=True))
+    assert [job.label for job in two] == ["zero-tuning (calibrated)", "zero-tuning (calibrated) 2"]
+
+
+def test_a_search_tries_only_values_of_what_it_says_it_replaces() -> None:
+    """Nothing but the named parameters, heads and layers differs from what was asked for."""
+    var = VAR(dims=(1,), p=0.1, rho=0.2, floor=0.05)
+    search = var.search()
+    assert isinstance(search, VarSearch)
+    for tried in search.candidates(var):
+        given, now = var.parameters, tried.parameters
+        assert {key for key in given if given[key] != now[key]} <= {*search.replaces}
+    tuned = ZeroTuning(gamma=0.5)
+    assert set(tuned.search().replaces) == {"gamma", "gammas"} <= set(tuned.parameters)
+    assert GridSearch({"beta": (0.2, 0.4)}).replaces == ("beta",)

@@ -168,6 +168,9 @@ def test_doing_nothing_is_never_silent() -> None:
         assert torch.equal(logits(model, shorter), plain)
     assert effect.rows_edited == 0
     assert effect.rows_seen > 0
+    one = pytest.warns(NothingEdited, match="did not act: 1 attention call was seen")
+    with one, ZeroTuning(recipe="code", layers=[2])(model):
+        logits(model, shorter)
     with pytest.raises(ModelError, match="did not act"):
         effect.require()
     with ZeroTuning(recipe="code")(model) as effect:

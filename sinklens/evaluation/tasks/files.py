@@ -195,7 +195,8 @@ def _lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
     from sinklens.inputs.files import numbered_lines
 
     rows = []
-    for number, line in numbered_lines(path):
+    one_each = "A task file has one JSON object per line."
+    for number, line in numbered_lines(path, what="task", absent="See: sinklens ls tasks", empty=one_each):
         if not line.strip():
             continue
         try:
@@ -203,7 +204,7 @@ def _lines(path: Path) -> list[tuple[int, dict[str, Any]]]:
         except json.JSONDecodeError as error:
             raise DataError(
                 f"{path.name}:{number} is not valid JSON: {error.msg} at column {error.colno}.",
-                hint="A task file has one JSON object per line.",
+                hint=one_each,
             ) from error
         if not isinstance(row, dict):
             raise DataError(f"{path.name}:{number} is not a JSON object but {type(row).__name__}.")
