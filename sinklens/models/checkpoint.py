@@ -15,6 +15,8 @@ from sinklens.core.errors import ModelError
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 HASHED_BYTES = 2 * 1024**3
+SAMPLE_BYTES = 4096
+"""Read from the middle of every tensor of weights that are too large to be hashed whole."""
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
     "tekken.json", "vocab.bpe", "qwen.tiktoken", "tiktoken.model",
@@ -175,12 +177,13 @@ def check_tokenizer(folder: Path, name: str) -> None:
 
 
 def folder_hashes(folder: Path, name: str) -> dict[str, str]:
-    """sha256 of config and tokenizer, and of the weights if they have less than 2 GiB."""
+    """sha256 of config and tokenizer, and of the weights: of 2 GiB or more only of a sample, and named so."""
     weights = weight_files(folder, name)
-    chosen = [folder / file for file in ("config.json", "tokenizer.json") if (folder / file).is_file()]
+    small = [folder / file for file in ("config.json", "tokenizer.json") if (folder / file).is_file()]
+    found = {path.name: _sha256(path) for path in small}
     if sum(path.stat().st_size for path in weights) < HASHED_BYTES:
-        chosen += weights
-    return {path.name: _sha256(path) for path in chosen}
+        return found | {path.name: _sha256(path) for path in weights}
+    return found | {f"{path.name} (sample)": _sample_sha256(path, name) for path in weights}
 
 
 def cache_hashes(paths: list[str]) -> dict[str, str]:
@@ -197,3 +200,20 @@ def cache_hashes(paths: list[str]) -> dict[str, str]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sample_sha256(path: Path, name: str) -> str:
+    """sha256 of a file's size and header and of a piece of each tensor; of a pickle, of evenly spaced pieces."""
+    size = path.stat().st_size
+    if path.suffix == ".safetensors":
+        header = read_header(path, name)
+        digest = hashlib.sha256(f"{size} {sorted(header.items())}".encode())
+        middles = sorted(tensor.start + (tensor.nbytes - SAMPLE_BYTES) // 2 for tensor in header.values())
+    else:
+        digest = hashlib.sha256(str(size).encode())
+        middles = [size * piece // 1024 for piece in range(1024)]
+    with path.open("rb") as file:
+        for middle in middles:
+            file.seek(max(0, middle))
+            digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()

@@ -185,7 +185,10 @@ class RunStore:
     def passed_blocks(self) -> int | None:
         """Blocks of a streamed model that every unfinished prompt has passed; None if none is on its way."""
         # The probe goes first: all the others have passed the block before.
-        passed = [int(path.stem.rpartition("-")[2]) - 1 for path in self.folder.glob(f"{STREAMING}/probe-*")]
+        passed = [
+            int(path.stem.rpartition("-")[2]) - 1
+            for path in self.folder.glob(f"{STREAMING}/probe-*.safetensors")
+        ]
         return max(passed, default=None)
 
     # reading ---------------------------------------------------------------------------------------------------

@@ -81,6 +81,29 @@ def test_sharded_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(first(opened.module(**inputs("qwen3_moe"))), first(model(**inputs("qwen3_moe"))))
 
 
+@pytest.mark.parametrize("pickled", [False, True])
+def test_large_weights_are_known_by_a_sample(tmp_path: Path, monkeypatch: Any, pickled: bool) -> None:
+    """A folder of more than 2 GiB whose weights were trained further is not the same model."""
+    from sinklens.models import checkpoint
+
+    monkeypatch.setattr(checkpoint, "HASHED_BYTES", 1)
+    model = build("llama")
+
+    def hashes() -> dict[str, str]:
+        model.save_pretrained(tmp_path)
+        if pickled:
+            (tmp_path / "model.safetensors").unlink()
+            torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+        return checkpoint.folder_hashes(tmp_path, "m")
+
+    before = hashes()
+    assert hashes() == before
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight.mul_(1.01)
+    changed = {name for name, value in hashes().items() if value != before[name]}
+    assert changed == {f"{'pytorch_model.bin' if pickled else 'model.safetensors'} (sample)"}
+
+
 def test_dtype_is_the_checkpoints_own_unless_asked(tmp_path: Path) -> None:
     save_with_tokenizer(build("llama", dtype=torch.bfloat16), str(tmp_path))
     assert open_model(tmp_path, device="cpu").info.dtype == "bfloat16"

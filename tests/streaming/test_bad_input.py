@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import sinklens
-from sinklens.core.errors import ModelError, UsageError
+from sinklens.core.errors import DataError, ModelError, UsageError
 from sinklens.pipeline.listener import Silent
 from sinklens.pipeline.options import ProfileOptions
 from sinklens.pipeline.run import load_run
@@ -83,6 +83,21 @@ def test_a_shard_that_goes_bad_midway(folder, tmp_path, harm):
     assert not differences(whole.trace, again.trace)
     assert again.document["findings"] == whole.document["findings"]
     assert not differences(load_run(run).trace, whole.trace)
+
+
+def test_a_shard_that_is_written_anew_midway(folder, tmp_path):
+    """Blocks of two models make no trace; resumed with the new file, the run is refused."""
+    shard, run = _shard_of(folder, KEY), tmp_path / "run"
+
+    def act():
+        changed = {key: value * 1.5 for key, value in load_file(shard).items()}
+        save_file(changed, shard, metadata={"format": "pt"})
+
+    with pytest.raises(ModelError, match="written anew while it was in use") as caught:
+        sinklens.profile(str(folder), out=run, stream="on", listener=Midway(2, act), **SETTINGS)
+    assert shard.name in str(caught.value)
+    with pytest.raises(DataError, match="the model changed"):
+        sinklens.profile(resume=run)
 
 
 def test_a_resumed_run_keeps_to_what_was_decided(folder, tmp_path):

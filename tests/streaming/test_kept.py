@@ -104,6 +104,16 @@ def test_a_killed_process_goes_on(folder, expected, tmp_path):
     assert model.blocks.loads == [0, 0, 1, 1]
 
 
+def test_killed_while_the_probe_was_written(tmp_path):
+    """Half a file has a name of its own, and is not taken for the probe."""
+    store = RunStore(tmp_path)
+    (tmp_path / STREAMING).mkdir()
+    assert store.passed_blocks() is None
+    for name in ("probe-0001.safetensors", "probe-0002.safetensors", "probe-0003.safetensors.partial"):
+        (tmp_path / STREAMING / name).write_bytes(b"half")
+    assert store.passed_blocks() == 1
+
+
 def test_a_full_disk_is_told_before_anything_is_read(folder, tmp_path, monkeypatch):
     import shutil
 

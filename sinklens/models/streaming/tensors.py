@@ -6,6 +6,7 @@ run is under way gives an error and no crash, and reading releases the interpret
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,11 +34,13 @@ class StoredTensors:
     Attributes:
         name: How the model is called in messages.
         where: File and header entry of each tensor.
+        written: When each file was last written, as its headers were read (ns).
         bytes_read: Per tensor, all reads together.
     """
 
     name: str
     where: dict[str, tuple[Path, TensorHeader]]
+    written: dict[Path, int]
     bytes_read: dict[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -48,12 +51,14 @@ class StoredTensors:
             ModelError: A file is no safetensors file, is cut off, or stores a type that torch has no name for.
         """
         where: dict[str, tuple[Path, TensorHeader]] = {}
+        written: dict[Path, int] = {}
         for path in files:
             if path.suffix != ".safetensors":
                 raise ModelError(
                     f"{name!r} keeps its weights in {path.name}, which cannot be read block by block.",
                     hint="Save it as safetensors (save_pretrained of transformers), or use --stream off.",
                 )
+            written[path] = path.stat().st_mtime_ns
             for key, header in read_header(path, name).items():
                 if header.dtype not in DTYPES:
                     raise ModelError(
@@ -61,7 +66,7 @@ class StoredTensors:
                         hint="Use --stream off.",
                     )
                 where[key] = (path, header)
-        return cls(name, where)
+        return cls(name, where, written)
 
     @property
     def total_read(self) -> int:
@@ -86,7 +91,8 @@ class StoredTensors:
         """Read a tensor into one that is contiguous and on the CPU; of another dtype, it is converted.
 
         Raises:
-            ModelError: The file is gone or cut off, another shape is stored, or an entry is NaN or infinite.
+            ModelError: The file is gone, cut off or written anew, another shape is stored, or an entry is NaN or
+                infinite.
         """
         path, header = self.where[key]
         if tuple(target.shape) != header.shape:
@@ -111,6 +117,7 @@ class StoredTensors:
                 file.seek(header.start)
                 while done < header.nbytes and (count := file.readinto(view[done:])):
                     done += count
+                written = os.fstat(file.fileno()).st_mtime_ns
         except OSError as error:
             raise ModelError(
                 f"{path.name} of {self.name!r} cannot be read: {error.strerror or error}.",
@@ -122,6 +129,12 @@ class StoredTensors:
                 f"{path.name} of {self.name!r} was cut off while it was in use.",
                 detail=f"The tensor {key} has {header.nbytes:,} bytes; {done:,} are left of it.",
                 hint="Copy or download the file again; a run with --out goes on with --resume.",
+            )
+        if written != self.written[path]:
+            raise ModelError(
+                f"{path.name} of {self.name!r} was written anew while it was in use.",
+                detail=f"The tensor {key} may not belong to those that were read before.",
+                hint="With the file as it was, a run with --out goes on with --resume; else start the run again.",
             )
         self.bytes_read[key] = self.bytes_read.get(key, 0) + done
 
