@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from sinklens.core.counts import counted
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure, Lines, Series, Tile
 from sinklens.core.papers import VISUAL_SINKS
@@ -222,7 +223,8 @@ def ledger_figure(
     return Lines(
         key,
         title or "Attention by group of keys, by layer",
-        f"Share of the attention of {groups.queries}, mean over queries, heads and {len(groups.members)} prompts.",
+        f"Share of the attention of {groups.queries}, mean over queries, heads and "
+        f"{counted(len(groups.members), 'prompt')}.",
         series,
         "layer",
         "share",
