@@ -43,6 +43,7 @@ def print_plan(model: str | None, options: ProfileOptions, *, as_json: bool) -> 
         disk = f", {size(stream.spilled)} of them on disk" if stream.spilled else ""
         states = f"{size(stream.states)} of states between blocks{disk}"
         parts = f"{size(stream.shell)} stay, 2 of {described.info.layers} blocks of {size(stream.block)} at a time"
+        parts += f", {size(stream.scratch)} to dequantise" if stream.scratch else ""
         lines["Stream"] = f"on ({stream.why}): {parts}, {states}"
     for name, cost in predicted.experiments.items():
         took = "" if cost["seconds"] is None else f", about {duration(cost['seconds'])}"
@@ -100,8 +101,9 @@ def _head(described: ModelDescription, prompts: PromptSet, predicted: Prediction
     about = "about " if described.estimated else ""
     heads = f"{info.layers} layers x {info.heads} heads ({info.kv_heads} KV)"
     counts = f"{said['n_prompts']} prompts, {said['n_tokens']} tokens, {predicted.batches} batches"
+    stored = f" (dequantised from {described.dequantised})" if described.dequantised else ""
     return {
-        "Model": f"{info.id}  {info.family} · {heads} · {info.dtype}",
+        "Model": f"{info.id}  {info.family} · {heads} · {info.dtype}{stored}",
         "Inputs": f"{said['source']}: {counts}",
         "Signals": f"{len(predicted.signals)} (named by --json)",
         "Memory": f"weights {about}{size(predicted.weights)} + working about {size(predicted.working)}{free}",

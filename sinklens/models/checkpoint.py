@@ -166,6 +166,12 @@ def check_weights(folder: Path, name: str) -> int:
     return held + sum(path.stat().st_size for path in files if path not in safe)
 
 
+def stored_shapes(folder: Path, name: str) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors in the safetensors files of a folder."""
+    files = [path for path in weight_files(folder, name) if path.suffix == ".safetensors"]
+    return {key: header.shape for path in files for key, header in read_header(path, name).items()}
+
+
 def check_tokenizer(folder: Path, name: str) -> None:
     """Transformers builds an empty tokenizer from nothing for some families, so the files are looked for first."""
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):

@@ -29,6 +29,7 @@ from .loading import (
     without_weights,
 )
 from .processors import load_processor
+from .quantised import dequantising, format_of, scratch_bytes
 from .spec import Anatomy, ModelInfo, OpenedModel
 from .spread import refuse_spread
 from .streaming import open_streamed, refuse_unstreamable
@@ -47,6 +48,8 @@ class ModelDescription:
         loaded_bytes: Weights in memory at the dtype asked for.
         estimated: Whether `stored_bytes` is an estimate.
         block_bytes, shell_bytes: The largest block of the main tower and everything outside its blocks, in memory.
+        dequantised: The format that the weights are stored in and dequantised from; None for all others.
+        scratch_bytes: What dequantising the largest parameter takes beside it.
     """
 
     info: ModelInfo
@@ -56,6 +59,8 @@ class ModelDescription:
     estimated: bool = False
     block_bytes: int = 0
     shell_bytes: int = 0
+    dequantised: str | None = None
+    scratch_bytes: int = 0
 
 
 def open_model(
@@ -106,12 +111,18 @@ def open_model(
     wanted, where, quantised = parse_dtype(dtype), placement(device, device_map), quantisation(quantization)
     config = load_config(source, trust_remote_code)
     anatomy = _refuse_early(source, config, trust_remote_code)
+    unpacks = None if quantised is not None else dequantising(source, config, wanted)
     own_tokenizer = load_tokenizer(source, tokenizer, _reads_text(anatomy), trust_remote_code)
     blocks = None
     if stream:
         refuse_unstreamable(device_map, quantised)
         module, blocks, missing = open_streamed(
-            source, config, dtype=wanted, device=where and where[""], trust_remote_code=trust_remote_code
+            source,
+            config,
+            dtype=wanted,
+            device=where and where[""],
+            trust_remote_code=trust_remote_code,
+            dequantising=unpacks,
         )
     else:
         module, missing = load_weights(
@@ -120,7 +131,7 @@ def open_model(
             dtype=wanted,
             device_map=where,
             trust_remote_code=trust_remote_code,
-            quantization=quantised,
+            quantization=quantised or unpacks,
         )
     anatomy = find_anatomy(module)
     check_complete(source, anatomy, missing)
@@ -136,6 +147,7 @@ def open_model(
         processor=processor,
         load_processor=lambda: load_processor(source, trust_remote_code),
         blocks=blocks,
+        dequantised=None if unpacks is None else format_of(config),
     )
 
 
@@ -169,6 +181,7 @@ def describe_model(
     commit = _commit(source)
     info = _info(shell, anatomy, source.id, commit, {}, kept)
     stored = _stored_bytes(source, commit)
+    unpacks = dequantising(source, config, wanted) is not None
     by_block = [
         kept.itemsize * sum(p.numel() for p in shell.get_submodule(block.path).parameters())
         for block in anatomy.main.blocks
@@ -181,6 +194,8 @@ def describe_model(
         estimated=stored is None,
         block_bytes=max(by_block),
         shell_bytes=info.parameters * kept.itemsize - sum(by_block),
+        dequantised=format_of(config) if unpacks else None,
+        scratch_bytes=scratch_bytes(config, (tuple(p.shape) for p in shell.parameters()), kept.itemsize),
     )
 
 

@@ -179,6 +179,7 @@ class OpenedModel:
         processor: What turns pictures and text into inputs, if it was given.
         load_processor: Loads the one that came with the checkpoint; see `models.processors.processor_of`.
         blocks: What loads the main tower's blocks when they run; None where all weights are in memory.
+        dequantised: The format that the weights were stored in and dequantised from; None for all others.
     """
 
     module: nn.Module
@@ -193,6 +194,7 @@ class OpenedModel:
     processor: Any = None
     load_processor: Callable[[], Any] | None = None
     blocks: StreamedBlocks | None = None
+    dequantised: str | None = None
 
     @property
     def plain(self) -> nn.Module:

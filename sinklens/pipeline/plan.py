@@ -321,6 +321,7 @@ def plan_document(described: ModelDescription, prompts: PromptSet, predicted: Pr
             "stream": None if predicted.stream is None else predicted.stream.to_json(),
             "fits": predicted.fits,
             "weights_estimated": described.estimated,
+            "dequantised": described.dequantised,
         },
     }
     found = plain(document)

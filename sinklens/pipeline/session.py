@@ -24,7 +24,7 @@ from .prepare import Prepared, checked_plan, prepare
 from .resuming import asked_before, same_run
 from .room import refuse_without_room
 from .run import Run, load_run, stored_manifest, write_run
-from .streaming import stream_section
+from .streaming import weights_section
 from .words import note_words
 
 
@@ -124,7 +124,7 @@ class Session:
             inputs=self.prepared.prompts.description,
             tracing=described.tracing,
             **self._sections(),
-            **stream_section(self.prepared.opened),
+            **weights_section(self.prepared.opened),
         )
         if not self.prepared.opened.info.files_sha256:
             described.manifest["weights"] = weights_hash(self.prepared.opened.plain)

@@ -41,6 +41,7 @@ class StreamCost:
     Attributes:
         shell: Everything outside the blocks, in memory throughout.
         block: The largest block; two are in memory at a time.
+        scratch: What dequantising the largest parameter takes beside it; 0 for weights stored as they are used.
         states: The states of all prompts between two blocks.
         budget: How many of them may be in memory.
         spilled: What is on disk beyond that, while the run lasts.
@@ -51,17 +52,20 @@ class StreamCost:
     block: int
     states: int
     budget: int
+    scratch: int = 0
 
     @property
     def weights(self) -> int:
-        return self.shell + AT_A_TIME * self.block
+        return self.shell + AT_A_TIME * self.block + self.scratch
 
     @property
     def spilled(self) -> int:
         return max(0, self.states - self.budget)
 
     def to_json(self) -> dict[str, Any]:
-        named = {name: getattr(self, name) for name in ("why", "shell", "block", "states", "budget")}
+        named = {
+            name: getattr(self, name) for name in ("why", "shell", "block", "states", "budget", "scratch")
+        }
         return {**named, "spilled": self.spilled}
 
 
@@ -136,11 +140,17 @@ def stream_cost(
     tokens = sum(len(batch) * len(batch[0]) for batch in batches)
     itemsize = described.loaded_bytes / max(1, described.info.parameters)
     states = round(tokens * described.anatomy.main.hidden_size * itemsize)
-    return StreamCost(why, described.shell_bytes, described.block_bytes, states, budget)
+    parts = described.shell_bytes, described.block_bytes, states, budget, described.scratch_bytes
+    return StreamCost(why, *parts)
 
 
-def stream_section(opened: OpenedModel) -> dict[str, Any]:
-    """For the manifest: nothing for a model in memory."""
+def weights_section(opened: OpenedModel) -> dict[str, Any]:
+    """For the manifest: how weights became what ran. Nothing for a model that is stored and held as it runs."""
+    dequantised = {"from": opened.dequantised, "to": opened.info.dtype}
+    return {**_streamed(opened), **({"dequantised": dequantised} if opened.dequantised else {})}
+
+
+def _streamed(opened: OpenedModel) -> dict[str, Any]:
     blocks = opened.blocks
     if blocks is None:
         return {}

@@ -16,19 +16,27 @@ from ..catalog import Source
 from ..checkpoint import INDEX, SINGLE, weight_files
 from ..failures import explain
 from ..loading import model_class
+from ..quantised import refuse_ragged, refuse_unstreamable_format
 from .blocks import SHELL, StreamedBlocks
 from .recipe import Recipes, put
 from .tensors import NUMBERS, StoredTensors
 
 
 def open_streamed(
-    source: Source, config: Any, *, dtype: Any, device: Any = None, trust_remote_code: bool = False
+    source: Source,
+    config: Any,
+    *,
+    dtype: Any,
+    device: Any = None,
+    trust_remote_code: bool = False,
+    dequantising: Any = None,
 ) -> tuple[nn.Module, StreamedBlocks, set[str]]:
     """Build a model and load all of it but the blocks of its main tower.
 
     Args:
         dtype: A torch dtype, or `auto` for the checkpoint's own.
         device: Where the model runs; None for the CPU.
+        dequantising: With what transformers dequantises a checkpoint that is stored quantised.
 
     Returns:
         The model in eval mode, its blocks, and the names of parameters that the checkpoint does not have.
@@ -36,10 +44,11 @@ def open_streamed(
     Raises:
         ModelError: The files cannot be read block by block, or something is wrong with them.
     """
+    refuse_unstreamable_format(source, config)
     stored = StoredTensors.of(checkpoint_files(source), source.id)
-    refuse_quantised(source, config)
     try:
-        module, kept = _without_weights(stored, config, dtype, trust_remote_code)
+        quantizer, config = _quantizer(config, dequantising)
+        module, kept = _without_weights(stored, config, dtype, trust_remote_code, quantizer)
     except SinklensError:
         raise
     except Exception as error:
@@ -51,10 +60,14 @@ def open_streamed(
     def group_of(name: str) -> int | str:
         return next((index for start, index in starts.items() if name.startswith(start)), SHELL)
 
-    recipes = Recipes(module, stored, kept, group_of)
+    if quantizer is not None:
+        refuse_ragged(source.id, {key: stored.shape_of(key) for key in stored.where})
+    recipes = Recipes(module, stored, kept, group_of, quantizer)
     put(module, recipes.make(SHELL))
     missing = _missing(module, recipes)
     _complete_shell(module, missing, group_of)
+    if quantizer is not None:
+        quantizer.postprocess_model(module)  # what runs is not quantised, and its config says so
     place = torch.device(device or "cpu")
     if place.type != "cpu":
         _move_shell(module, place)
@@ -115,21 +128,17 @@ def _refuse_sharing(config: Any, blocks: int) -> None:
         raise shares_more(config.model_type, blocks - shared)
 
 
-def refuse_quantised(source: Source, config: Any) -> None:
-    """Refuse what transformers would have to unpack with more than one block at hand."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
-    if not found:
-        return
-    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
-    raise ModelError(
-        f"{source.id!r} is quantised ({getattr(method, 'value', method)}), which cannot be streamed block by block.",
-        hint="Use --stream off, or stream the unquantised checkpoint.",
-    )
+def _quantizer(config: Any, dequantising: Any) -> tuple[Any, Any]:
+    """transformers' object for a quantised checkpoint, None for others, and the config it wants."""
+    if dequantising is None:
+        return None, config
+    from transformers.quantizers.auto import get_hf_quantizer
+
+    return get_hf_quantizer(copy.deepcopy(config), dequantising, None, True, {})[:2]
 
 
 def _without_weights(
-    stored: StoredTensors, config: Any, dtype: Any, trust_remote_code: bool
+    stored: StoredTensors, config: Any, dtype: Any, trust_remote_code: bool, quantizer: Any
 ) -> tuple[Any, torch.dtype]:
     """The model as transformers builds it before loading, with real buffers, and its dtype."""
     from accelerate import init_empty_weights
@@ -141,17 +150,24 @@ def _without_weights(
     if dtype == "auto":
         in_files = (stored.dtype_of(key) for key in stored.where)
         dtype = getattr(config, "dtype", None) or next((kind for kind in in_files if kind in NUMBERS), None)
-    config, kept = _get_dtype(dtype or torch.float32, None, config, None, None, True)
+    config, kept = _get_dtype(dtype or torch.float32, None, config, None, None, True, quantizer)
     if hasattr(cls, "from_config"):  # an Auto class, for code that comes with the model
         with init.no_init_weights(), init_empty_weights(include_buffers=False):
-            return cls.from_config(config, dtype=kept, trust_remote_code=trust_remote_code), kept
+            module = cls.from_config(config, dtype=kept, trust_remote_code=trust_remote_code)
+            return _prepared(module, kept, quantizer), kept
     with (
         local_torch_dtype(kept, cls.__name__),
         init.no_tie_weights(),
         init.no_init_weights(),
         init_empty_weights(include_buffers=False),
     ):
-        return cls(config), kept
+        return _prepared(cls(config), kept, quantizer), kept
+
+
+def _prepared(module: Any, dtype: torch.dtype, quantizer: Any) -> Any:
+    if quantizer is not None:
+        quantizer.preprocess_model(module, dtype=dtype)
+    return module
 
 
 def _missing(module: Any, recipes: Recipes) -> set[str]:

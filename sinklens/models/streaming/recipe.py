@@ -73,7 +73,7 @@ class Recipes:
     Args:
         model: Without weights, or with: names, shapes and dtypes are looked at.
         dtype: That of the model.
-        quantizer: transformers' object for a quantised checkpoint.
+        quantizer: transformers' object for a checkpoint that is to be dequantised.
     """
 
     def __init__(
@@ -192,7 +192,7 @@ class Recipes:
         values = {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
         for name, value in values.items():
             expected = self.shapes.get(name)
-            if self.quantizer is None and expected is not None and value.shape != expected[0]:
+            if expected is not None and value.shape != expected[0]:
                 key = conversion.sources[0][0]
                 raise ModelError(
                     f"{key} in {self.stored.file_of(key)} of {self.stored.name!r} gives {name} the shape "
@@ -200,6 +200,8 @@ class Recipes:
                     detail=f"The model's config asks for {list(expected[0])}.",
                     hint="Check that config.json and the weights belong together.",
                 )
+            if self.quantizer is not None:  # what is stored has no NaN that could be looked for
+                self.stored.check(conversion.sources[0][0], value)
         return values
 
     def _reader(self, conversion: Conversion, key: str) -> Any:

@@ -1,0 +1,186 @@
+"""Checkpoints whose weights are stored quantised: those that are dequantised while they are read, and all others.
+
+transformers can undo two formats with its own operations, on the CPU and without another library, while it loads:
+blocks of float8 with a scale each (`fp8`, DeepSeek and Qwen) and microscaled four-bit floats (`mxfp4`, GPT-OSS). Models
+of these formats are opened dequantised wherever they run, in memory or streamed: what is traced are the values that the
+stored weights stand for, rounded to the dtype of the config. Activations are not quantised.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from sinklens.core.errors import ModelError
+
+from .catalog import Source
+
+SCRATCH = 9
+"""Bytes per value while a tensor is dequantised, beside the values that come out: measured 7.6 to 8.6, and what is
+stored, 0.5 to 1."""
+MXFP4_CHUNK = 2**30
+"""Values that transformers dequantises at a time."""
+
+
+def _fp8_scratch(shape: tuple[int, ...], itemsize: int) -> int:
+    """One stored tensor at a time; experts are then put side by side, from a second copy."""
+    one = math.prod(shape[-2:])
+    return SCRATCH * one + ((1 + itemsize) * math.prod(shape) if len(shape) > 2 else 0)
+
+
+def _mxfp4_scratch(shape: tuple[int, ...], itemsize: int) -> int:
+    """A chunk at a time; all values are then transposed, into a second copy."""
+    values = math.prod(shape)
+    return values + max((SCRATCH - 1) * min(values, MXFP4_CHUNK), itemsize * values)
+
+
+@dataclass(frozen=True)
+class Format:
+    """A format that is dequantised while a model is loaded.
+
+    Attributes:
+        scratch: Bytes in memory beside a parameter of some shape and bytes per value, while it is dequantised.
+        any_dtype: Whether all weights take the dtype asked for, also those that were stored unquantised.
+    """
+
+    scratch: Callable[[tuple[int, ...], int], int]
+    any_dtype: bool
+
+
+FORMATS = {
+    "fp8": Format(_fp8_scratch, any_dtype=False),
+    "mxfp4": Format(_mxfp4_scratch, any_dtype=True),
+}
+LIBRARIES = {
+    "aqlm": "aqlm", "auto-round": "auto-round", "awq": "gptqmodel", "bitsandbytes": "bitsandbytes",
+    "compressed-tensors": "compressed-tensors", "eetq": "kernels", "fouroversix": "fouroversix",
+    "fp_quant": "fp_quant", "gptq": "optimum gptqmodel", "higgs": "flute-kernel", "hqq": "hqq", "metal": "kernels",
+    "nvfp4": "kernels", "quanto": "optimum-quanto", "quark": "amd-quark", "sinq": "sinq", "spqr": "spqr_quant[gpu]",
+    "torchao": "torchao", "vptq": "vptq",
+}  # fmt: skip
+"""What transformers needs to load the other formats, as pip calls it."""
+
+
+def format_of(config: Any) -> str | None:
+    """How the config says that the weights are stored (its `quant_method`); None if they are not quantised."""
+    found = _stored(config)
+    if not found:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", None)
+    if method is None and isinstance(found, dict) and {"load_in_8bit", "load_in_4bit"} & found.keys():
+        return "bitsandbytes"
+    return str(getattr(method, "value", method))
+
+
+def _stored(config: Any) -> Any:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(config, "quantization_config", None) or getattr(text, "quantization_config", None)
+
+
+def dequantising(source: Source, config: Any, dtype: torch.dtype | str) -> Any:
+    """The config with which transformers dequantises a checkpoint while it loads it.
+
+    Args:
+        dtype: The dtype asked for, or `auto`.
+
+    Returns:
+        None for checkpoints that are not quantised, or in a format that is left to transformers and its libraries.
+
+    Raises:
+        ModelError: transformers would load other numbers than those that are stored; it is said why.
+    """
+    method = format_of(config)
+    if method is None:
+        return None
+    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING, AutoQuantizationConfig
+
+    if not any(name == method or name.startswith(f"{method}_") for name in AUTO_QUANTIZER_MAPPING):
+        raise ModelError(
+            f"{source.id!r} is quantised ({method}), which this transformers does not know.",
+            detail="It would take the stored bytes for the weights.",
+            hint="Open the unquantised checkpoint. A newer transformers may know it: pip install -U transformers",
+        )
+    if method not in FORMATS:
+        return None
+    _check_dtype(source, config, method, dtype)
+    found = _stored(config)
+    found = dict(found if isinstance(found, dict) else found.to_dict())
+    if found.get("modules_to_convert"):
+        raise ModelError(
+            f"{source.id!r} keeps {', '.join(map(str, found['modules_to_convert']))} quantised in memory ({method}).",
+            detail="transformers does not dequantise these parts while it loads.",
+            hint="Open the unquantised checkpoint.",
+        )
+    return AutoQuantizationConfig.from_dict({**found, "dequantize": True})
+
+
+def _check_dtype(source: Source, config: Any, method: str, dtype: torch.dtype | str) -> None:
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    own = getattr(config, "dtype", None) or getattr(text, "dtype", None)
+    if own is None and dtype == "auto":
+        raise ModelError(
+            f"The config.json of {source.id!r} does not say which dtype its weights ({method}) had.",
+            hint="Say it: --dtype bf16"
+            if FORMATS[method].any_dtype
+            else 'Add "dtype": "bfloat16" to config.json.',
+        )
+    if dtype not in ("auto", own) and not FORMATS[method].any_dtype:
+        name = str(own).removeprefix("torch.")
+        raise ModelError(
+            f"{source.id!r} is stored as {method} and can be dequantised to {name} alone.",
+            detail="transformers leaves weights that were not quantised as they are stored, and two dtypes do not mix.",
+            hint="Leave --dtype out.",
+        )
+
+
+def refuse_ragged(name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Refuse float8 weights whose last blocks are smaller: transformers reads block sizes off the grid of scales.
+
+    Args:
+        shapes: Of all stored tensors by name.
+
+    Raises:
+        ModelError: The first such weight is named.
+    """
+    for key, grid in shapes.items():
+        weight = shapes.get(key.removesuffix("_scale_inv")) if key.endswith(".weight_scale_inv") else None
+        if weight is None or len(grid) < 2:
+            continue
+        values, scales = weight[-2:], grid[-2:]
+        if any(size % blocks for size, blocks in zip(values, scales, strict=True)):
+            of = key.removesuffix("_scale_inv")
+            raise ModelError(
+                f"{name!r} cannot be dequantised: the blocks of {of} are not all of one size.",
+                detail=f"{list(values)} values have {list(scales)} scales; transformers divides the one by the other.",
+                hint="Open a checkpoint of the model in bfloat16.",
+            )
+
+
+def refuse_unstreamable_format(source: Source, config: Any) -> None:
+    """Refuse formats that no operation of transformers undoes block by block.
+
+    Raises:
+        ModelError: The format is named, and what can be done.
+    """
+    method = format_of(config)
+    if method is None or method in FORMATS:
+        return
+    library = LIBRARIES.get(method)
+    needs = f" (in memory; transformers needs: pip install {library})" if library else ""
+    raise ModelError(
+        f"{source.id!r} is quantised ({method}), which cannot be streamed block by block.",
+        detail=f"Dequantised while they are read: {' and '.join(FORMATS)}.",
+        hint=f"Use --stream off{needs}, or stream the unquantised checkpoint.",
+    )
+
+
+def scratch_bytes(config: Any, shapes: Iterable[tuple[int, ...]], itemsize: int) -> int:
+    """Bytes beside the parameters of these shapes while the largest is dequantised; 0 if none is."""
+    found = FORMATS.get(format_of(config) or "")
+    if found is None:
+        return 0
+    return max((found.scratch(shape, itemsize) for shape in shapes if len(shape) > 1), default=0)
