@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -43,6 +43,8 @@ class Finding:
             attention and by norm`); a key without a label is spelled out from its words.
         headline: Whether a positive verdict belongs into the run's main sentence; others stand below it.
         adjustable: Makes what a report needs to let its thresholds be moved; None without any.
+        swept: Makes the finding at every value that a report lets its one threshold take, itself included; of the
+            rows only the first is whole, the others name their position. None without any.
     """
 
     analyzer: str
@@ -60,6 +62,7 @@ class Finding:
     labels: dict[str, str] = field(default_factory=dict)
     headline: bool = False
     adjustable: Callable[[], Adjustable | None] | None = field(default=None, repr=False, compare=False)
+    swept: Callable[[], Mapping[float, Finding]] | None = field(default=None, repr=False, compare=False)
 
     def to_frame(self) -> pd.DataFrame:
         """The rows as a tidy table; the columns' units are in `.attrs["units"]`."""

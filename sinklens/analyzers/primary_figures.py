@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Float
 
+from sinklens.core.adjustable import epsilons
 from sinklens.core.counts import counted
 from sinklens.core.figures import Figure, Heatmap, Lines, Samples, Series
 from sinklens.tracers import signals as sig
@@ -43,8 +44,9 @@ def draw(
             "rate",
             f"Sink rate of {where} by threshold",
             "Share of (prompt, layer, head) whose mean attention to the position exceeds the threshold.",
-            strongest.alpha.astype(np.float32),
+            strongest.alpha,
             epsilon,
+            grid=epsilons(epsilon),
         ),
         _profile(evidence),
     ]

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 
+from sinklens.core.adjustable import epsilons
 from sinklens.core.counts import counted, verb
 from sinklens.core.errors import UsageError
-from sinklens.core.figures import Tile
 from sinklens.core.papers import WHEN_SINKS_EMERGE
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
 
 from .base import Analyzer, Finding, Status, registry
-from .estimates import estimated, sampled_rows
-from .evidence import Column, SinkEvidence, column, gather, norm_sinks, span
+from .estimates import sampled_rows
+from .evidence import Column, SinkEvidence, column, gather, norm_sinks
 from .primary_figures import draw, upper_half, value_drain
+from .primary_sweep import sweep
+from .primary_words import LABELS, UNITS, tiles, verdict
 
 
 @registry.register("primary-sinks")
@@ -101,7 +103,7 @@ class PrimarySinks(Analyzer):
     def analyze(self, trace: Trace) -> Finding:
         if not any(layer.attention for layer in trace.layers):
             return self.not_applicable("the model has no softmax attention.")
-        records = [record for record in trace if len(record) >= self.min_tokens]
+        records = self.used(trace)
         if not records:
             longest = max((len(record) for record in trace), default=0)
             return self.not_applicable(
@@ -111,15 +113,7 @@ class PrimarySinks(Analyzer):
             return self.not_applicable(
                 "a position's attention to itself was not recorded, so it cannot be left out (exclude_diagonal)."
             )
-        evidence = [
-            gather(
-                record,
-                min_visible=self.min_visible,
-                code_divisor=self.recipe == "code",
-                exclude_diagonal=self.exclude_diagonal,
-            )
-            for record in records
-        ]
+        evidence = self.evidence(records)
         columns = self._columns(evidence)
         rows = [self._row(evidence, found) for found in columns if self._is_sink(found)]
         rows.sort(key=lambda row: (-row["rate"], -row["share"], row["position"]))
@@ -127,15 +121,57 @@ class PrimarySinks(Analyzer):
         summary = self._summary(trace, evidence, strongest, rows)
         return self.finding(
             Status.FOUND if rows else Status.NOT_FOUND,
-            _verdict(rows, summary),
+            verdict(rows, summary),
             rows=rows,
             summary=summary,
             units=UNITS,
             labels=LABELS,
             figures=draw(evidence, strongest, self._sink_heads(strongest), self.epsilon, self.min_prompts),
-            tiles=_tiles(rows, summary),
+            tiles=tiles(rows, summary),
             notes=self._notes(trace, evidence, summary),
+            swept=lambda: self._swept(trace, summary),
         )
+
+    def used(self, trace: Trace) -> list[PromptRecord]:
+        """The prompts that are long enough."""
+        return [record for record in trace if len(record) >= self.min_tokens]
+
+    def evidence(self, records: list[PromptRecord]) -> list[SinkEvidence]:
+        """What the rule reads of them."""
+        code = self.recipe == "code"
+        return [
+            gather(
+                record,
+                min_visible=self.min_visible,
+                code_divisor=code,
+                exclude_diagonal=self.exclude_diagonal,
+            )
+            for record in records
+        ]
+
+    def _swept(self, trace: Trace, summary: dict[str, Any]) -> dict[float, Finding]:
+        """The finding at every epsilon of a page's grid: sentence, boxes, notes, and the rows by position, the first
+        one whole. The same as a new analysis says, without what no sentence needs."""
+        evidence = self.evidence(self.used(trace))
+        norm = set(summary["norm_sink_positions"])
+        held: dict[int, Column] = {}
+        found = {}
+        for epsilon, sinks, strongest in sweep(self, evidence, epsilons(self.epsilon)):
+            at = replace(self, epsilon=epsilon)
+            if strongest not in held:
+                held[strongest] = column(evidence, strongest, self.min_visible)
+            rows: list[dict[str, Any]] = [{"position": position} for position in sinks]
+            rows[:1] = [at._row(evidence, held[strongest])] if rows else []
+            told = {**summary, **at._told(evidence, held[strongest]), **_agreement(rows, norm)}
+            found[epsilon] = at.finding(
+                Status.FOUND if rows else Status.NOT_FOUND,
+                verdict(rows, told),
+                rows=rows,
+                summary=told,
+                tiles=tiles(rows, told),
+                notes=at._notes(trace, evidence, told),
+            )
+        return found
 
     def _columns(self, evidence: list[SinkEvidence]) -> list[Column]:
         """The positions that some prompt kept, that enough queries see, and that can be a sink.
@@ -143,10 +179,14 @@ class PrimarySinks(Analyzer):
         A position that no head in any prompt gives more than epsilon has rate 0 and no sink head. Where that is so
         for all of them, all are returned, so that the strongest can be named.
         """
-        kept = {int(k) for item in evidence for k in item.positions if item.is_seen(int(k), self.min_visible)}
+        kept = self.candidates(evidence)
         if self.min_rate > 0:
             kept = kept & self._reached(evidence) or kept
         return [column(evidence, k, self.min_visible) for k in sorted(kept)]
+
+    def candidates(self, evidence: list[SinkEvidence]) -> set[int]:
+        """Positions that some prompt kept and that enough of its queries see."""
+        return {int(k) for item in evidence for k in item.positions if item.is_seen(int(k), self.min_visible)}
 
     def _reached(self, evidence: list[SinkEvidence]) -> set[int]:
         """Positions that some head in some prompt gives more than epsilon."""
@@ -201,20 +241,15 @@ class PrimarySinks(Analyzer):
         lengths = [item.length for item in evidence]
         records = [item.record for item in evidence]
         norm = norm_sinks(records, self.norm_ratio)
-        by_attention = {row["position"] for row in rows}
         low, high = _interval(strongest.rates(self.epsilon))
         first = column(evidence, 0, 1)
         return {
             "sink_rate": strongest.rate(self.epsilon),
             "sink_rate_ci_low": low,
             "sink_rate_ci_high": high,
-            "strongest_position": strongest.position,
-            "share": float(strongest.share.mean()),
-            "uniform_share": float(strongest.uniform.mean()),
-            "epsilon": self.epsilon,
+            **self._told(evidence, strongest),
             "first_position_rate": first.rate(self.epsilon),
             "first_position_share": float(first.share.mean()),
-            "heads_in_all": int((~np.isnan(strongest.alpha[0])).sum()),
             "seq_len": int(np.median(lengths)),
             "seq_len_min": min(lengths),
             "seq_len_max": max(lengths),
@@ -225,10 +260,19 @@ class PrimarySinks(Analyzer):
             "value_drain": _smallest_drain(evidence, strongest.position),
             "norm_sink_positions": sorted(norm),
             **sampled_rows(records),
+            **_agreement(rows, norm),
+        }
+
+    def _told(self, evidence: list[SinkEvidence], strongest: Column) -> dict[str, Any]:
+        """What sentences and boxes say of the strongest position."""
+        return {
+            "sink_rate": strongest.rate(self.epsilon),
+            "strongest_position": strongest.position,
+            "share": float(strongest.share.mean()),
+            "uniform_share": float(strongest.uniform.mean()),
+            "epsilon": self.epsilon,
+            "heads_in_all": int((~np.isnan(strongest.alpha[0])).sum()),
             **self._doubt(evidence, strongest),
-            "agree": sorted(by_attention & norm),
-            "attention_only": sorted(by_attention - norm),
-            "norm_only": sorted(norm - by_attention),
         }
 
     def _notes(self, trace: Trace, evidence: list[SinkEvidence], summary: dict[str, Any]) -> list[str]:
@@ -264,58 +308,13 @@ class PrimarySinks(Analyzer):
         return notes
 
 
-UNITS = {
-    "sink_rate": "%",
-    "first_position_rate": "%",
-    "share": "share of attention (0-1), mean over prompts, layers and heads",
-    "lift": "ratio to uniform attention",
-    "rate": "% of (prompt, layer, head) with share > epsilon",
-    "top1_share": "share of queries whose largest weight is here",
-    "same_token_share": "share of prompts with this token at this position",
-    "share_se": "standard error of the share, at most",
-    "rate_low": "% above epsilon by more than 1.96 standard errors",
-    "rate_high": "% not below epsilon by more than 1.96 standard errors",
-}
-
-
-LABELS = {
-    "sink_rate": "sink rate",
-    "strongest_position": "strongest position",
-    "share": "attention received",
-    "lift": "against uniform",
-    "rate": "sink rate",
-    "uniform_share": "uniform attention would give",
-    "epsilon": "threshold ε",
-    "first_position_rate": "sink rate of the first token",
-    "first_position_share": "attention to the first token",
-    "heads_in_all": "heads in all",
-    "seq_len": "median prompt length",
-    "seq_len_min": "shortest prompt",
-    "seq_len_max": "longest prompt",
-    "heads": "heads that sink on it",
-    "dormant_heads": "heads dormant on the first token",
-    "learned_sink_mass": "attention on learned sink logits",
-    "value_drain": "smallest value norm against the others",
-    "norm_sink_positions": "positions with a sink's hidden-state norm",
-    "agree": "of these, also sinks by attention",
-    "attention_only": "sinks by attention only",
-    "norm_only": "by hidden-state norm only",
-    "share_se": "standard error of the share",
-    "rate_low": "sink rate, at least",
-    "rate_high": "sink rate, at most",
-    "rows_sampled": "query rows looked at, median",
-    "rows_in_all": "of query rows, median",
-    "n_heads": "heads that sink on it",
-    "top1_share": "queries with their largest weight here",
-    "same_token_share": "prompts with this token here",
-    "min_rate": "rate that makes a row",
-    "min_lift": "least times uniform",
-    "min_prompts": "least share of prompts",
-    "min_visible": "least queries that see it",
-    "min_tokens": "shortest prompt used",
-    "norm_ratio": "norm ratio of a sink by norm",
-    "exclude_diagonal": "without attention to itself",
-}
+def _agreement(rows: list[dict[str, Any]], norm: set[int]) -> dict[str, list[int]]:
+    by_attention = {row["position"] for row in rows}
+    return {
+        "agree": sorted(by_attention & norm),
+        "attention_only": sorted(by_attention - norm),
+        "norm_only": sorted(norm - by_attention),
+    }
 
 
 def _smallest_drain(evidence: list[SinkEvidence], position: int) -> float | None:
@@ -352,45 +351,3 @@ def _interval(per_prompt: Float[np.ndarray, " prompt"]) -> tuple[float | None, f
     draws = np.random.default_rng(0).choice(per_prompt, (2000, len(per_prompt))).mean(1)
     low, high = np.percentile(draws, [2.5, 97.5])
     return float(low), float(high)
-
-
-def _verdict(rows: list[dict[str, Any]], summary: dict[str, Any]) -> str:
-    if not rows:
-        return (
-            f"No attention sink: the most attended position, {summary['strongest_position']}, gets "
-            f"{summary['share']:.3f} of the attention against {summary['uniform_share']:.3f} if it were uniform."
-            f"{estimated(summary)}"
-        )
-    top, more = rows[0], len(rows) - 1
-    others = f" {counted(more, 'other position')} {verb(more, 'is a sink', 'are sinks')} too." if more else ""
-    layers = span(top["first_layer"], top["last_layer"]) if top["n_heads"] else "no layer consistently"
-    return (
-        f"Attention sink on position {top['position']} ({top['token']!r}): {top['share']:.3f} of the attention, "
-        f"{top['lift']:.1f} times uniform; above {summary['epsilon']:g} in {top['rate']:.1f} % of "
-        f"(prompt, layer, head), consistently in {top['n_heads']} of {summary['heads_in_all']} heads ({layers})."
-        f"{others}{estimated(summary)}"
-    )
-
-
-def _tiles(rows: list[dict[str, Any]], summary: dict[str, Any]) -> list[Tile]:
-    top = rows[0] if rows else None
-    where = f"position {top['position']} · {top['token']}" if top else "no position qualifies"
-    varied = summary["seq_len_min"] != summary["seq_len_max"]
-    length = f"T up to {summary['seq_len_max']}" if varied else f"T = {summary['seq_len']}"
-    how = ", estimated" if "rows_sampled" in summary else ""
-    protocol = f"ε = {summary['epsilon']:g}, {length}{how}"
-    return [
-        Tile("Sink rate", f"{summary['sink_rate']:.1f} %", protocol, link="primary-sinks"),
-        Tile(
-            "Attention to it",
-            f"{summary['share']:.3f}",
-            f"uniform {summary['uniform_share']:.3f}",
-            link="primary-sinks",
-        ),
-        Tile(
-            "Where",
-            where if top else "none",
-            f"from layer {top['first_layer']}" if top else where,
-            link="primary-sinks",
-        ),
-    ]

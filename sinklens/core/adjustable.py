@@ -55,3 +55,14 @@ def quoted(words: list[str]) -> tuple[np.ndarray, tuple[str, ...]]:
     """Each different word once, quoted as in sentences, and the place of every word."""
     places = {word: place for place, word in enumerate(dict.fromkeys(words))}
     return np.array([places[word] for word in words], np.int64), tuple(map(repr, places))
+
+
+def epsilons(own: float) -> np.ndarray:
+    """Thresholds of a share that a reader can choose from: fine near zero, every hundredth, and the run's own."""
+    grid = np.concatenate([np.arange(1, 10) / 1000, np.arange(1, 100) / 100])
+    return with_own(grid, own)
+
+
+def with_own(grid: np.ndarray, own: float) -> np.ndarray:
+    """The grid, ascending, with `own` in place of what differs from it by rounding only."""
+    return np.unique(np.append(grid[~np.isclose(grid, own, rtol=0, atol=1e-12)], own))

@@ -75,6 +75,7 @@ class Samples:
     Attributes:
         values: `[prompt, layer, head]`; the rate is the mean of `values > threshold`, in percent.
         threshold: The one the finding used.
+        grid: Thresholds to choose from, ascending, the finding's own among them; None to take them from the values.
     """
 
     key: str
@@ -83,6 +84,7 @@ class Samples:
     values: np.ndarray
     threshold: float
     unit: str = "share"
+    grid: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

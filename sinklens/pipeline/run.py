@@ -23,6 +23,7 @@ from sinklens.tracers.trace import Trace
 
 from .references import references
 from .shown import RunFinding, Shown, show_picture, show_prompt
+from .swept import judged
 from .verdict import Verdict, judge
 
 # What a document that is passed on says of its run; the folder's own manifest also has what resuming needs.
@@ -128,7 +129,10 @@ class Run:
     def adjustable(self) -> dict[str, Adjustable]:
         """What a report needs to let thresholds be moved, by analyzer."""
         made = {name: f.adjustable() for name, f in self.findings.items() if f.adjustable is not None}
-        return {name: found for name, found in made.items() if found is not None}
+        swept = {
+            name: judged(name, self.findings, self.checks) for name, f in self.findings.items() if f.swept
+        }
+        return {name: found for name, found in {**made, **swept}.items() if found is not None}
 
     @property
     def pictures(self) -> dict[str, np.ndarray]:

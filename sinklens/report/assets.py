@@ -14,7 +14,18 @@ from sinklens.core.errors import DataError
 from . import colour, text
 
 _HERE = Path(__file__).parent
-_SCRIPTS = ("data", "maps", "samples", "thresholds", "tables", "tokens", "heads", "pictures", "page")
+_SCRIPTS = (
+    "data",
+    "maps",
+    "samples",
+    "thresholds",
+    "epsilon",
+    "tables",
+    "tokens",
+    "heads",
+    "pictures",
+    "page",
+)
 
 
 def write(path: str | os.PathLike[str], html: str) -> Path:

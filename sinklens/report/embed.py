@@ -140,10 +140,19 @@ def adjustable(item: Adjustable) -> dict[str, Any]:
             for key, values in item.arrays.items()
             for kind in [_kind(np.asarray(values))]
         },
-        "facts": item.facts,
-        "words": list(item.words),
+        "facts": _seen(item.facts),
+        "words": _seen(list(item.words)),
         "headline": item.headline,
     }
+
+
+def _seen(value: Any) -> Any:
+    """Strings as the templates print them: nothing invisible, nothing reordered."""
+    if isinstance(value, Mapping):
+        return {key: _seen(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_seen(item) for item in value]
+    return text.finalize(value)
 
 
 def _kind(values: np.ndarray) -> str:

@@ -60,12 +60,17 @@ def _link_width(title: str) -> float:
 
 
 def sizes(
-    verdict: Verdict, found: Sequence[Section], checked: Sequence[Check], *, with_strip: bool
+    verdict: Verdict,
+    found: Sequence[Section],
+    checked: Sequence[Check],
+    *,
+    with_strip: bool,
+    controls: int = 0,
 ) -> tuple[tuple[int, int, int], int]:
     """Widths of the first screen's drawings and their height: what the words above leave of 800 px."""
     names_of_checks = 60 + sum(22 + 6 * len(check.name) for check in checked)
     beside = 36 + 18 * math.ceil(names_of_checks / 380)
-    says = 18 + 21.5 * math.ceil(len(verdict.sentence) / 96)
+    says = 18 + 21.5 * math.ceil(len(verdict.sentence) / 96) + 22 * controls
     lines = 19 * math.ceil(min(len(verdict.lines), FIRST_LINES) / 2)
     lines += 18 if len(verdict.lines) > FIRST_LINES else 0
     linked = sum(_link_width(section.title) for section in navigation(found)[0])

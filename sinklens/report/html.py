@@ -132,6 +132,7 @@ def _render(
         "tokens": embed.tokens(prompts) if include_text else None,
         "text": include_text,
         "heads": embed.heads(heads, prompts),
+        "headlines": page.HEADLINES,
         "adjustable": {name: embed.adjustable(item) for name, item in adjustable.items()},
     }
     under = mitigated.view(document, figures.get(mitigated.SECTION, ()), data)
@@ -144,7 +145,7 @@ def _render(
         navigation=first.navigation(found),
         tiles=page.tile_views(boxes, ids, methods),
         more_tiles=page.tile_views(rest, ids, methods),
-        first=_first_screen(figures, found, document),
+        first=_first_screen(figures, found, document, controls=_controls(adjustable)),
         sections=[(s, drawings[s.analyzer], tables.table(s.rows, s.units, s.labels)) for s in found],
         prompts=[redact.bare_prompt(prompt) for prompt in prompts],
         viewer=_viewer(prompts) if include_text else [],
@@ -186,7 +187,11 @@ def _facts(document: Mapping[str, Any], title: str | None) -> dict[str, Any]:
 
 
 def _first_screen(
-    figures: Mapping[str, Sequence[Figure]], found: Sequence[page.Section], document: Mapping[str, Any]
+    figures: Mapping[str, Sequence[Figure]],
+    found: Sequence[page.Section],
+    document: Mapping[str, Any],
+    *,
+    controls: int,
 ) -> dict[str, FigureView | None]:
     """The main map, the curve and the strip, drawn to fit; they share the embedded values of their sections."""
     shown: dict[str, FigureView | None] = {"map": None, "norms": None, "strip": None}
@@ -194,7 +199,7 @@ def _first_screen(
     known = {name: given for name, given in figures.items() if name in ids}
     beside = first.strip(known)
     widths, height = first.sizes(
-        page.verdict(document), found, page.checks(document), with_strip=beside is not None
+        page.verdict(document), found, page.checks(document), with_strip=beside is not None, controls=controls
     )
     if (main := first.main_map(known)) is not None:
         name, figure = main
@@ -219,6 +224,11 @@ def _first_screen(
         notes = (f"{left} more in its section.",) if left and drawing.svg is not None else ()
         shown["strip"] = FigureView(identifier, row.title, row.caption, "", svgs(drawing), notes)
     return shown
+
+
+def _controls(adjustable: Mapping[str, Adjustable]) -> int:
+    """Thresholds that stand below the verdict because it follows them."""
+    return sum("epsilon" in item.arrays for item in adjustable.values())
 
 
 def _viewer(prompts: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -33,7 +33,7 @@ RESERVED = {
     "help",
 }
 
-_HEADLINES = {
+HEADLINES = {
     "sink": "Attention sink",
     "no-sink": "No attention sink",
     "untrusted": "Not trustworthy",
@@ -174,7 +174,7 @@ def _lines(given: Mapping[str, Any]) -> tuple[Line, ...]:
 
 def headline(status: str) -> str:
     """A verdict's status in words."""
-    return _HEADLINES.get(status, status.replace("-", " ").capitalize())
+    return HEADLINES.get(status, status.replace("-", " ").capitalize())
 
 
 def warnings(document: Mapping[str, Any]) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from sinklens.core.adjustable import epsilons, with_own
 from sinklens.core.figures import Heatmap, Lines, Samples, Series
 
 from . import heatmap, lines
@@ -47,17 +48,15 @@ def thresholds(values: Float[np.ndarray, "prompt layer head"], own: float) -> Fl
     """A grid for the slider: fine near zero for shares, even steps otherwise, always with `own`."""
     known = values[np.isfinite(values)]
     if known.size and known.min() >= 0 and known.max() <= 1:
-        grid = np.concatenate([np.arange(1, 10) / 1000, np.arange(1, 100) / 100])
-    else:
-        low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
-        grid = np.linspace(low, high, 101)
-    return np.unique(np.append(grid[~np.isclose(grid, own, rtol=0, atol=1e-12)], own))
+        return epsilons(own)
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 1.0)
+    return with_own(np.linspace(low, high, 101), own)
 
 
 def count(figure: Samples) -> Counts:
     """Counts at every threshold of the grid. The comparison is strict, as in the rate's definition."""
     values = np.asarray(figure.values)
-    grid = thresholds(values, figure.threshold)
+    grid = thresholds(values, figure.threshold) if figure.grid is None else np.asarray(figure.grid)
     known: Bool[np.ndarray, "prompt layer head"] = np.isfinite(values)
     above = np.stack([((values > threshold) & known).sum(axis=0) for threshold in grid])
     return Counts(grid, above, known.sum(axis=0))

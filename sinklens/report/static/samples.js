@@ -1,4 +1,5 @@
 // The threshold slider: the rate is recounted from the counts per threshold, exactly as the run would have done.
+const sliders = new Map();
 for (const slider of $$(".slider")) {
   const fig = figure(slider.dataset.fig);
   const input = $("input", slider);
@@ -7,6 +8,7 @@ for (const slider of $$(".slider")) {
 
   const show = (index) => {
     const own = index === Number(input.defaultValue);
+    input.setAttribute("aria-valuetext", brief(fig.thresholds[index]));
     fig.values = rates(fig, index);
     $(".at", slider).textContent = `At threshold ${brief(fig.thresholds[index])} the rate is ${percent(overall(fig, index))} %.`;
     $("output", slider).textContent = own ? "this run" : brief(fig.thresholds[index]);
@@ -18,6 +20,8 @@ for (const slider of $$(".slider")) {
     const curve = $("svg.curves", holder);
     if (curve) moveMark(curve, fig.thresholds[index]);
   };
+  input.setAttribute("aria-valuetext", brief(fig.thresholds[Number(input.value)]));
+  sliders.set(slider.dataset.fig, { fig, input, show, reset: $(".reset", slider) });
   input.addEventListener("input", () => show(Number(input.value)));
   $(".reset", slider).addEventListener("click", () => {
     input.value = input.defaultValue;

@@ -1,5 +1,5 @@
 // Thresholds on table rows, downloads, and copy buttons.
-for (const filter of $$(".filter:not(.thresholds)")) {
+for (const filter of $$(".filter:not(.thresholds, .epsilon)")) {
   const table = $$(".table").find((t) => t.dataset.table === filter.dataset.for);
   const [value, ratio] = $$("input", filter);
   const rows = table ? $$("tr[data-value]", table) : [];

@@ -186,17 +186,34 @@ function heldBy(a, tokens, layer, is) {
 
 const RULES = { "massive-activations": massive, "super-experts": superExperts, "visual-sinks": visualSinks };
 
+// The run's main sentence, put together from what every moved threshold says.
+const mainVerdict = { nodes: $$(".says .sentence, #trust > .lead"), base: null, told: new Map() };
+mainVerdict.own = mainVerdict.nodes.length ? mainVerdict.nodes[0].textContent : "";
+
+function tellMain() {
+  if (document.body.classList.contains("untrusted")) return;
+  let text = mainVerdict.base === null ? mainVerdict.own : mainVerdict.base;
+  for (const { lead, result, headline } of mainVerdict.told.values()) {
+    if (text.includes(lead)) text = text.replace(lead, () => result.text);
+    else if (result.found && headline) text = `${text} ${result.text}`;
+  }
+  for (const node of mainVerdict.nodes) node.textContent = text;
+  for (const node of mainVerdict.nodes) if (node.matches(".sentence")) node.classList.toggle("long", Array.from(text).length > 200);
+}
+
+const unpacked = (arrays) =>
+  Object.fromEntries(Object.entries(arrays).map(([key, { kind, data }]) => [key, unpack(data, KINDS[kind])]));
+
 function watchThresholds(form) {
   const name = form.dataset.for;
   const raw = (run.adjustable || {})[name];
   if (!raw || !RULES[raw.rule]) return;
-  const arrays = Object.fromEntries(Object.entries(raw.arrays).map(([key, { kind, data }]) => [key, unpack(data, KINDS[kind])]));
+  const arrays = unpacked(raw.arrays);
   const inputs = $$("input", form);
   const section = form.closest("section");
   const lead = $(".lead", section);
   const line = $$(".first .lines li").find((item) => item.dataset.finding === name);
-  const main = $(".says .sentence");
-  const own = { lead: lead.textContent, line: line && line.lastChild.textContent, main: main && main.textContent };
+  const own = { lead: lead.textContent, line: line && line.lastChild.textContent };
 
   const show = () => {
     const changed = inputs.some((input) => input.value !== input.defaultValue);
@@ -205,8 +222,9 @@ function watchThresholds(form) {
     const text = result ? result.text : own.lead;
     lead.textContent = text;
     if (line) line.lastChild.textContent = result ? ` ${text}` : own.line;
-    if (main && own.main.includes(own.lead)) main.textContent = own.main.replace(own.lead, () => text);
-    else if (main) main.textContent = result && result.found && raw.headline ? `${own.main} ${text}` : own.main;
+    mainVerdict.told.delete(name);
+    if (result) mainVerdict.told.set(name, { lead: own.lead, result, headline: raw.headline });
+    tellMain();
     for (const node of [lead, line]) if (node) node.classList.toggle("moved", Boolean(result));
     const limits = bad ? `From ${brief(Number(bad.min))}${bad.max ? ` to ${brief(Number(bad.max))}` : " on"}.` : "";
     $("output", form).textContent = bad ? limits : result ? `${result.count} at these thresholds; table and figures show the run's own.` : "";
