@@ -41,7 +41,7 @@ def kept(output: Any) -> bool:
     """Results stay; progress bars and what was said on stderr go."""
     if output.output_type == "stream":
         return output.name != "stderr"
-    return WIDGET not in output.get("data", {})
+    return WIDGET not in output.get("data", {}) and output.get("metadata", {}).get("sinklens") != "progress"
 
 
 if __name__ == "__main__":

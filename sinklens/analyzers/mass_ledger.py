@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sinklens.core.counts import counted
+from sinklens.core.counts import counted, verb
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Figure, Lines, Series, Tile
 from sinklens.core.papers import VISUAL_SINKS
@@ -200,7 +200,9 @@ def _notes(summary: dict[str, Any], groups: Grouped) -> list[str]:
             "renormalised, or statistics are missing."
         )
     if groups.left_out:
-        notes.append(f"{groups.left_out} prompts without pictures were left out.")
+        notes.append(
+            f"{counted(groups.left_out, 'prompt')} without pictures {verb(groups.left_out, 'was', 'were')} left out."
+        )
     if groups.visual and groups.rule == ATTENTION:
         notes.append(
             "Sinks are told by the attention they receive: the model has no sink dims to tell them by."

@@ -6,6 +6,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from sinklens.core.stages import STAGES
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -16,14 +18,6 @@ if TYPE_CHECKING:
     from sinklens.tracers.selfcheck import Check
 
 WIDTH = 12
-STAGES = {
-    "effects": "Verify what the model does without the causes that were found, beside controls",
-    "sensitivity": "Sensitivity the same measurement under other inputs, lengths and precisions",
-    "visual_effects": "Removal found visual tokens taken out, against as many others of their pictures",
-    "visual_exit": "Exit the picture leaves at every layer in turn",
-    "visual_horizon": "Horizon one window of the picture is left, from every layer on",
-}
-"""What is said when an experiment begins: a word, then what it does."""
 
 
 class ConsoleListener:

@@ -35,18 +35,20 @@ def print_mitigated(run: MitigationRun, report: Path) -> None:
 
 
 def _details(entry: dict[str, Any]) -> list[str]:
+    from sinklens.core.counts import counted
     from sinklens.pipeline.mass_ledger import ledger_sentence
 
     found = []
     calibration = entry["calibration"]
     if calibration:
-        found.append(
-            f"calibration: {calibration['text']} ({calibration['passes']} passes, {calibration['seconds']:.0f} s)"
-        )
+        passes = counted(calibration["passes"], "pass", "passes")
+        found.append(f"calibration: {calibration['text']} ({passes}, {calibration['seconds']:.0f} s)")
     if entry["acted"]:
         kl, over = entry["effect"].get("kl_mean"), entry["effect"].get("kl_positions")
         divergence = (
-            "" if kl is None else f" KL to the unchanged model {kl:.3g} nats, mean over {over} predictions."
+            ""
+            if kl is None
+            else f" KL to the unchanged model {kl:.3g} nats, mean over {counted(over, 'prediction')}."
         )
         found.append(f"effect: {entry['effect']['text']}{divergence}")
         if entry.get("sink"):

@@ -9,6 +9,7 @@ from typing import Self
 from torch import Tensor
 
 from sinklens.core.card import card
+from sinklens.core.counts import counted, verb
 from sinklens.core.errors import ModelError
 from sinklens.kernels.transfer import Transferred
 
@@ -130,14 +131,14 @@ class Effect(Outcome):
         if not self.calls:
             return f"{self.name} did not act: the model was not run while it was on."
         if not self.acted:
-            seen = "1 attention call was" if self.calls == 1 else f"{self.calls} attention calls were"
-            found = f"{self.name} did not act: {seen} seen and no row had anything to edit"
+            seen = f"{counted(self.calls, 'attention call')} {verb(self.calls, 'was', 'were')} seen"
+            found = f"{self.name} did not act: {seen} and no row had anything to edit"
             why = max(self.reasons, key=lambda reason: self.reasons[reason]) if self.reasons else None
             return f"{found}." if why is None else f"{found}, because {why}."
-        share = self.rows_edited / max(1, self.rows_seen)
+        share, rows = self.rows_edited / max(1, self.rows_seen), counted(self.rows_edited, "attention row")
         if not self.moves:
-            return f"{self.name} added to {self.rows_edited} attention rows ({share:.0%} of those it is meant for)."
+            return f"{self.name} added to {rows} ({share:.0%} of those it is meant for)."
         return (
-            f"{self.name} edited {self.rows_edited} attention rows ({share:.0%} of those it is meant for) and moved "
-            f"{self.mean_mass_moved:.1%} of their attention on average."
+            f"{self.name} edited {rows} ({share:.0%} of those it is meant for) and moved "
+            f"{self.mean_mass_moved:.1%} of {verb(self.rows_edited, 'its', 'their')} attention on average."
         )

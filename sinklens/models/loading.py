@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -176,12 +179,29 @@ def load_weights(
     if trust_remote_code:
         options["trust_remote_code"] = True
     try:
-        model, report = model_class(config, trust_remote_code).from_pretrained(source.location, **options)
+        with _bars_on_terminals_only():
+            model, report = model_class(config, trust_remote_code).from_pretrained(source.location, **options)
     except SinklensError:
         raise
     except Exception as error:
         raise explain(error, source, "weights") from error
     return model.eval(), set(report["missing_keys"])
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Iterator[None]:
+    """The bar that transformers draws over shards, in a log or a notebook, would be lines of noise."""
+    from transformers.utils.logging import set_tqdm_hook
+
+    def made(factory: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        shown = before or (lambda factory, args, options: factory(*args, **options))
+        return shown(factory, args, options if sys.stderr.isatty() else {**options, "disable": True})
+
+    before = set_tqdm_hook(made)
+    try:
+        yield
+    finally:
+        set_tqdm_hook(before)
 
 
 def check_complete(source: Source, anatomy: Anatomy, missing: set[str]) -> None:

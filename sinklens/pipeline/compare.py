@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sinklens.core.counts import counted
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Heatmap, Lines, Series
 from sinklens.core.manifest import manifest_diff
@@ -51,6 +52,7 @@ class Comparison:
         differences: What differs between the first run and each other one: model, analyzer parameters, manifest.
         figures: One per quantity that at least two runs have.
         maps: Maps of the other runs minus that of the first, by relative depth.
+        unmapped: Maps that two runs have and that cannot be subtracted, each with the reason.
     """
 
     names: tuple[str, ...]
@@ -61,6 +63,7 @@ class Comparison:
     differences: dict[str, Any]
     figures: list[Lines]
     maps: list[Heatmap]
+    unmapped: list[str] = field(default_factory=list)
 
     def to_frame(self) -> pd.DataFrame:
         """The rows as a table; units are in `.attrs["units"]`."""
@@ -77,6 +80,7 @@ class Comparison:
             "x_label": self.x_label,
             "rows": self.rows,
             "summaries": self.summaries,
+            "unmapped": self.unmapped,
             "differences": self.differences if include_text else without_text(self.differences),
         }
 
@@ -119,6 +123,7 @@ def compare(*runs: Run | str | Path) -> Comparison:
         name: manifest_diff(first, comparable(run, shared))
         for name, run in zip(called[1:], ordered[1:], strict=True)
     }
+    maps, unmapped = difference_maps(called, ordered) if x_label == "run" else ([], [])
     return Comparison(
         called,
         x_label,
@@ -127,7 +132,8 @@ def compare(*runs: Run | str | Path) -> Comparison:
         summaries(called, ordered),
         differences,
         figures(rows, x_label),
-        difference_maps(called, ordered) if x_label == "run" else [],
+        maps,
+        unmapped,
     )
 
 
@@ -237,54 +243,96 @@ def _number(value: Any) -> float | int | None:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def difference_maps(names: Sequence[str], runs: Sequence[Run]) -> list[Heatmap]:
-    """Maps by layer of each other run minus the first, where both have one of the same width.
+def difference_maps(names: Sequence[str], runs: Sequence[Run]) -> tuple[list[Heatmap], list[str]]:
+    """Maps by layer of each other run minus the first, and the maps that cannot be subtracted, with the reason.
 
     Models of different depth are set side by side by relative depth: layer i of n stands at i / (n - 1), and the
-    deeper one is read at the places of the shallower one, linearly in between.
+    deeper one is read at the places of the shallower one, linearly in between. Positions that only one of two runs has
+    stay without a value; heads and experts of models with different numbers of them have no counterparts at all.
     """
-    drawn = []
+    drawn: list[Heatmap] = []
+    left: list[str] = []
     first = {(name, f.key): f for name, figures in runs[0].figures.items() for f in figures}
     for i, (called, run) in enumerate(zip(names[1:], runs[1:], strict=True), start=1):
         for name, found in run.figures.items():
             for figure in found:
                 base = first.get((name, figure.key))
-                if isinstance(figure, Heatmap) and isinstance(base, Heatmap):
-                    drawn += _difference(base, figure, names[0], called, f"{name}-{figure.key}-{i}")
-    return drawn[:MOST_MAPS]
+                if not isinstance(figure, Heatmap) or not isinstance(base, Heatmap):
+                    continue
+                why = _not_comparable(base, figure)
+                if why:
+                    left.append(f"{base.title}, {called} minus {names[0]}: {why}")
+                drawn += _difference(base, figure, names[0], called, f"{name}-{figure.key}-{i}")
+    if len(drawn) > MOST_MAPS:
+        left.append(
+            f"{counted(len(drawn) - MOST_MAPS, 'further map')}: only the first {MOST_MAPS} are drawn."
+        )
+    return drawn[:MOST_MAPS], left
+
+
+def _not_comparable(base: Heatmap, other: Heatmap) -> str:
+    """Why two maps of one kind cannot be subtracted; empty if they can."""
+    wide, other_wide = base.values.shape[-1], other.values.shape[-1]
+    if "layer" not in base.y_label:
+        return f"its rows are not layers but {base.y_label}."
+    if base.unit != other.unit:
+        return f"one is in {base.unit}, the other in {other.unit}."
+    if not len(base.values) or not len(other.values):
+        return "one of them has no layer."
+    if wide != other_wide and base.x_label != "position":
+        return f"along {base.x_label} one has {wide} columns, the other {other_wide}, without counterparts."
+    return "its values span orders of magnitude." if base.log else ""
 
 
 def _difference(base: Heatmap, other: Heatmap, first: str, name: str, key: str) -> list[Heatmap]:
-    same = base.values.shape[1:] == other.values.shape[1:] and base.unit == other.unit
-    if not same or "layer" not in base.y_label or base.log or not len(base.values) or not len(other.values):
+    if _not_comparable(base, other):
         return []
     depth = min(len(base.values), len(other.values))
-    apart = at_depth(other.values, depth) - at_depth(base.values, depth)
+    width = max(base.values.shape[1], other.values.shape[1])
+    minuend, subtrahend = (_widened(at_depth(figure.values, depth), width) for figure in (other, base))
+    apart = minuend - subtrahend
     largest = float(np.nanmax(np.abs(apart))) if np.isfinite(apart).any() else 0.0
     deeper = len(base.values) != len(other.values)
     caption = re.sub(r"\s*Rings: .*?\.(?=\s|$)", "", other.caption)  # a difference has none
-    how = f" Layers by relative depth, {len(base.values)} against {len(other.values)}." if deeper else ""
+    how = (
+        f" Layers by relative depth, {len(base.values)} of {first} against {len(other.values)} of {name}."
+        if deeper
+        else ""
+    )
+    title = f"{base.title}: {name} minus {first}"
+    if (
+        other.title != base.title
+    ):  # the runs measured it of different things, for instance at different positions
+        title = f"{other.title} ({name}) minus {base.title} ({first})"
+        how += f" The caption is that of {name}."
     return [
-        Heatmap(
-            key,
-            f"{base.title}: {name} minus {first}",
-            f"{caption}{how}",
-            apart,
-            base.unit if base.unit.startswith("difference") else f"difference, {base.unit}",
+        replace(
+            other,
+            key=key,
+            title=title,
+            caption=f"{caption}{how}",
+            values=apart,
+            unit=base.unit if base.unit.startswith("difference") else f"difference, {base.unit}",
             y_label="layer by relative depth" if deeper else base.y_label,
-            x_label=base.x_label,
+            marks=(),
             limits=(-largest, largest) if largest else None,
         )
     ]
 
 
+def _widened(values: np.ndarray, width: int) -> np.ndarray:
+    """A map with columns without values up to this width."""
+    return np.pad(values, ((0, 0), (0, width - values.shape[1])), constant_values=np.nan)
+
+
 def at_depth(values: np.ndarray, depth: int) -> np.ndarray:
     """A map `[layer, x]` read at `depth` evenly spaced relative depths; a layer without a value spreads to its side."""
+    values = values.astype(np.float64)
     if len(values) == depth:
-        return values.astype(np.float64)
-    at = np.linspace(0, len(values) - 1, depth)
-    low = np.floor(at).astype(int)
-    high, part = np.minimum(low + 1, len(values) - 1), (at - low)[:, None]
+        return values
+    last, steps = len(values) - 1, max(1, depth - 1)
+    low, over = np.divmod(np.arange(depth) * last, steps)  # whole numbers: places that coincide do so exactly
+    high, part = np.minimum(low + 1, last), (over / steps)[:, None]
     above = np.where(part > 0, values[high], 0.0)
     return values[low] * (1 - part) + above * part
 

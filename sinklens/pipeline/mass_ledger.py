@@ -11,6 +11,7 @@ import numpy as np
 from sinklens.analyzers import Analyzer, chosen_analyzers
 from sinklens.analyzers.key_groups import GROUPS, KEYS, grouped
 from sinklens.analyzers.mass_ledger import MassLedger, ledger_table
+from sinklens.core.counts import counted
 from sinklens.core.figures import Figure, Lines, Series
 from sinklens.tracers.trace import Trace
 
@@ -148,8 +149,8 @@ def ledger_figures(entries: Iterable[Mapping[str, Any]], slug: Any) -> list[Figu
             Lines(
                 f"ledger-{slug(entry['label'])}",
                 f"Attention by group of keys: {entry['label']}",
-                f"Share of the attention of {ledger['queries']}, mean over queries, heads and {ledger['n_prompts']} "
-                f"prompts. Sinks are those of the unchanged model, told {told}.",
+                f"Share of the attention of {ledger['queries']}, mean over queries, heads and "
+                f"{counted(ledger['n_prompts'], 'prompt')}. Sinks are those of the unchanged model, told {told}.",
                 series,
                 "layer",
                 "share",

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from sinklens.core.counts import counted, verb
 from sinklens.core.errors import DataError, InterruptedRun, ModelError, UsageError
 from sinklens.evaluation.splits import refuse_overlap
 from sinklens.mitigations.recipes import Recipe
@@ -22,7 +23,7 @@ from .judging import (
     evaluation_rows,
     plain_columns,
 )
-from .listener import Listener, Silent
+from .listener import Listener
 from .mitigate_options import MitigateOptions, stored_options
 from .mitigate_setup import Job, assigned, entry, is_run_folder, jobs, of_run, options_from, recommended
 from .mitigation_controls import told
@@ -34,6 +35,7 @@ from .prepare import Prepared, model_request, prepare
 from .run import Run, load_run
 from .session import Session
 from .sink_change import sink_of
+from .watched import watched
 
 
 def mitigate(
@@ -48,6 +50,7 @@ def mitigate(
     force: bool = False,
     resume: str | Path | None = None,
     listener: Listener | None = None,
+    progress: bool = True,
     argv: list[str] | None = None,
     options: MitigateOptions | None = None,
     **settings: Any,
@@ -62,6 +65,7 @@ def mitigate(
         tokenizer, processor: For a model in memory; prompts and tasks with pictures need the latter.
         out: Run folder to write; None keeps everything in memory.
         resume: Folder of an interrupted run; finished mitigations are not run again.
+        progress: In a notebook, show how far it is in one line under the cell; elsewhere nothing is shown.
         options: All options at once; or give them as keywords (`calibrate=True`, `seed`, ...), those of `profile`
             (`prompts`, `n`, `dtype`, ...) included.
 
@@ -72,14 +76,15 @@ def mitigate(
     Raises:
         SinklensError: The model, a task or a mitigation cannot be used; splits overlap; a self-check failed.
     """
-    listener = listener or Silent()
     if resume is not None:
-        return _resumed(Path(resume), model, (tokenizer, processor), listener, argv)
+        with watched(listener, progress) as heard:
+            return _resumed(Path(resume), model, (tokenizer, processor), heard, argv)
     asked = options or options_from(methods, tasks, recipes, settings)
     if isinstance(model, Run) or is_run_folder(model):
         model, asked = of_run(model, asked)
-    with modes_restored(model.module if isinstance(model, OpenedModel) else model):
-        return _start(model, (tokenizer, processor), asked, out, force, listener, argv)
+    held = model.module if isinstance(model, OpenedModel) else model
+    with modes_restored(held), watched(listener, progress) as heard:
+        return _start(model, (tokenizer, processor), asked, out, force, heard, argv)
 
 
 def _start(
@@ -97,7 +102,7 @@ def _start(
         prepared = prepare(model, readers[0], options.profile, listener, readers[1])
         return _run(prepared, options, wanted, None, listener, argv, None)
     store = RunStore(out)
-    with store.created(force=force), store.locked():
+    with store.created(force=force, unless=(REQUEST,)), store.locked():
         _clear(store)
         prepared = prepare(model, readers[0], options.profile, listener, readers[1])
         request = model_request(model, prepared.opened)
@@ -226,7 +231,8 @@ def _ask_baseline(setting: Setting) -> None:
             hint="Start it again into another folder with --out.",
         )
     for one in setting.given:
-        setting.listener.stage(f"Task {one.task.name}: {len(one.split)} items, the model as it is")
+        items = counted(len(one.split), "item")
+        setting.listener.stage(f"Task {one.task.name}: {items}, the model as it is")
         answers = one.task.ask(setting.opened, one.split.items, setting.listener.progress)
         setting.baseline[one.task.name] = plain_columns(answers)
     store_result(setting.store, "baseline", {"splits": mark, "columns": setting.baseline})
@@ -289,7 +295,8 @@ def _interrupted(setting: Setting, results: list[Result], total: int) -> Interru
         return InterruptedRun("Stopped. Nothing was saved, because the run has no folder.")
     if results:
         _finished(setting, results)
+    are = verb(len(results), "is", "are")
     return InterruptedRun(
-        f"Stopped. {len(results)}/{total} mitigations are judged and saved.",
+        f"Stopped. {len(results)} of {counted(total, 'mitigation')} {are} judged and saved.",
         hint=f"Continue: sinklens mitigate --resume {setting.store.folder}",
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sinklens.core.counts import counted, verb
 from sinklens.core.errors import UsageError
 from sinklens.evaluation.metrics import Metric
 from sinklens.evaluation.statistics import interval
@@ -186,9 +187,9 @@ def _change(metric: Metric, before: Mapping[str, Any], after: Mapping[str, Any],
 def _sentence(row: Mapping[str, Any]) -> str:
     if row["lacking"]:
         return f"With {row['what']}: not drawn. {row['lacking']}"
-    draws = f"{row['acted']} draw{'s' * (row['acted'] != 1)}"
+    draws = counted(row["acted"], "draw")
     if not row["acted"]:
-        return f"With {row['what']}: none of {row['draws']} draws changed anything, so there is no control."
+        return f"With {row['what']}: none of {counted(row['draws'], 'draw')} changed anything, so there is no control."
     parts = []
     for one in row["metrics"]:
         name, task = one["metric"].replace("_", " "), one["task"]
@@ -198,7 +199,8 @@ def _sentence(row: Mapping[str, Any]) -> str:
     if row["sink"] is not None:
         parts.append(row["sink"]["text"][0].lower() + row["sink"]["text"][1:-1])
     idle = row["draws"] - row["acted"]
-    more = f" {idle} of {row['draws']} draws changed nothing and are left out." if idle else ""
+    are = verb(idle, "is", "are")
+    more = f" {idle} of {counted(row['draws'], 'draw')} changed nothing and {are} left out." if idle else ""
     return f"With {row['what']} ({draws}): {'; '.join(parts)}.{more}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sinklens.core.counts import counted
 from sinklens.core.errors import SelfCheckError
 
 from .mitigation_run import MitigationRun
@@ -60,7 +61,7 @@ def require_acted(run: MitigationRun) -> None:
         return
     entry = idle[0]
     why = entry["effect"].get("text", "").partition("did not act: ")[2] or entry["effect"].get("text", "")
-    others = f" {len(idle) - 1} others did not act either." if len(idle) > 1 else ""
+    others = f" {counted(len(idle) - 1, 'other')} did not act either." if len(idle) > 1 else ""
     no_sink = run.findings.get("primary-sinks")
     detail = None
     if no_sink is not None and str(no_sink.status) != "found":

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sinklens.core.counts import counted
 from sinklens.core.errors import DataError
 from sinklens.core.figures import Estimate, Figure, Heatmap, Intervals
 from sinklens.mitigations.recipes import Recipe, load_recipe
@@ -262,7 +263,7 @@ def _intervals(rows: Sequence[Mapping[str, Any]], entries: Sequence[Mapping[str,
             Intervals(
                 f"change-{task}-{metric}",
                 f"{task}: change of {metric.replace('_', ' ')}",
-                f"Mitigated minus unchanged on the same {mine[0]['n']} items; {better}.",
+                f"Mitigated minus unchanged on the same {counted(mine[0]['n'], 'item')}; {better}.",
                 tuple(estimates),
                 f"change of {metric.replace('_', ' ')}",
                 interval="95 % interval over items",

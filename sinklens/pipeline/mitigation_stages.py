@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from sinklens.core.counts import counted
 from sinklens.evaluation.running import Question
 from sinklens.evaluation.splits import CalibrationSplit
 from sinklens.evaluation.tasks import Task
@@ -102,7 +103,8 @@ def _calibrated(setting: Setting, job: Job) -> Any:
     passes = search.passes(job.method, setting.opened.anatomy.main)
     tokens = setting.calibration_task.tokens(setting.opened, setting.calibration.items)
     setting.listener.stage(
-        f"Calibrate {job.label}: at most {passes} passes over {len(setting.calibration)} items ({tokens} tokens each)"
+        f"Calibrate {job.label}: at most {counted(passes, 'pass', 'passes')} over "
+        f"{counted(len(setting.calibration), 'item')} ({counted(tokens, 'token')} each)"
     )
     return calibrate(
         setting.opened,

@@ -11,11 +11,12 @@ from sinklens.tracers.backends import modes_restored
 from sinklens.tracers.store import RunStore
 
 from .backends import chosen_backend
-from .listener import Listener, Silent
+from .listener import Listener
 from .options import ProfileOptions
 from .prepare import model_request, prepare
 from .run import Run
 from .session import Session, resume_run
+from .watched import watched
 
 
 def profile(
@@ -27,6 +28,7 @@ def profile(
     force: bool = False,
     resume: str | Path | None = None,
     listener: Listener | None = None,
+    progress: bool = True,
     argv: list[str] | None = None,
     options: ProfileOptions | None = None,
     **settings: Any,
@@ -40,6 +42,7 @@ def profile(
         out: Run folder to write; None keeps everything in memory.
         force: Replace a run that is already in `out`.
         resume: Run folder of an interrupted run; model and options come from its manifest.
+        progress: In a notebook, show how far the run is in one line under the cell; elsewhere nothing is shown.
         options: All options at once; or give them as keywords (`prompts`, `images`, `question`, `n`, `analyzers`, ...).
 
     Returns:
@@ -49,7 +52,6 @@ def profile(
         SelfCheckError: A check on the measurement failed; the run folder says which, and there is no verdict.
         SinklensError: The model, the prompts or the options cannot be used.
     """
-    listener = listener or Silent()
     if resume is not None:
         changed = sorted(settings) if options is None else ["options"]
         if changed or isinstance(model, str):
@@ -57,10 +59,11 @@ def profile(
                 f"A resumed run takes model and options from its manifest; {', '.join(changed) or 'model'} was given.",
                 hint="Leave it out, or start another run with --out.",
             )
-        return resume_run(Path(resume), model, tokenizer, listener, argv, processor)
+        with watched(listener, progress) as heard:
+            return resume_run(Path(resume), model, tokenizer, heard, argv, processor)
     options = options or ProfileOptions(**settings)
-    with modes_restored(model):
-        return _start(model, tokenizer, processor, out, force, listener, argv, options)
+    with modes_restored(model), watched(listener, progress) as heard:
+        return _start(model, tokenizer, processor, out, force, heard, argv, options)
 
 
 def _start(

@@ -40,6 +40,7 @@ _ORDER = ("inputs", "tracing", "seeds", "status", "sinklens", "versions", "devic
 _SAME_PROMPTS = ("inputs.sha256", "inputs.n_prompts", "inputs.n_tokens")
 _LENGTHS = ("inputs.seq_len", "inputs.shortest", "inputs.longest")
 _WIDTH, _HEIGHT = 384, 224
+_MOST_REASONS = 24
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def render_comparison(document: Mapping[str, Any], figures: Sequence[Figure]) ->
     Args:
         document: The `sinklens/compare/1` document: `x_label`; `rows` with `run, x, model, verdict` and numbers;
             `differences` with run name to dotted key to `[value in the first run, value here]`; `summaries` with
-            `finding, label` and `values` by run.
+            `finding, label` and `values` by run; `unmapped`, maps that cannot be subtracted, with the reason.
         figures: Curves, one per number, over the same x; then maps of differences.
 
     Raises:
@@ -109,6 +110,7 @@ def render_comparison(document: Mapping[str, Any], figures: Sequence[Figure]) ->
         heading="Side by side" if x_label == BESIDE else f"By {x_label}",
         figures=drawn,
         maps=maps,
+        unmapped=[text.shorten(str(why), 240) for why in (record.get("unmapped") or [])[:_MOST_REASONS]],
         summaries=summary_table(record.get("summaries") or [], rows),
         caption=caption,
         script=Markup(script),

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sinklens.core.counts import counted
 from sinklens.core.figures import Figure
 
 from . import tables, views
@@ -115,7 +116,8 @@ def _told(entry: Mapping[str, Any]) -> Told:
         facts.append(("effect", str(effect["text"])))
     if entry.get("acted") and isinstance(effect.get("kl_mean"), int | float):
         over = effect.get("kl_positions")
-        kl = f"{number(effect['kl_mean'])} nats, mean over {over} next-token predictions of the tasks"
+        over = counted(over, "next-token prediction")
+        kl = f"{number(effect['kl_mean'])} nats, mean over {over} of the tasks"
         facts.append(("KL to the unchanged model", kl))
     if (entry.get("ledger") or {}).get("reason"):
         facts.append(("attention by group of keys", f"none: {entry['ledger']['reason']}"))
@@ -131,8 +133,9 @@ def _told(entry: Mapping[str, Any]) -> Told:
             )
     calibration = entry.get("calibration") or {}
     if calibration.get("text"):
-        passes = f"{calibration.get('passes')} passes over {calibration.get('split', {}).get('items')} items"
-        facts.append(("calibration", f"{calibration['text']} {passes}."))
+        passes = counted(calibration.get("passes"), "pass", "passes")
+        items = counted(calibration.get("split", {}).get("items"), "item")
+        facts.append(("calibration", f"{calibration['text']} {passes} over {items}."))
     return Told(
         str(entry.get("label") or ""),
         str(verdict.get("judgement") or ""),

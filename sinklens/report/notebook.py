@@ -44,11 +44,13 @@ def run_repr_html(
         tag("span", " · ".join(["", *page.chips(record)]), style=_SOFT),
     )
     weight = "600" if verdict.trusted else "400"
+    advice = (record.get("recommended") or {}).get("text")  # of a run with mitigations
     says = tag(
         "div",
         tag("div", verdict.headline, style=f"font-size:85%;letter-spacing:.06em;{_SOFT}"),
         tag("div", verdict.sentence, style=f"font-size:115%;font-weight:{weight}"),
         *(_line(line) for line in verdict.lines[: first.FIRST_LINES]),
+        *([tag("div", advice, style="font-size:85%")] if advice and verdict.trusted else []),
         tag("div", verdict.trust, style=f"font-size:85%;{_SOFT}"),
         style="margin:6px 0",
     )

@@ -18,7 +18,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -78,14 +78,16 @@ class RunStore:
             ) from error
 
     @contextmanager
-    def created(self, *, force: bool = False) -> Iterator[None]:
-        """`create`, undone if nothing was written into a folder that was made for the run."""
-        made = not self.folder.exists()
+    def created(self, *, force: bool = False, unless: Collection[str] = ()) -> Iterator[None]:
+        """`create`, undone if nothing but the files `unless` was written into a folder that was made for the run."""
+        made, nothing = not self.folder.exists(), {LOCK, *unless}
         self.create(force=force)
         try:
             yield
         finally:
-            if made and not any(path.is_file() for path in self.folder.rglob("*") if path.name != LOCK):
+            if made and not any(
+                path.is_file() for path in self.folder.rglob("*") if path.name not in nothing
+            ):
                 shutil.rmtree(self.folder, ignore_errors=True)
 
     @contextmanager

@@ -124,7 +124,7 @@ def test_an_interrupted_run_keeps_what_is_judged(tmp_path: Path, monkeypatch: An
     monkeypatch.setattr(pipeline, "ask_under", stops)
     methods = ["--with", "knock-out,zero-tuning"]
     said = fails(capsys, 130, *methods, "--out", str(out))
-    assert "1/2 mitigations are judged and saved" in said
+    assert "1 of 2 mitigations is judged and saved" in said
     assert [e["label"] for e in json.loads((out / "summary.json").read_text())["mitigations"]] == [
         "knock-out"
     ]

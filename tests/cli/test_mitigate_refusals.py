@@ -47,6 +47,14 @@ def labelled(*labels: str, start: int = 0) -> list[dict[str, Any]]:
 )
 def test_unknown_heads(tmp_path: Path, capsys: Any, method: str, said: str) -> None:
     assert said in fails(capsys, tmp_path, 2, "--with", method)
+    assert not (tmp_path / "run").exists()  # refused before the profile: no folder with a request alone
+
+
+def test_a_folder_that_was_there_stays(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    fails(capsys, tmp_path, 2, "--with", "act:heads=L9H0")
+    assert (tmp_path / "run" / "notes.txt").read_text() == "mine"
 
 
 def test_one_class_cannot_show_a_gain(tmp_path: Path, capsys: Any) -> None:

@@ -13,6 +13,8 @@ import sinklens
 from sinklens.cli.main import main
 from sinklens.core.figures import Heatmap
 from sinklens.pipeline.compare import _difference, at_depth, compare
+from sinklens.testbeds import random_control
+from sinklens.tracers import signals as sig
 
 NAMED = ("primary-sinks", "massive-activations")
 
@@ -68,6 +70,82 @@ def test_relative_depth() -> None:
     holed = values.copy()
     holed[4] = np.nan
     np.testing.assert_array_equal(np.isnan(at_depth(holed, 3))[:, 0], [False, False, True])
+    for deep in range(3, 50):  # where layers coincide the value is that layer's alone, whatever is beside it
+        alone = np.full((deep, 1), np.nan)
+        alone[[0, -1]] = 3.0
+        for depth in range(2, deep):
+            assert (at_depth(alone, depth)[[0, -1]] == 3.0).all()
+        if deep % 2:
+            alone[::2] = np.arange(0.0, deep, 2)[:, None]
+            np.testing.assert_array_equal(at_depth(alone, deep // 2 + 1), alone[::2])
+
+
+@pytest.fixture(scope="module")
+def depths() -> list[Any]:
+    """Random models of 7 and 4 layers on the same prompts; a third with more heads."""
+    from transformers import LlamaConfig
+
+    rng = np.random.default_rng(5)
+    prompts = [[1, *rng.integers(3, 97, length - 1).tolist()] for length in (37, 43, 41)]
+    common: dict[str, Any] = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_key_value_heads": 1,
+    }
+    made = []
+    for layers, heads in ((7, 3), (4, 3), (4, 2)):
+        config = LlamaConfig(**common, num_hidden_layers=layers, num_attention_heads=heads, head_dim=16)
+        model = random_control(config, layers + heads)
+        made.append(sinklens.profile(model, prompts=prompts, analyzers=("primary-sinks",), verify=False))
+    return made
+
+
+def received(run: Any, position: int) -> np.ndarray:
+    """`[layer, head]` by hand: attention to a position over the queries that see it, mean over prompts."""
+    found = []
+    for record in run.trace:
+        (at,) = np.flatnonzero(record[sig.KEPT_POSITIONS] == position)
+        found.append(record[sig.ATTENTION_RECEIVED][:, :, at].astype(np.float64))
+    return np.mean(found, 0)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_runs_of_different_depth_cell_by_cell(depths: list[Any], order: tuple[int, int]) -> None:
+    first, second = (depths[i] for i in order)
+    maps = {figure.key: figure for figure in compare(first, second).maps}
+    drawn = maps["primary-sinks-received-1"]
+    at = np.linspace(0, 1, 4)
+    read = []
+    for run in (first, second):
+        values = received(run, run.primary_sinks.summary["strongest_position"])
+        places = np.linspace(0, 1, len(values))
+        read.append(np.stack([np.interp(at, places, column) for column in values.T], 1))
+    np.testing.assert_allclose(drawn.values, read[1] - read[0], rtol=1e-5, atol=1e-7)
+    assert drawn.y_label == "layer by relative depth"
+    assert f"{len(received(first, 0))} of " in drawn.caption
+    same = first.primary_sinks.figures[0].title == second.primary_sinks.figures[0].title
+    assert ("The caption is that of" in drawn.caption) != same
+
+
+def test_maps_without_counterparts_are_named(depths: list[Any], tmp_path: Path) -> None:
+    found = compare(depths[1], depths[2])
+    assert "primary-sinks-received-1" not in {figure.key for figure in found.maps}
+    assert any("along head one has 3 columns, the other 2" in why for why in found.unmapped)
+    html = found.report(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "not drawn" in html
+    assert "without counterparts" in html
+    assert found.to_json()["unmapped"] == found.unmapped
+
+
+def test_positions_of_one_run_alone_have_no_value() -> None:
+    base = Heatmap("k", "Title", "Caption.", np.full((3, 5), 1.0), "share", x_label="position")
+    other = Heatmap("k", "Other", "Caption.", np.full((3, 7), 4.0), "share", x_label="position")
+    (drawn,) = _difference(base, other, "a", "b", "k-1")
+    np.testing.assert_array_equal(drawn.values, [[3.0] * 5 + [np.nan] * 2] * 3)
+    assert drawn.limits == (-3.0, 3.0)
+    assert drawn.title == "Other (b) minus Title (a)"
+    assert "The caption is that of b." in drawn.caption
 
 
 @pytest.mark.parametrize(

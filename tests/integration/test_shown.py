@@ -5,14 +5,20 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import sinklens as sl
 from sinklens.analyzers import VisualSinks
 from sinklens.core.errors import UsageError
 from sinklens.inputs.spans import Picture
+from sinklens.mitigations.edits import Edits
+from sinklens.mitigations.effect import Effect
+from sinklens.mitigations.knock_out import KnockOut
+from sinklens.models.opening import open_model
 from sinklens.pipeline.run import Run
 from sinklens.tracers.selfcheck import Check
 from tests.analyzers.made_pictures import LAYERS, LENGTH, made, phi_record
@@ -137,3 +143,36 @@ def test_traces_show_what_they_hold(run: Run) -> None:
     assert "phi" in page.words
     assert "2 prompts" in page.words
     static(run._repr_html_())
+
+
+def test_a_mitigation_run_and_its_effects_show_themselves(tmp_path: Path) -> None:
+    given: dict[str, Any] = {"n": 2, "n_items": 6, "verify": False}
+    found = sl.mitigate("bundled:dense-ind", "knock-out", **given)
+    page = static(found._repr_html_())
+    assert "knock-out" in page.words
+    assert found.recommendation["text"] in page.words
+    static(found.trace._repr_html_())
+    for finding in found.findings.values():
+        assert finding.title in static(finding._repr_html_()).words
+    for run in found.after.values():
+        static(run._repr_html_())
+    loaded = sl.load(found.save(tmp_path / "run"))
+    assert isinstance(loaded, sl.Run)
+    static(loaded._repr_html_())
+
+
+@pytest.mark.parametrize("kind", [Effect, Edits])
+def test_an_effect_that_did_nothing_says_so(kind: Any) -> None:
+    page = static(kind(HOSTILE, calls=1)._repr_html_())
+    assert "It did not act; there is no effect to report." in page.words
+    assert HOSTILE in page.words
+
+
+def test_an_effect_shows_itself() -> None:
+    assert "1 attention call was seen" in Effect("any", calls=1).verdict
+    assert "2 attention calls were seen" in Effect("any", calls=2).verdict
+    opened = open_model("bundled:dense-ind")
+    with torch.no_grad(), KnockOut()(opened) as effect:
+        opened.module(input_ids=torch.arange(4, 40)[None])
+    assert effect.acted
+    assert effect.verdict in static(effect._repr_html_()).words
