@@ -18,7 +18,8 @@ from sinklens.tracers.trace import Trace
 from .base import Analyzer, Finding, Status, registry
 from .expert_routing import Routing, contributions, mean_known, routing_at, usual_neuron
 from .massive_activations import MassiveActivations
-from .traced_entries import ATTENTION, BLOCK, COMMON, SIGNALS, Group, Spike, share_written, trace_spike
+from .spikes import COMMON, Group, Spike, share_written, trace_spike
+from .traced_entries import ATTENTION, BLOCK, SIGNALS
 from .writers import standing_out
 
 FIRST, AMPLIFIES, ERASES = "first writer", "amplifies", "erases"

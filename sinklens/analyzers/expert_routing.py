@@ -11,7 +11,7 @@ from jaxtyping import Float
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
 
-from .traced_entries import Spike
+from .spikes import Spike
 
 
 @dataclass(frozen=True)

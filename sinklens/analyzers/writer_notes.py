@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .traced_entries import Group, Spike
+from .spikes import Group, Spike
 
 
 def reading_notes(spikes: Sequence[Spike]) -> list[str]:

@@ -16,19 +16,8 @@ from sinklens.tracers.trace import Trace
 
 from .base import Analyzer, Finding, Status, registry
 from .massive_activations import MassiveActivations
-from .traced_entries import (
-    BLOCK,
-    COMMON,
-    SIGNALS,
-    Group,
-    Path,
-    Place,
-    Spike,
-    Step,
-    largest_residue,
-    share_written,
-    trace_spike,
-)
+from .spikes import COMMON, Group, Place, Spike, share_written, trace_spike
+from .traced_entries import BLOCK, SIGNALS, Path, Step, largest_residue
 from .writer_notes import reading_notes
 
 

@@ -22,8 +22,9 @@ from sinklens.kernels.blocked import attention_sweep
 from sinklens.kernels.spec import AttentionCall
 from sinklens.models.spec import Tower
 
-from .attention import Site, attention_configs
+from .attention import Site
 from .batch import Batch
+from .hf_attention import attention_configs
 
 _NEGLIGIBLE = -1e4
 
