@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from sinklens.kernels.key_sets import KeySets, Rule, Shares, checked_sizes, own_columns
+from sinklens.kernels.key_sets import Factors, KeySets, Rule, Shares, checked_sizes, own_columns
 from sinklens.kernels.spec import AttentionCall
 
 
@@ -31,6 +31,7 @@ def transferred_weights(
     learned = (1.0 - total).clamp(min=0.0) if call.learned_sinks is not None else torch.zeros_like(total)
     picked = picked.unflatten(-1, tuple(sets.columns.shape[2:]))
     found = rule(Shares(picked.sum(-1), rest, learned))
+    assert isinstance(found, Factors)  # gains on logits have a definition of their own
     edited = (found.edited & (total > 0))[..., None]
     edited = edited if rows is None else edited & rows[:, None, :, None]
     divisor = found.divisor[..., None]

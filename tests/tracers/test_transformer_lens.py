@@ -91,7 +91,7 @@ def test_a_run_is_resumed_with_the_same_bridge_only(tmp_path: Path, monkeypatch:
     (tmp_path / "prompts.txt").write_text("\n".join(prompt[:130] for prompt in PROMPTS) + "\n")
     settings: dict[str, Any] = {"tokenizer": tokenizer(), "verify": False, "analyzers": ["primary-sinks"]}
     settings |= {"prompts": str(tmp_path / "prompts.txt"), "batch_size": 1}
-    real, done = executor._run, []
+    real, done = executor.run_group, []
 
     def stopped(*given: Any) -> Any:
         if done:
@@ -100,7 +100,7 @@ def test_a_run_is_resumed_with_the_same_bridge_only(tmp_path: Path, monkeypatch:
         return real(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(executor, "_run", stopped)
+        patch.setattr(executor, "run_group", stopped)
         with pytest.raises(InterruptedRun):
             sinklens.profile(bridge("llama"), out=tmp_path / "run", **settings)
     for other, what in (
