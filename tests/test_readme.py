@@ -21,7 +21,7 @@ def test_example_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_commands_named_in_the_readme_exist() -> None:
     from sinklens.cli.main import app
 
-    names = {command.name for command in app.registered_commands}
+    names = {command.name for command in [*app.registered_commands, *app.registered_groups]}
     used = set(
         re.findall(r"sinklens (\w+)", "\n".join(re.findall(r"```bash\n(.*?)```", README.read_text(), re.S)))
     )

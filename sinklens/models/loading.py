@@ -27,6 +27,9 @@ DTYPES = {
     "fp64": torch.float64, "float64": torch.float64, "double": torch.float64,
 }  # fmt: skip
 
+STRATEGIES = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Ways of accelerate to spread a model over devices."""
+
 
 def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
     """A torch dtype, or `auto` for the checkpoint's own."""
@@ -41,6 +44,18 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | str:
     return DTYPES[dtype.lower()]
 
 
+def _checked_map(device_map: Any) -> Any:
+    """A map as transformers takes it: a strategy, a device, or a dict of modules."""
+    if isinstance(device_map, str) and device_map not in STRATEGIES:
+        try:
+            torch.device(device_map)
+        except RuntimeError as error:
+            raise UsageError(
+                f"Unknown device map {device_map!r}.", hint=f"Use {', '.join(STRATEGIES)}, or a device."
+            ) from error
+    return device_map
+
+
 def placement(device: str | torch.device | None, device_map: Any) -> Any:
     """The `device_map` for `from_pretrained`: the user's, one device, or None for the CPU."""
     if device_map is not None and device is not None:
@@ -48,7 +63,7 @@ def placement(device: str | torch.device | None, device_map: Any) -> Any:
             "Give a device or a device map, not both.", hint="--device-map auto spreads over all devices."
         )
     if device_map is not None:
-        return device_map
+        return _checked_map(device_map)
     try:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError as error:

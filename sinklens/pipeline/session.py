@@ -101,7 +101,7 @@ class Session:
             return InterruptedRun("Stopped. Nothing was saved, because the run has no folder.")
         done, total = len(self.store.load_records()), len(self.prepared.prompts)
         half_way = self.store.passed_blocks() if done < total else None
-        through = f"; the others have passed {half_way} blocks or more" if half_way else ""
+        through = f"; the others have passed {counted(half_way, 'block')} or more" if half_way else ""
         return InterruptedRun(
             f"Stopped. {done}/{counted(total, 'prompt')} saved{through}.",
             hint=f"Continue: sinklens profile --resume {self.store.folder}",

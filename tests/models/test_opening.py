@@ -181,6 +181,7 @@ def test_describe_does_not_read_weights(tmp_path: Path) -> None:
     [
         ({"dtype": "fp31"}, "Unknown dtype 'fp31'"),
         ({"device": "cpuu"}, "Unknown device 'cpuu'"),
+        ({"device_map": "nonsense"}, "Unknown device map 'nonsense'"),
         ({"device": "cpu", "device_map": "auto"}, "not both"),
         ({"quantization": "3bit"}, "Unknown quantization '3bit'"),
     ],
