@@ -35,6 +35,7 @@ def _parts() -> Iterator[tuple[str, str, list[tuple[str, Any, bool]]]]:
     from sinklens import analyzers, mitigations, testbeds
     from sinklens.core import errors
     from sinklens.evaluation import tasks
+    from sinklens.evaluation.tasks import harness as harness  # registers its task
 
     top = [(name, getattr(sl, name)) for name in sl.__all__]
     functions = [(f"sl.{name}", thing, True) for name, thing in top if inspect.isfunction(thing)]

@@ -11,8 +11,8 @@ from sinklens.tracers import signals as sig
 from sinklens.tracers.executor import TracePlan, partition
 from sinklens.tracers.record_vision import vision_tower
 from sinklens.tracers.signals import LISTED, PLACED, POSITIONED, Signal, Source
-from sinklens.tracers.signals_pictures import LENS, LENS_RANKS, PAIR_SETS, QUERY_SETS, REASONS
-from sinklens.tracers.signals_visual import KEY_CLASSES, LEAST_ENERGY, MASS_FLOORS, SHARE_BINS
+from sinklens.tracers.signals_pictures import LENS, LENS_RANKS, OF_QUERIES, PAIR_SETS, QUERY_SETS, REASONS
+from sinklens.tracers.signals_visual import KEY_CLASSES, LEAST_ENERGY, MASS_FLOORS, PHI, SHARE_BINS
 
 from . import visual_experiments as visual
 from .blocks import described_blocks
@@ -32,7 +32,7 @@ from .prepare import (
 from .streaming import StreamCost, budget_of, device_of_run, stream_cost
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from sinklens.analyzers import Analyzer
     from sinklens.inputs.spec import Prompt, PromptSet
@@ -152,6 +152,16 @@ def experiments_of(
     return found
 
 
+def _expected(described: ModelDescription, prompts: PromptSet, plan: TracePlan) -> Iterator[Signal]:
+    """The signals of a plan that this model and these prompts can have."""
+    pictures = any(prompt.visual is not None for prompt in prompts.prompts)
+    for signal in plan.signals:
+        experts = described.anatomy.main.n_experts or signal.source is not Source.EXPERTS
+        dims = plan.sinks is not None or signal is not PHI
+        if experts and dims and (pictures or signal not in OF_QUERIES):
+            yield signal
+
+
 def prediction(
     described: ModelDescription,
     prompts: PromptSet,
@@ -172,9 +182,7 @@ def prediction(
         disk=sum(record_bytes(described, prompt, plan) for prompt in prompts.prompts),
         seconds=seconds_for(described, tokens) if on_cpu else None,
         batches=len(batches),
-        signals=tuple(
-            sorted(s.name for s in plan.signals if tower.n_experts or s.source is not Source.EXPERTS)
-        ),
+        signals=tuple(sorted(signal.name for signal in _expected(described, prompts, plan))),
         experiments={},
         query_blocks=described_blocks(tower, plan.blocks, max(map(len, prompts.prompts))),
         sampling=None if plan.sampling is None else plan.sampling.describe(),
