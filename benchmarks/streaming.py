@@ -30,11 +30,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .profile import machine
+
+if TYPE_CHECKING:
+    from sinklens.inputs.spec import Prompt
+    from sinklens.models.spec import OpenedModel
+    from sinklens.tracers.trace import Trace
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 2048, "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
@@ -161,7 +166,6 @@ def one_way(
     """What one way took, in this process."""
     import transformers
 
-    from sinklens.inputs.spec import Prompt
     from sinklens.models.opening import open_model
     from sinklens.tracers.executor import TracePlan, trace
     from sinklens.tracers.record_births import BIRTH_SIGNALS
@@ -171,40 +175,15 @@ def one_way(
 
     torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
-    generator = torch.Generator().manual_seed(1)
-    few = [
-        Prompt(
-            i,
-            tuple(torch.randint(5, 8000, (length,), generator=generator).tolist()),
-            ("",) * length,
-            "random",
-        )
-        for i in range(prompts)
-    ]
+    few = random_prompts(prompts, length)
     tokenizer, peak, disk, start = object(), Peak(), read_from_disk(), time.perf_counter()
     found: dict[str, Any] = {"way": way}
     later = (LATER | ENTRY_SIGNALS | BIRTH_SIGNALS) if fewer_signals else frozenset()
     plan = TracePlan(signals=frozenset(ALL_SIGNALS) - later)
     if way == "read":
-        model = open_model(str(folder), tokenizer=tokenizer, stream=True)
-        assert model.blocks is not None
-        start = time.perf_counter()
-        for index in range(len(model.blocks)):
-            model.blocks.recipes.make(index)
-        return {**found, "wall_s": time.perf_counter() - start, "disk_bytes": read_from_disk() - disk}
+        return {**found, **only_read(open_model(str(folder), tokenizer=tokenizer, stream=True), disk)}
     if way == "offload":
-        place = {
-            "model.embed_tokens": "cpu",
-            "model.norm": "cpu",
-            "lm_head": "cpu",
-            "model.rotary_emb": "cpu",
-        }
-        layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
-        place |= {f"model.layers.{layer}": "disk" for layer in range(layers)}
-        loaded = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype="auto", device_map=place, offload_folder=scratch
-        )
-        model = open_model(loaded, tokenizer=tokenizer)
+        model = open_model(offloaded(folder, scratch), tokenizer=tokenizer)
     else:
         model = open_model(str(folder), tokenizer=tokenizer, stream=way.startswith("stream"))
     opened = time.perf_counter()
@@ -220,10 +199,7 @@ def one_way(
         found["bytes_stored"] = sum(header.nbytes for _, header in model.blocks.recipes.stored.where.values())
     else:
         result = trace(model, few, plan)
-    digest = hashlib.sha256()
-    for record in result.records:
-        for name in sorted(record.arrays):
-            digest.update(name.encode() + record.arrays[name].tobytes())
+    found["trace_sha256"] = digest(result)
     end = time.perf_counter()
     return {
         **found,
@@ -233,8 +209,45 @@ def one_way(
         "peak_bytes": peak.above,
         "disk_bytes": read_from_disk() - disk,
         "written_bytes": sum(path.stat().st_size for path in scratch.rglob("*") if path.is_file()),
-        "trace_sha256": digest.hexdigest(),
     }
+
+
+def random_prompts(count: int, length: int) -> list[Prompt]:
+    from sinklens.inputs.spec import Prompt
+
+    generator = torch.Generator().manual_seed(1)
+    drawn = (torch.randint(5, 8000, (length,), generator=generator).tolist() for _ in range(count))
+    return [Prompt(i, tuple(ids), ("",) * length, "random") for i, ids in enumerate(drawn)]
+
+
+def only_read(model: OpenedModel, disk: int) -> dict[str, Any]:
+    """Every block made from its files once, and nothing run."""
+    assert model.blocks is not None
+    start = time.perf_counter()
+    for index in range(len(model.blocks)):
+        model.blocks.recipes.make(index)
+    return {"wall_s": time.perf_counter() - start, "disk_bytes": read_from_disk() - disk}
+
+
+def offloaded(folder: Path, scratch: Path) -> torch.nn.Module:
+    """The model with its layers on accelerate's disk."""
+    import transformers
+
+    place = dict.fromkeys(("model.embed_tokens", "model.norm", "lm_head", "model.rotary_emb"), "cpu")
+    layers = json.loads((folder / "config.json").read_text())["num_hidden_layers"]
+    place |= {f"model.layers.{layer}": "disk" for layer in range(layers)}
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype="auto", device_map=place, offload_folder=scratch
+    )
+
+
+def digest(trace: Trace) -> str:
+    """All arrays of all prompts in one hash."""
+    found = hashlib.sha256()
+    for record in trace.records:
+        for name in sorted(record.arrays):
+            found.update(name.encode() + record.arrays[name].tobytes())
+    return found.hexdigest()
 
 
 def without_last_layer(folder: Path, target: Path, layers: int) -> None:

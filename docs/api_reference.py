@@ -71,9 +71,11 @@ def _results(top: dict[str, Any]) -> Iterator[tuple[str, Any, bool]]:
     from sinklens.analyzers.base import Finding
     from sinklens.mitigations.effect import Effect
     from sinklens.pipeline.compare import Comparison
+    from sinklens.pipeline.mass_ledger import Ledger
     from sinklens.pipeline.mitigation_run import Evaluation, MitigationRun
     from sinklens.pipeline.options import ProfileOptions
     from sinklens.pipeline.shown import RunFinding, Shown
+    from sinklens.pipeline.tables import Rows
     from sinklens.pipeline.verdict import Verdict
     from sinklens.tracers.selfcheck import Check
     from sinklens.tracers.trace import PromptRecord
@@ -82,7 +84,7 @@ def _results(top: dict[str, Any]) -> Iterator[tuple[str, Any, bool]]:
     yield "sl.Trace", top["Trace"], True
     for cls in (PromptRecord, Finding, RunFinding, Verdict, Check, Shown, Comparison, MitigationRun):
         yield cls.__name__, cls, True
-    for cls in (Evaluation, Effect, ProfileOptions):
+    for cls in (Rows, Evaluation, Ledger, Effect, ProfileOptions):
         yield cls.__name__, cls, True
 
 

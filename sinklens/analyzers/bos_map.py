@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float
 
 from sinklens.core.counts import counted, verb
-from sinklens.core.figures import Lines, Series
-from sinklens.core.pictures import CellClass, PictureMap, Quantity
+from sinklens.core.figures import Figure, Lines, Series
+from sinklens.core.pictures import CellClass, PictureMap, PicturePage, Quantity
 from sinklens.core.reference import Reference
 from sinklens.tracers import signals_pictures as pic
-from sinklens.tracers.trace import Trace
+from sinklens.tracers.trace import PromptRecord, Trace
 
 from .base import Analyzer, Finding, Status, registry
 from .evidence import span
@@ -76,33 +77,12 @@ class BosMap(Analyzer):
         pages, shares, medians = [], [], []
         for number, record in enumerate(records):
             cosine = record[pic.VISUAL_FIRST_COSINE].astype(np.float64)
-            top = cosine[middle].max(0)
-            like = top > self.aligned
+            like = cosine[middle].max(0) > self.aligned
             shares.append(like.mean())
             medians.append(np.median(cosine, axis=1))
-            rows += [
-                {
-                    "prompt": record.index,
-                    "image": cell.image,
-                    "row": cell.row,
-                    "col": cell.col,
-                    "position": cell.position,
-                    "cosine": float(top[cell.place]),
-                    "layer": int(cosine[middle, cell.place].argmax()) + middle.start,
-                }
-                for cell in cells_of(record)
-                if like[cell.place]
-            ]
+            rows += _rows(record, cosine, like, middle)
             if number < self.pictures:
-                value, classes = np.full(len(record), np.nan), np.full(len(record), -1)
-                value[visual_positions(record)] = top
-                classes[visual_positions(record)] = np.where(like, 0, -1)
-                of = f"{int(like.sum())} of {len(like)} visual tokens {verb(like.sum(), 'is', 'are')}"
-                said = f"{of} like the first token of the text."
-                pages += [
-                    page(record, i, [value], classes, sentence=said)
-                    for i in range(len(spans_of(record).pictures))
-                ]
+                pages += _pages(record, cosine[middle].max(0), like)
         share, median = float(np.mean(shares)), np.mean(medians, axis=0)
         return self.finding(
             Status.FOUND if rows else Status.NOT_FOUND,
@@ -124,22 +104,64 @@ class BosMap(Analyzer):
                 "share": "sink-like visual tokens",
                 "median_largest": "largest median cosine",
             },
-            figures=[
-                PictureMap(
-                    "map",
-                    "Cosine with the first token of the text",
-                    f"Largest where the blocks {middle.start} to {middle.stop - 1} begin.",
-                    tuple(pages),
-                    (Quantity("cosine", "Cosine", "cosine", threshold=self.aligned),),
-                    (CellClass("like BOS", "ring", f"cosine above {self.aligned:g}"),),
-                ),
-                Lines(
-                    "median",
-                    "Cosine with the first token of the text by layer",
-                    f"Median over visual tokens, mean over {counted(len(records), 'prompt')}.",
-                    (Series("median", np.arange(layers), median, emphasis=True),),
-                    "layer",
-                    "cosine",
-                ),
-            ],
+            figures=self._figures(pages, median, middle, len(records)),
         )
+
+    def _figures(
+        self,
+        pages: list[PicturePage],
+        median: Float[np.ndarray, " layer"],
+        middle: slice,
+        n_prompts: int,
+    ) -> list[Figure]:
+        return [
+            PictureMap(
+                "map",
+                "Cosine with the first token of the text",
+                f"Largest where the blocks {middle.start} to {middle.stop - 1} begin.",
+                tuple(pages),
+                (Quantity("cosine", "Cosine", "cosine", threshold=self.aligned),),
+                (CellClass("like BOS", "ring", f"cosine above {self.aligned:g}"),),
+            ),
+            Lines(
+                "median",
+                "Cosine with the first token of the text by layer",
+                f"Median over visual tokens, mean over {counted(n_prompts, 'prompt')}.",
+                (Series("median", np.arange(len(median)), median, emphasis=True),),
+                "layer",
+                "cosine",
+            ),
+        ]
+
+
+def _rows(
+    record: PromptRecord,
+    cosine: Float[np.ndarray, "layer patch"],
+    like: Bool[np.ndarray, " patch"],
+    middle: slice,
+) -> list[dict[str, Any]]:
+    """The visual tokens that become like the first token of the text."""
+    return [
+        {
+            "prompt": record.index,
+            "image": cell.image,
+            "row": cell.row,
+            "col": cell.col,
+            "position": cell.position,
+            "cosine": float(cosine[middle, cell.place].max()),
+            "layer": int(cosine[middle, cell.place].argmax()) + middle.start,
+        }
+        for cell in cells_of(record)
+        if like[cell.place]
+    ]
+
+
+def _pages(
+    record: PromptRecord, top: Float[np.ndarray, " patch"], like: Bool[np.ndarray, " patch"]
+) -> list[PicturePage]:
+    value, classes = np.full(len(record), np.nan), np.full(len(record), -1)
+    value[visual_positions(record)] = top
+    classes[visual_positions(record)] = np.where(like, 0, -1)
+    of = f"{int(like.sum())} of {len(like)} visual tokens {verb(like.sum(), 'is', 'are')}"
+    said = f"{of} like the first token of the text."
+    return [page(record, i, [value], classes, sentence=said) for i in range(len(spans_of(record).pictures))]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from sinklens.core.counts import counted
+from sinklens.core.counts import counted, verb
 from sinklens.core.figures import Figure, Heatmap, Lines, Series
 from sinklens.core.papers import SUPER_EXPERTS
 from sinklens.tracers import signals as sig
@@ -299,14 +299,10 @@ def _verdict(spike: Spike, rows: Sequence[dict[str, Any]]) -> str:
     def said(role: str) -> str:
         return ", ".join(f"{_name(r)} ({100 * r['share']:+.0f} %)" for r in rows if r["role"] == role)
 
-    alone = not said(AMPLIFIES)
-    parts = [f"{said(FIRST)} writes {'it' if alone else 'first'}"] if said(FIRST) else []
-    parts += (
-        [f"{said(AMPLIFIES)} amplif{'ies' if said(AMPLIFIES).count('%') == 1 else 'y'}"]
-        if said(AMPLIFIES)
-        else []
-    )
-    parts += [f"{said(ERASES)} erase{'s' * (said(ERASES).count('%') == 1)}"] if said(ERASES) else []
+    first, more, fewer = (said(role) for role in (FIRST, AMPLIFIES, ERASES))
+    parts = [f"{first} writes {'first' if more else 'it'}"] if first else []
+    parts += [f"{more} {verb(more.count('%'), 'amplifies', 'amplify')}"] if more else []
+    parts += [f"{fewer} {verb(fewer.count('%'), 'erases', 'erase')}"] if fewer else []
     return f"On {entry}: {'; '.join(parts)}.{_routing_sentence(rows)}"
 
 

@@ -17,10 +17,10 @@ from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
 
 from .base import Analyzer, Finding, Status, registry
-from .expert_effects import stored_effects
 from .head_figures import figures
 from .heads import Histogram, PerHead, bimodality, find_sinks, groups, mass_after, mean, named, number, spread
 from .primary_sinks import PrimarySinks
+from .zeroed_heads import zeroed_heads, zeroed_note
 
 CLASSES = ("dormant", "by domain", "switching", "partial", "active")
 
@@ -138,7 +138,7 @@ class HeadRoles(Analyzer):
             labels=LABELS,
             figures=figures(roles, classes, dormant=self.dormant, active=self.active),
             tiles=_tiles(summary),
-            notes=_notes(roles, n_sinks=len(sinks)) + _zeroed_note(zeroed),
+            notes=_notes(roles, n_sinks=len(sinks)) + zeroed_note(zeroed),
         )
 
     def _roles(self, records: list[PromptRecord], position: int, token: str) -> Roles:
@@ -328,46 +328,6 @@ def _dormancy(record: PromptRecord, position: int) -> PerHead:
 def _both_groups(spread: Histogram, share: float) -> np.ndarray:
     high, low = groups(spread)
     return (high >= share) & (low >= share)
-
-
-def zeroed_heads(trace: Trace) -> dict[str, Any] | None:
-    """What zeroing the strongest sink heads did to the predictions, from the run's second look; None if not run.
-
-    Returns:
-        The heads, and the loss change in nats per token with its interval, of them and of other heads.
-    """
-    for experiment in stored_effects(trace).get("experiments", []):
-        if experiment["kind"] != "heads" or "failed" in experiment:
-            continue
-        change = experiment["effect"]["loss_change"]
-        if change["mean"] is None:
-            continue
-        controls = [control["effect"]["loss_change"]["mean"] for control in experiment["controls"]]
-        return {
-            "zeroed_heads": experiment["target"]["heads"],
-            "zeroed_loss_change": change["mean"],
-            "zeroed_loss_change_low": change["low"],
-            "zeroed_loss_change_high": change["high"],
-            "zeroed_loss_change_others": controls[0] if controls else None,
-        }
-    return None
-
-
-def _zeroed_note(zeroed: dict[str, Any] | None) -> list[str]:
-    if zeroed is None:
-        return []
-    which = named([(layer, head) for layer, head in zeroed["zeroed_heads"]])
-    low, high, others = (zeroed[f"zeroed_loss_change_{key}"] for key in ("low", "high", "others"))
-    interval = "" if low is None or high is None else f" ({_signed(low)} to {_signed(high)})"
-    beside = "" if others is None else f", zeroing as many other heads by {_signed(others)}"
-    change = f"{_signed(zeroed['zeroed_loss_change'])} nats per token{interval}"
-    return [f"Zeroing the strongest sink heads ({which}) changes the loss by {change}{beside}."]
-
-
-def _signed(value: float) -> str:
-    """Three digits with a sign, which nothing that rounds to 0 has."""
-    text = f"{value:+.3f}"
-    return "0.000" if float(text) == 0 else text
 
 
 def _places(classes: np.ndarray, word: str) -> list[list[int]]:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float
 
+from sinklens.core.counts import counted, verb
 from sinklens.core.errors import UsageError
 from sinklens.core.figures import Tile
 from sinklens.tracers import signals as sig
@@ -338,15 +339,15 @@ def _verdict(secondary: Sequence[Aligned], levels: Sequence[Level], summary: dic
     primary = f"position {summary['primary_position']} ({summary['primary_token']!r})"
     active = span(summary["active_first"], summary["active_last"])
     with_primary = summary["n_with_primary"]
-    tokens = "1 token rises" if with_primary == 1 else f"{with_primary} tokens rise"
+    tokens = f"{counted(with_primary, 'token')} {verb(with_primary, 'rises', 'rise')}"
     if not secondary:
         instead = f" {tokens} together with it instead." if with_primary else ""
         return f"No secondary sink: no token takes the direction of {primary} later than it does.{instead}"
     besides = f" {tokens} together with the primary sink." if with_primary else ""
     n, first, last = len(secondary), min(t.creation for t in secondary), max(t.creation for t in secondary)
-    level = f" in {len(levels)} sink level{'s' * (len(levels) > 1)}" if levels else ""
+    level = f" in {counted(len(levels), 'sink level')}" if levels else ""
     return (
-        f"{n} secondary sink{'s' * (n > 1)} ({summary['per_1000_tokens']:.2g} per 1000 tokens){level}: tokens that "
+        f"{counted(n, 'secondary sink')} ({summary['per_1000_tokens']:.2g} per 1000 tokens){level}: tokens that "
         f"take the direction of the primary sink, {primary}, from {span(first, last)} on while it is active "
         f"({active}).{_authors(summary)}{besides}"
     )
@@ -374,16 +375,15 @@ def _authors(summary: dict[str, Any]) -> str:
 def _tiles(secondary: Sequence[Aligned], levels: Sequence[Level], summary: dict[str, Any]) -> list[Tile]:
     if not secondary:
         return []
-    note = f"tokens, in {len(levels)} sink level{'s' * (len(levels) != 1)}"
+    note = f"tokens, in {counted(len(levels), 'sink level')}"
     return [
         Tile("Secondary sinks", f"{summary['per_1000_tokens']:.2g} per 1000", note, link="secondary-sinks")
     ]
 
 
 def _left_out(n: int) -> str:
-    if n == 1:
-        return "1 prompt has no primary sink by norm and was left out."
-    return f"{n} prompts have no primary sink by norm and were left out."
+    has, was = verb(n, "has", "have"), verb(n, "was", "were")
+    return f"{counted(n, 'prompt')} {has} no primary sink by norm and {was} left out."
 
 
 def _notes(seen: Sequence[Seen], summary: dict[str, Any]) -> list[str]:
@@ -395,10 +395,10 @@ def _notes(seen: Sequence[Seen], summary: dict[str, Any]) -> list[str]:
             f"In {summary['layers_unknown']} (prompt, layer) the trace compared with other positions than the primary "
             "sink; they count as not aligned."
         )
-    counted = [token for item in seen for token in item.tokens if token.kind != NOISE]
-    mixed = sum(token.with_self and not np.isnan(token.score) for token in counted)
+    rising = [token for item in seen for token in item.tokens if token.kind != NOISE]
+    mixed = sum(token.with_self and not np.isnan(token.score) for token in rising)
     if mixed:
-        notes.append(f"The share of {mixed} of {len(counted)} tokens includes their attention to themselves.")
+        notes.append(f"The share of {mixed} of {len(rising)} tokens includes their attention to themselves.")
     if summary["births_recorded"] < summary["n_secondary"]:
         missing = summary["n_secondary"] - summary["births_recorded"]
         notes.append(

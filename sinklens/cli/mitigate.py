@@ -198,7 +198,7 @@ def run_mitigate(given: dict[str, Any], options: MitigateOptions | None) -> None
     try:
         found: MitigationRun = mitigate(
             source,
-            out=None if given["resume"] else given["out"] or Path("runs") / f"{_name(source)}",
+            out=None if given["resume"] else given["out"] or Path("runs") / run_name(source, "mitigate"),
             force=given["force"],
             resume=given["resume"],
             listener=listener,
@@ -224,12 +224,6 @@ def _source(given: dict[str, Any]) -> str | None:
     if given["run"] is not None and given["model"] is not None:
         raise UsageError("A run folder and a model were both given.", hint="Leave one of them out.")
     return given["run"] if given["run"] is not None else given["model"]
-
-
-def _name(source: str | None) -> str:
-    base, _, time = run_name(source).rpartition("-")
-    model, _, day = base.rpartition("-")
-    return f"{model}-mitigate-{day}-{time}"
 
 
 def _search(text: str | None) -> dict[str, Any]:

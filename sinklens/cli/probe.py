@@ -31,7 +31,6 @@ from .profile import (
 )
 
 if TYPE_CHECKING:
-    from sinklens.mitigations.quantise import FakeQuantisation
     from sinklens.pipeline.options import ProfileOptions
     from sinklens.pipeline.probe import Probe
 
@@ -109,6 +108,8 @@ def quantisation_command(
 ) -> None:
     from sinklens.pipeline.probe_quantisation import PROTECT, probe_quantisation
 
+    from .probed import grid_of, print_places, print_quantisation
+
     quiet_libraries(offline=offline)
     grids = [grid_of(text) for text in grid or ["weights=8"]]
     settings = {"protect": protect, "draws": draws}
@@ -116,12 +117,8 @@ def quantisation_command(
     if as_json:
         return
     for text, result in zip(grid or ["weights=8"], found.results, strict=True):
-        print(f"{text}: {result['verdict']}")
-        _table(
-            [("", "loss", "added (95 %)"), *((name, _number(row["loss"]["mean"]), _interval(row["added"]))
-             for name, row in result["variants"].items())]
-        )  # fmt: skip
-    _places(found, PROTECT)
+        print_quantisation(text, result)
+    print_places(found, PROTECT)
 
 
 @app.command(
@@ -136,7 +133,8 @@ def streaming_command(
         list[str] | None,
         typer.Option(
             "--cache",
-            help="First and recent tokens, as 4+508; may be repeated. [default: 4+508, of bundled models 4+60]",
+            help="First and recent tokens, as 4+508; may be repeated. [default: 4+508, or as many in all as the model "
+            "was trained on, where that is known]",
         ),
     ] = None,
     tokens: Annotated[
@@ -158,8 +156,9 @@ def streaming_command(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    from sinklens.evaluation.streaming import CONDITIONS
     from sinklens.pipeline.probe_streaming import probe_streaming
+
+    from .probed import cache_of, print_places, print_streaming
 
     quiet_libraries(offline=offline)
     caches = [cache_of(text) for text in cache or []]
@@ -167,11 +166,8 @@ def streaming_command(
     if as_json:
         return
     for result in found.results:
-        print(f"{result['start']}+{result['recent']}: {result['verdict']}")
-        rows = [(title, _number(result[name]["perplexity"]), _number(result[name]["after_full"]),
-                 _interval(result[name]["added"])) for name, title in CONDITIONS.items()]  # fmt: skip
-        _table([("", "perplexity", "once full", "loss added (95 %)"), *rows])
-    _places(found)
+        print_streaming(result)
+    print_places(found)
 
 
 @app.command(
@@ -217,7 +213,7 @@ def pruning_command(
     from sinklens.evaluation.pruners import USUAL, chosen_pruners
     from sinklens.pipeline.probe_pruning import probe_pruning
 
-    from .pruning import print_pruning, shares_of
+    from .probed import print_places, print_pruning, shares_of
 
     quiet_libraries(offline=offline)
     chosen = chosen_pruners(pruners.split(",")) if pruners else USUAL
@@ -227,36 +223,7 @@ def pruning_command(
     if as_json:
         return
     print_pruning(found.results[0])
-    _places(found)
-
-
-def grid_of(text: str) -> FakeQuantisation:
-    """`weights=4:activations=4` as a way to quantise."""
-    from sinklens.core.errors import UsageError
-    from sinklens.mitigations.asking import make_method
-    from sinklens.mitigations.quantise import FakeQuantisation
-
-    method = make_method(f"{FakeQuantisation.name}:{text.removeprefix(FakeQuantisation.name).lstrip(':')}")
-    assert isinstance(method, FakeQuantisation)
-    if method.protects or method.wants:
-        raise UsageError(
-            "--grid: what is kept is found by the probe, or named by --protect.",
-            hint="Leave protect_... out of the grid.",
-        )
-    return method
-
-
-def cache_of(text: str) -> tuple[int, int]:
-    """`4+508` as first and recent tokens."""
-    from sinklens.core.errors import UsageError
-
-    start, plus, recent = text.partition("+")
-    if not plus or not start.strip().isdigit() or not recent.strip().isdigit():
-        raise UsageError(
-            f"--cache takes the first and the recent tokens, got {text!r}.",
-            hint="For instance: --cache 4+508",
-        )
-    return int(start), int(recent)
+    print_places(found)
 
 
 def _run(name: str, probe: Any, given: dict[str, Any], what: list[Any], settings: dict[str, Any]) -> Probe:
@@ -266,15 +233,13 @@ def _run(name: str, probe: Any, given: dict[str, Any], what: list[Any], settings
     from .console import ConsoleListener, print_json
 
     options: ProfileOptions = ProfileOptions(**{key: given[key] for key in OPTIONS if key in given})
-    base, _, clock = run_name(given["model"]).rpartition("-")
-    model, _, day = base.rpartition("-")
     listener = ConsoleListener(quiet=given["quiet"])
     try:
         found: Probe = probe(
             given["model"],
             what,
             options=options,
-            out=given["out"] or Path("runs") / f"{model}-{name}-{day}-{clock}",
+            out=given["out"] or Path("runs") / run_name(given["model"], name),
             force=given["force"],
             listener=listener,
             argv=sys.argv,
@@ -285,32 +250,3 @@ def _run(name: str, probe: Any, given: dict[str, Any], what: list[Any], settings
     if given["as_json"]:
         print_json(found.document)
     return found
-
-
-def _places(found: Probe, *more: str) -> None:
-    from sinklens.pipeline.probe import FILE
-
-    from .console import WIDTH
-
-    for name in (FILE, *more):
-        print(f"{'Saved':<{WIDTH}}{found.folder / name if found.folder else name}")
-
-
-def _table(rows: list[tuple[str, ...]]) -> None:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print(
-            "    " + "  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip()
-        )
-    print()
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
-def _interval(found: dict[str, Any] | None) -> str:
-    if found is None or found["mean"] is None:
-        return "-"
-    ends = "" if found["low"] is None else f" ({found['low']:+.3g} to {found['high']:+.3g})"
-    return f"{found['mean']:+.3g}{ends}"

@@ -225,21 +225,24 @@ def run_profile(given: dict[str, Any], options: ProfileOptions) -> None:
 
     from .console import ConsoleListener
 
-    model, resume = given["model"], given["resume"]
     listener = ConsoleListener(quiet=given["quiet"])
     try:
-        run = profile(
-            model,
-            out=None if resume else given["out"] or Path("runs") / run_name(model),
-            force=given["force"],
-            resume=resume,
-            listener=listener,
-            argv=sys.argv,
-            options=None if resume else options,
-        )
+        run = profile(given["model"], listener=listener, **_run_settings(given, options))
     finally:
         listener.close()
     conclude(run, given)
+
+
+def _run_settings(given: dict[str, Any], options: ProfileOptions) -> dict[str, Any]:
+    """Where a run goes and what it does; one that is resumed knows both itself."""
+    resume = given["resume"]
+    return {
+        "out": None if resume else given["out"] or Path("runs") / run_name(given["model"]),
+        "force": given["force"],
+        "resume": resume,
+        "argv": sys.argv,
+        "options": None if resume else options,
+    }
 
 
 def run_together(given: dict[str, Any], options: ProfileOptions) -> None:
@@ -250,7 +253,7 @@ def run_together(given: dict[str, Any], options: ProfileOptions) -> None:
     from .dry_run import print_plan
     from .together import one_voice
 
-    model, resume = given["model"], given["resume"]
+    model = given["model"]
     with one_voice() as team:
         if given["dry_run"]:
             if team.leads:
@@ -258,16 +261,7 @@ def run_together(given: dict[str, Any], options: ProfileOptions) -> None:
             return
         listener = ConsoleListener(quiet=given["quiet"])
         try:
-            run = profile_together(
-                model,
-                team,
-                out=None if resume else given["out"] or Path("runs") / run_name(model),
-                force=given["force"],
-                resume=resume,
-                listener=listener,
-                argv=sys.argv,
-                options=None if resume else options,
-            )
+            run = profile_together(model, team, listener=listener, **_run_settings(given, options))
         finally:
             listener.close()
         if run is not None:
@@ -310,8 +304,8 @@ def given_options(settings: dict[str, Any]) -> set[str]:
     return {name for name, value in settings.items() if value != getattr(defaults, name)}
 
 
-def run_name(model: str | None) -> str:
-    """A folder name for a run: the model's last name and the time."""
+def run_name(model: str | None, what: str = "") -> str:
+    """A folder name for a run: the model's last name, what was done if it was no profile, and the time."""
     last = (model or "default").rstrip("/").split("/")[-1].removeprefix("bundled:")
     name = re.sub(r"[^\w.-]+", "-", last).strip("-") or "model"
-    return f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    return f"{name}-{what}{'-' if what else ''}{datetime.now():%Y%m%d-%H%M%S}"

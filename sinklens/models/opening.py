@@ -113,25 +113,16 @@ def open_model(
     anatomy = _refuse_early(source, config, trust_remote_code)
     unpacks = None if quantised is not None else dequantising(source, config, wanted)
     own_tokenizer = load_tokenizer(source, tokenizer, _reads_text(anatomy), trust_remote_code)
+    options: dict[str, Any] = {"dtype": wanted, "trust_remote_code": trust_remote_code}
     blocks = None
     if stream:
         refuse_unstreamable(device_map, quantised)
         module, blocks, missing = open_streamed(
-            source,
-            config,
-            dtype=wanted,
-            device=where and where[""],
-            trust_remote_code=trust_remote_code,
-            dequantising=unpacks,
+            source, config, device=where and where[""], dequantising=unpacks, **options
         )
     else:
         module, missing = load_weights(
-            source,
-            config,
-            dtype=wanted,
-            device_map=where,
-            trust_remote_code=trust_remote_code,
-            quantization=quantised or unpacks,
+            source, config, device_map=where, quantization=quantised or unpacks, **options
         )
     anatomy = find_anatomy(module)
     check_complete(source, anatomy, missing)

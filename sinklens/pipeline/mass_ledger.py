@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,6 +13,8 @@ from sinklens.analyzers.mass_ledger import MassLedger, ledger_table
 from sinklens.core.counts import counted
 from sinklens.core.figures import Figure, Lines, Series
 from sinklens.tracers.trace import Trace
+
+from .tables import Rows
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -73,26 +74,15 @@ def _change(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str
     return found
 
 
-@dataclass(frozen=True)
-class Ledger:
+class Ledger(Rows):
     """Rows: mitigation, layer (None: all), group, its share without and with the mitigation, and the change."""
 
-    rows: list[dict[str, Any]]
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
+    units = UNITS
 
     def to_frame(self) -> pd.DataFrame:
-        """As a table; units are in `.attrs["units"]`."""
-        import pandas as pd
-
-        frame = pd.DataFrame(self.rows)
+        frame = super().to_frame()
         if len(frame):
             frame["layer"] = frame["layer"].astype("Int64")
-        frame.attrs["units"] = UNITS
         return frame
 
 

@@ -12,7 +12,7 @@ from sinklens.evaluation.splits import CalibrationSplit, ReportSplit, given_spli
 from sinklens.evaluation.tasks import Task, read_task, tasks_for
 from sinklens.mitigations import Method
 from sinklens.mitigations.asking import chosen_methods, label_of
-from sinklens.mitigations.calibration import Search
+from sinklens.mitigations.calibration import Search, changed
 from sinklens.mitigations.recipes import Recipe, load_recipe
 from sinklens.models.spec import OpenedModel
 
@@ -62,6 +62,7 @@ class Job:
     """One mitigation to be judged: given with its parameters, as a recipe, or to be calibrated.
 
     Attributes:
+        replaced: Parameters that were given and that the calibration chooses itself.
         nothing: Why the model has nothing that it could edit, so that it is not put on.
     """
 
@@ -69,6 +70,7 @@ class Job:
     method: Method
     recipe: Recipe | None = None
     calibrate: bool = False
+    replaced: tuple[str, ...] = ()
     nothing: str = ""
 
 
@@ -79,13 +81,13 @@ def jobs(options: MitigateOptions) -> list[Job]:
         calibrated = options.calibrate or options.calibration is not None
         for method in chosen_methods(options.methods):
             search = method.search() if calibrated else None
+            if search is None:
+                found.append(Job(label_of(method), method))
+                continue
             # A value that the calibration replaces is not what is judged.
-            label = (
-                label_of(method)
-                if search is None
-                else f"{label_of(method, without=search.replaces)} (calibrated)"
-            )
-            found.append(Job(label, method, calibrate=search is not None))
+            label = f"{label_of(method, without=search.replaces)} (calibrated)"
+            replaced = tuple(key for key in changed(method) if key in search.replaces)
+            found.append(Job(label, method, calibrate=True, replaced=replaced))
     for given in options.recipes:
         recipe = given if isinstance(given, Recipe) else load_recipe(given)
         found.append(Job(f"{recipe.method} (recipe)", recipe.mitigation, recipe))

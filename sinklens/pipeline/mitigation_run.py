@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,11 @@ from sinklens.tracers.trace import Trace
 
 from .mass_ledger import Ledger, ledger_figures, ledger_of
 from .run import Run, load_run, stored_manifest
+from .tables import Rows
 from .verdict import Line, Verdict
 
 if TYPE_CHECKING:
-    import pandas as pd
+    pass
 
 SECTION = "mitigations"
 END = 15
@@ -42,29 +43,13 @@ UNITS = {
 }
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """The paired table: one row per mitigation, task and metric."""
+class Evaluation(Rows):
+    """The paired table: one row per mitigation, task and metric; the effect's parts become columns."""
 
-    rows: list[dict[str, Any]]
+    units = UNITS
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self.rows)
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def to_frame(self) -> pd.DataFrame:
-        """As a table; the effect's parts are columns, units are in `.attrs["units"]`."""
-        import pandas as pd
-
-        flat = [
-            {**{k: v for k, v in row.items() if k != "effect"}, **(row.get("effect") or {})}
-            for row in self.rows
-        ]
-        frame = pd.DataFrame(flat)
-        frame.attrs["units"] = UNITS
-        return frame
+    def _flat(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {**{k: v for k, v in row.items() if k != "effect"}, **(row.get("effect") or {})}
 
 
 @dataclass(repr=False)

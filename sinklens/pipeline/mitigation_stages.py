@@ -63,7 +63,10 @@ def judge_job(setting: Setting, job: Job) -> Result:
         return result
     if job.calibrate:
         found = _calibrated(setting, job)
-        result.calibration, recipe = found.to_json(), found.recipe
+        told, recipe = found.to_json(), found.recipe
+        if job.replaced:
+            told["text"] += f" It chooses {', '.join(job.replaced)}; what was given is not used."
+        result.calibration = told
         if recipe is None:
             result.kept, result.parameters = found.text, job.method.parameters
             store_result(setting.store, slug(job.label), asdict(result))

@@ -73,5 +73,5 @@ def refuse_without_pictures(asked: Any, prompts: PromptSet) -> None:
     if visual:
         raise DataError(
             f"{visual[0]} reads prompts with pictures; these are texts.",
-            hint="Give pictures with --images PATH, or leave this analyzer out.",
+            hint="Give pictures with --images PATH, or leave out what asks for them.",
         )

@@ -15,7 +15,6 @@ from sinklens.tracers.signals_pictures import LENS, LENS_RANKS, OF_QUERIES, PAIR
 from sinklens.tracers.signals_visual import KEY_CLASSES, LEAST_ENERGY, MASS_FLOORS, PHI, SHARE_BINS
 
 from . import visual_experiments as visual
-from .blocks import described_blocks
 from .cost import available_memory, size
 from .options import ProfileOptions
 from .picture_prompts import has_pictures, refuse_without_pictures
@@ -29,7 +28,8 @@ from .prepare import (
     reading,
     those_that_apply,
 )
-from .streaming import StreamCost, budget_of, device_of_run, stream_cost
+from .query_blocks import described_blocks
+from .streamed_blocks import StreamCost, budget_of, device_of_run, stream_cost
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

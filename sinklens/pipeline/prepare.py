@@ -31,12 +31,12 @@ from sinklens.tracers.streaming import take_up
 from sinklens.tracers.streaming.check import check_streamed
 
 from .backends import chosen_backend, named_analyzers, refuse_lacking
-from .blocks import fitting_blocks
 from .listener import Listener
 from .options import ProfileOptions
 from .picture_prompts import has_pictures, read_pictures, refuse_without_pictures, wants_pictures
+from .query_blocks import fitting_blocks
 from .sinks import with_sinks
-from .streaming import budget_of, choose
+from .streamed_blocks import budget_of, choose
 from .visual_experiments import EXIT, HORIZON, REMOVAL
 
 DEFAULT_PROMPTS, DEFAULT_SEQ_LEN = 32, 512

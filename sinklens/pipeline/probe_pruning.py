@@ -18,6 +18,7 @@ from .pruning import DRAWS, KEEPS, pruning_probe
 from .sinks import dims_asked_for
 
 READER = ("visual-sinks",)
+"""Stands for what is read: prompts with pictures, in any number of tokens."""
 
 
 def probe_pruning(

@@ -11,7 +11,7 @@ import numpy as np
 
 from sinklens.core.errors import DataError, UsageError
 from sinklens.core.manifest import Clock
-from sinklens.evaluation.streaming import BLOCK, CONDITIONS, Texts, streaming_comparison
+from sinklens.evaluation.streaming_cache import BLOCK, CONDITIONS, Texts, streaming_comparison
 from sinklens.evaluation.tasks.builtin import SEED, toy
 from sinklens.inputs import load_prompts
 from sinklens.inputs.spec import PromptSet

@@ -16,15 +16,15 @@ from sinklens.tracers.selfcheck import Check
 from sinklens.tracers.store import RunStore
 from sinklens.tracers.trace import Trace
 
-from .blocks import described_blocks
 from .experiments import Setting, run_experiments, without_experiments
 from .listener import Listener
 from .options import ProfileOptions
 from .prepare import Prepared, checked_plan, prepare
+from .query_blocks import described_blocks
 from .resuming import asked_before, same_run
 from .room import refuse_without_room
 from .run import Run, load_run, stored_manifest, write_run
-from .streaming import weights_section
+from .streamed_blocks import weights_section
 from .words import note_words
 
 

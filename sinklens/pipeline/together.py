@@ -141,17 +141,13 @@ class _Task:
         options = self.options
         device = own_device(options.device, self.team.local_rank)
         prepared = prepare(self.model, None, replace(options, device=device), self.listener, streaming=True)
-        if prepared.opened.blocks is not None:
-            raise UsageError(
-                f"This model is read block by block ({prepared.opened.blocks.why}), which is one process's work.",
-                hint="Start it without torchrun, or with --stream off where the memory holds one copy per process.",
-            )
         self.total = len(prepared.prompts)
         if prepared.opened.blocks is not None:
             raise ResourceError(
                 f"The model does not fit into memory ({prepared.opened.blocks.why}), so that each process would read "
                 "all its blocks from disk by itself.",
-                hint="Start it without torchrun: its blocks then pass by once for all prompts.",
+                hint="Start it without torchrun: its blocks then pass by once for all prompts. Or use --stream off "
+                "where the memory holds one copy per process.",
             )
         return prepared
 

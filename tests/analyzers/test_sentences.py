@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sinklens.analyzers import head_roles, secondary_sinks, sink_geometry
+from sinklens.analyzers import secondary_sinks, sink_geometry, zeroed_heads
 from sinklens.analyzers.head_classes import HeadClasses
 from sinklens.analyzers.sink_geometry import SinkGeometry
 
@@ -48,7 +48,7 @@ def test_what_rounds_to_nothing_has_no_sign() -> None:
         "zeroed_heads": [[1, 2]], "zeroed_loss_change": 0.0001, "zeroed_loss_change_low": -0.0002,
         "zeroed_loss_change_high": 0.0123, "zeroed_loss_change_others": -0.5,
     }  # fmt: skip
-    note = head_roles._zeroed_note(zeroed)[0]
+    note = zeroed_heads.zeroed_note(zeroed)[0]
     assert note.endswith("by 0.000 nats per token (0.000 to +0.012), zeroing as many other heads by -0.500.")
 
 

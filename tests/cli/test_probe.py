@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sinklens.cli.main import main
-from sinklens.evaluation.streaming import BLOCK, streaming_comparison, streaming_losses
+from sinklens.evaluation.streaming_cache import BLOCK, streaming_comparison, streaming_losses
 from sinklens.mitigations.protection import Protection
 from sinklens.models.opening import open_model
 from sinklens.pipeline.options import ProfileOptions

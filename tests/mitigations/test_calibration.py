@@ -240,17 +240,18 @@ def test_bad_forms_are_told(text: str, said: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "label"),
+    ("asked", "label", "replaced"),
     [
-        ("zero-tuning:gamma=0.5:layers=1-2", "zero-tuning:layers=1+2"),
-        ("var:p=0.3:rho=0.5:floor=0.1", "var:floor=0.1"),
-        ("act:beta=0.2", "act:beta=0.2"),
+        ("zero-tuning:gamma=0.5:layers=1-2", "zero-tuning:layers=1+2", ("gamma",)),
+        ("var:p=0.3:rho=0.5:floor=0.1", "var:floor=0.1", ("p", "rho")),
+        ("act:beta=0.2", "act:beta=0.2", ()),
     ],
 )
 def test_a_calibrated_method_is_not_called_by_values_that_the_calibration_replaces(
-    asked: str, label: str
+    asked: str, label: str, replaced: tuple[str, ...]
 ) -> None:
     found = jobs(MitigateOptions(methods=(asked,), calibrate=True))
+    assert [set(job.replaced) for job in found] == [set(replaced)]
     assert [job.label for job in found] == [f"{label} (calibrated)"]
     kept = jobs(MitigateOptions(methods=(asked,)))
     assert kept[0].label == label_of(kept[0].method)

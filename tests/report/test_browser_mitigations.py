@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import re
-from pathlib import Path
 
 import pytest
 
 import sinklens as sl
 
 from .chromium import Browser
-from .test_access import CHECKS
+from .test_access import CHECKS, axe_violations
 
 pytestmark = pytest.mark.slow
 METHODS = (
@@ -103,12 +101,4 @@ def test_everybody_can_read_and_reach_it(browser: Browser, page: str, theme: str
 
 
 def test_axe_finds_nothing(browser: Browser, page: str) -> None:
-    place = os.environ.get("SINKLENS_AXE", "")
-    if not place:
-        pytest.skip("SINKLENS_AXE names no axe.min.js")
-    driver = """
-    const found = await axe.run(document, { resultTypes: ["violations"] });
-    answer.found = found.violations.map((v) => [v.impact, v.id, v.nodes.map((node) => node.target.join(" "))]);
-    """
-    answer = browser.run_later(page, Path(place).read_text(encoding="utf-8"), driver)
-    assert answer["found"] == []
+    assert axe_violations(browser, page) == []

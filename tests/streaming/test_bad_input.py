@@ -15,7 +15,7 @@ from sinklens.core.errors import DataError, ModelError, UsageError
 from sinklens.pipeline.listener import Silent
 from sinklens.pipeline.options import ProfileOptions
 from sinklens.pipeline.run import load_run
-from sinklens.pipeline.streaming import choose
+from sinklens.pipeline.streamed_blocks import choose
 from sinklens.tracers.executor import trace
 from tests.families import build
 
@@ -182,12 +182,12 @@ def test_weights_that_are_on_disk_are_not_rounded(tmp_path):
 @pytest.mark.parametrize(("free", "on"), [(10**12, False), (50_000_000, True)])
 def test_auto_streams_what_does_not_fit(tmp_path, monkeypatch, free, on):
     """The plan, the run and its manifest say the same."""
-    from sinklens.pipeline import plan, streaming
+    from sinklens.pipeline import plan, streamed_blocks
     from sinklens.pipeline.plan import predict
 
     folder = saved("llama", tmp_path / "model")
     monkeypatch.setattr(plan, "available_memory", lambda *_: free)
-    monkeypatch.setattr(streaming, "_small", lambda *_: False)
+    monkeypatch.setattr(streamed_blocks, "_small", lambda *_: False)
     options = ProfileOptions(n=2, seq_len=16, analyzers=("massive-activations",), verify=False)
     predicted = predict(str(folder), options)[2]
     run = sinklens.profile(str(folder), options=options)

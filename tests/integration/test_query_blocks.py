@@ -8,9 +8,9 @@ import pytest
 import sinklens as sl
 from sinklens.kernels.spec import BlockPlan
 from sinklens.pipeline import prepare
-from sinklens.pipeline.blocks import LEAST_SCORES, fitting_blocks, last_cache
 from sinklens.pipeline.options import ProfileOptions
 from sinklens.pipeline.plan import plan_document, predict
+from sinklens.pipeline.query_blocks import LEAST_SCORES, fitting_blocks, last_cache
 
 GB = 1_000_000_000
 

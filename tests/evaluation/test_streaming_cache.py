@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sinklens.core.errors import DataError, ModelError, UsageError
-from sinklens.evaluation.streaming import streaming_comparison, streaming_losses
+from sinklens.evaluation.streaming_cache import streaming_comparison, streaming_losses
 from sinklens.models.opening import open_model
 from sinklens.models.streaming_cache import streaming_cache
 
