@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -135,11 +134,11 @@ def test_the_rules_see_a_breach(tmp_path, monkeypatch):
 
 
 def loaded_by(statement: str) -> tuple[set[str], float]:
-    """Top-level modules a fresh interpreter has after `statement`, and the best of three times, in seconds."""
+    """Top-level modules a fresh interpreter has after `statement`, and the best of three CPU times, in seconds."""
     code = (
-        "import sys, time; before = set(sys.modules); start = time.perf_counter()\n"
+        "import sys, time; before = set(sys.modules); start = time.process_time()\n"
         f"{statement}\n"
-        "print(time.perf_counter() - start)\n"
+        "print(time.process_time() - start)\n"
         "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
     )
     runs = [
@@ -157,20 +156,19 @@ def test_importing_sinklens_is_cheap():
 
 
 def test_help_is_fast():
-    """0.4 s is the promise on an idle core; the limit leaves room for a busy one. The modules tell the rest."""
+    """Measured as CPU time, which other work on the machine hardly changes. The modules tell the rest."""
     program = "from sinklens.cli.main import run"
     modules, _ = loaded_by(program)
     assert not modules & {*SLOW, "torch"}
-    start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.argv = ['sinklens', '--help']\n{program}\nrun()"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
+    code = (
+        "import atexit, sys, time; sys.argv = ['sinklens', '--help']\n"
+        "atexit.register(lambda: print(time.process_time(), file=sys.stderr))\n"
+        f"{program}\nrun()"
     )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
     assert "profile" in done.stdout
-    assert time.perf_counter() - start < 2
+    assert float(done.stderr.splitlines()[-1]) < 1
 
 
 def test_importing_the_heart_changes_nothing_global():

@@ -14,7 +14,8 @@ from .spec import AttentionCall
 
 HIDDEN = -1e30
 """Hidden logits are this instead of -inf: exp gives 0 all the same, and 0 * logit stays 0 instead of NaN."""
-_CHUNK = 64
+# Of these lengths the first that divides the row: more than a last short one costs nothing.
+_PIECES = (128, 64)
 
 
 @dataclass(frozen=True)
@@ -90,26 +91,36 @@ def peak_at(
 def row_tops(logits: Float[Tensor, "b h r k"]) -> tuple[Int[Tensor, "b h r"], Float[Tensor, "b h r"]]:
     """Place and value of the largest logit of each row, the first on ties.
 
-    On CPU a plain maximum is vectorised and one with its place is not, so the place is searched among the
-    maxima of 64 keys each, and then among the 64 keys of the winner.
+    On CPU torch's maximum is vectorised and its arg-max is not, so the place is searched among the maxima of short
+    pieces of the row, and then among the keys of the winner.
     """
     keys = logits.shape[3]
-    if logits.device.type != "cpu" or keys < 4 * _CHUNK:
+    if logits.device.type != "cpu" or keys < 4 * _PIECES[-1]:
         logit, index = logits.max(-1)
         return index, logit
-    rest = keys % _CHUNK
-    tops = logits[..., : keys - rest].unflatten(-1, (-1, _CHUNK)).amax(-1)
+    size = next((size for size in _PIECES if keys % size == 0), _PIECES[-1])
+    rest = keys % size
+    tops = logits[..., : keys - rest].unflatten(-1, (-1, size)).amax(-1)
     if rest:
         tops = torch.cat([tops, logits[..., keys - rest :].amax(-1, keepdim=True)], -1)
-    logit, chunk = tops.max(-1)
+    piece = _argmax(tops)
     if rest:
-        # The last chunk is short: its last key is then looked at repeatedly, which changes no arg-max.
-        columns = chunk[..., None] * _CHUNK + torch.arange(_CHUNK, device=logits.device)
-        inner = logits.gather(-1, columns.clamp_(max=keys - 1)).max(-1).indices
+        # The last piece is short: its last key is then looked at repeatedly, which changes no arg-max.
+        columns = piece[..., None] * size + torch.arange(size, device=logits.device)
+        inner = _argmax(logits.gather(-1, columns.clamp_(max=keys - 1)))
     else:
-        each = torch.arange(chunk.numel(), device=logits.device) * tops.shape[-1]
-        inner = logits.view(-1, _CHUNK).index_select(0, each.add_(chunk.flatten())).max(-1).indices
-    return chunk.mul_(_CHUNK).add_(inner.view_as(chunk)), logit
+        each = torch.arange(piece.numel(), device=logits.device) * tops.shape[-1]
+        inner = _argmax(logits.view(-1, size).index_select(0, each.add_(piece.flatten()))).view_as(piece)
+    return piece * size + inner, _pick(tops, piece)
+
+
+def _argmax(table: Float[Tensor, "... k"]) -> Int[Tensor, "..."]:
+    """Place of the largest entry of each row of a small CPU tensor, the first on ties.
+
+    numpy's is vectorised, but on one thread: over a whole block it would pull into one core's cache what the others
+    are about to write, which costs more than the search where cores do not share a cache.
+    """
+    return torch.from_numpy(table.numpy().argmax(-1))
 
 
 def _pick(table: Tensor, index: Tensor) -> Tensor:

@@ -78,6 +78,10 @@ class KeyGroups:
     def _gathered(self, weights: Tensor, keys: slice) -> Float[Tensor, "b h r columns"]:
         """The groups' columns, 0 where a group is narrower and where a column lies outside of `keys`."""
         if self._range is not None and keys.start <= self._range[0] and self._range[1] < keys.stop:
+            if self._range[0] == self._range[1]:  # the same key for all: a slice, no search
+                return weights[..., self._range[0] - keys.start, None].expand(
+                    *weights.shape[:3], self._columns.shape[2]
+                )
             local = (self._columns - keys.start)[:, :, None]
             return weights.gather(3, local.expand(*weights.shape[:3], -1))
         inside = self._valid & (self._columns >= keys.start) & (self._columns < keys.stop)

@@ -68,6 +68,21 @@ def lower_median_magnitude(x: Float[Tensor, "..."]) -> float:
     return _select(x.abs().flatten().float().numpy(), (x.numel() - 1) // 2) if found is None else found
 
 
+def lower_medians(x: Float[Tensor, "row column"]) -> Float[Tensor, " column"]:
+    """The lower median of each column, exactly; NaN ranks above all numbers.
+
+    Raises:
+        ValueError: There are no rows.
+    """
+    rank = (len(x) - 1) // 2
+    if rank < 0:
+        raise ValueError("The median of no rows is not defined.")
+    if x.device.type != "cpu":
+        return x.kthvalue(rank + 1, dim=0).values
+    columns = _single(x.detach()).T.contiguous().numpy()
+    return torch.from_numpy(np.partition(columns, rank, axis=1)[:, rank].copy()).to(x.dtype)
+
+
 def _select(values: np.ndarray, rank: int) -> float:
     """The element of that rank; reorders `values`."""
     values.partition(rank)

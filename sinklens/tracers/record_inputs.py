@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from sinklens.kernels.magnitudes import lower_medians
+
 from . import signals as sig
 from .ledger import Arrays, Ledger
 from .signals_visual import LEAST_ENERGY, OF_INPUTS, OF_TEXT_QUERIES
@@ -107,4 +109,4 @@ def typical(x: Float[Tensor, "pos dim"]) -> Float[Tensor, " dim"]:
     """Lower median of |x| / RMS(x) over tokens: all of them, or 256 that are evenly spread."""
     if len(x) > _SAMPLED:
         x = x[torch.linspace(0, len(x) - 1, _SAMPLED, device=x.device).round().long()]
-    return ratios(x).median(0).values.half()
+    return lower_medians(ratios(x)).half()

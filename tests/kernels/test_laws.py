@@ -121,9 +121,11 @@ def test_uniform_attention_has_its_closed_form(kernel: Kernel) -> None:
 
 
 @kernels
-def test_ties_are_won_by_the_first_key_in_long_rows(kernel: Kernel) -> None:
-    length = 389  # long enough for the chunked search, and no multiple of its chunk
-    key = torch.randn(1, 1, length, 8)
+@pytest.mark.parametrize(
+    "length", [389, 448, 512]
+)  # long enough to be searched in pieces: uneven, of 64, of 128
+def test_ties_are_won_by_the_first_key_in_long_rows(kernel: Kernel, length: int) -> None:
+    key = torch.randn(1, 1, length, 8, generator=torch.Generator().manual_seed(5))
     key[:, :, [70, 71, 200, 388]] = 3 * torch.ones(8)
     query = torch.ones(1, 1, length, 8)
     call = AttentionCall(query, key, key, 1.0)

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sinklens.kernels.magnitudes import largest_magnitudes, lower_median_magnitude
+from sinklens.kernels.magnitudes import largest_magnitudes, lower_median_magnitude, lower_medians
 
 
 @given(st.integers(1, 23), st.integers(1, 19), st.integers(1, 40), st.integers(0, 2**16), st.booleans())
@@ -31,6 +31,28 @@ def test_the_largest_entries_are_those_of_a_full_sort(
 def test_the_median_is_the_lower_one_of_torch(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(dtype)
     assert lower_median_magnitude(x) == float(x.float().abs().median())
+
+
+@given(
+    st.integers(1, 23),
+    st.integers(1, 19),
+    st.integers(0, 2**16),
+    st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_medians_of_columns_are_those_of_torch(
+    rows: int, columns: int, seed: int, dtype: torch.dtype
+) -> None:
+    x = torch.randn(columns, rows, generator=torch.Generator().manual_seed(seed)).to(dtype).t()
+    before = x.clone()
+    assert torch.equal(lower_medians(x), x.median(0).values)
+    assert torch.equal(x, before)
+
+
+def test_a_column_with_less_than_half_nan_has_a_median() -> None:
+    x = torch.tensor([[1.0, torch.nan], [2.0, torch.nan], [torch.nan, 3.0]])
+    assert lower_medians(x).nan_to_num(-1).tolist() == [2.0, -1.0]
+    with pytest.raises(ValueError, match="no rows"):
+        lower_medians(x[:0])
 
 
 def test_inputs_are_left_as_they_are() -> None:
