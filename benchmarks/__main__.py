@@ -55,7 +55,7 @@ PARTS = (
         "cost-float32",
         "cost",
         (
-            *("--lengths", "512,1024,2048", "--rounds", "2", "--ways"),
+            *("--lengths", "512,1024,2048", "--rounds", "4", "--ways"),
             "fused;fused, all signals;fused, pure torch;faithful;faithful, all signals;"
             "eager, output_attentions;TransformerLens, patterns;nnsight, patterns",
         ),
@@ -68,12 +68,12 @@ PARTS = (
         ("--lengths", "4096", "--rounds", "1", "--ways", f"{_LONG};eager, output_attentions"),
         1.2,
     ),
-    Part("cost-float32-8192", "cost", ("--lengths", "8192", "--rounds", "1", "--ways", _LONG), 2.2),
+    Part("cost-float32-8192", "cost", ("--lengths", "8192", "--rounds", "2", "--ways", _LONG), 4),
     Part(
         "cost-bfloat16",
         "cost",
         (
-            *("--dtype", "bfloat16", "--lengths", "2048,8192", "--rounds", "1", "--ways"),
+            *("--dtype", "bfloat16", "--lengths", "2048,8192", "--rounds", "2", "--ways"),
             "fused;fused, bf16 scores;fused, pure torch;fused, pure torch, bf16 scores",
         ),
         2,
@@ -91,7 +91,7 @@ PARTS = (
         ("--model", "small", "--lengths", "8192,32768,131072", "--ways", "plain,profile"),
         2,
     ),
-    Part("streaming", "streaming", ("--layers", "3", "--prompts", "8"), 2),
+    Part("streaming", "streaming", ("--layers", "3", "--prompts", "16", "--rounds", "2"), 5),
     Part("start", "start", (), 1, ("--repeats", "1", "--prompts", "2")),
     Part("device", "device", (), 0.1, ()),
 )

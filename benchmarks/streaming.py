@@ -12,8 +12,10 @@ have been put out of the page cache:
 - offload: accelerate's disk offload of all blocks; it writes the fused experts to disk again, so it has a layer less.
 
 Memory is the largest anonymous memory of the process (weights and activations; not mapped files) above what it was
-after the imports. `read_s` is reading all blocks without computing, `compute_s` what the streamed run did not wait for
-blocks; the wall time of a streamed run should be little more than the larger of them. Everything is deleted at the end.
+after the imports. Two blocks are in memory, so what a streamed run takes beyond shell, states and two blocks is set
+beside what the same pass takes beyond the model in memory: activations of a batch and what oneDNN keeps. `read_s` is
+reading all blocks without computing, `compute_s` tracing the loaded model; a streamed run should take little more time
+than the larger of them. Each way runs `--rounds` times and its fastest run counts. Everything is deleted at the end.
 """
 
 from __future__ import annotations
@@ -280,20 +282,29 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         ]:
             if options.only and way not in options.only:
                 continue
-            forget(folder)
-            with tempfile.TemporaryDirectory(dir=root) as scratch:
-                command = [sys.executable, "-m", "benchmarks.streaming", "--one", way, "--folder", str(where)]
-                command += ["--prompts", str(options.prompts), "--length", str(options.length)]
-                command += ["--threads", str(options.threads), "--scratch", scratch]
-                command += ["--tiny"] if options.tiny else []
-                command += ["--fewer-signals"] if where == fewer else []
-                done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise SystemExit(done.stderr)
             layers = options.layers if where == folder else options.layers - 1
-            rows.append({"layers": layers, **json.loads(done.stdout.splitlines()[-1])})
+            tries = [one_process(options, way, where, where == fewer, root) for _ in range(options.rounds)]
+            rows.append({"layers": layers, **min(tries, key=lambda row: row["wall_s"])})
+            rows[-1]["peak_bytes"] = max(row.get("peak_bytes", 0) for row in tries)
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
     return {"rows": rows, "summary": summary(rows)}
+
+
+def one_process(
+    options: argparse.Namespace, way: str, folder: Path, fewer_signals: bool, root: Path
+) -> dict[str, Any]:
+    """A way in a fresh process, its files out of the page cache."""
+    forget(folder)
+    with tempfile.TemporaryDirectory(dir=root) as scratch:
+        command = [sys.executable, "-m", "benchmarks.streaming", "--one", way, "--folder", str(folder)]
+        command += ["--prompts", str(options.prompts), "--length", str(options.length)]
+        command += ["--threads", str(options.threads), "--scratch", scratch]
+        command += ["--tiny"] if options.tiny else []
+        command += ["--fewer-signals"] if fewer_signals else []
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -310,16 +321,19 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         },
         "every_byte_read_once": stream["bytes_read"] == stream["bytes_stored"],
     }
-    if "read" in whole:
-        compute, read = stream["trace_s"] - stream["waited_s"], whole["read"]["wall_s"]
-        found |= {
-            "read_s": read,
-            "compute_s": compute,
-            "trace_over_larger_of_both": stream["trace_s"] / max(read, compute),
-        }
     if "normal" in whole:
         normal = whole["normal"]
+        if "read" in whole:
+            read, compute = whole["read"]["wall_s"], normal["trace_s"]
+            larger = max(read, compute)
+            found |= {
+                "read_s": read,
+                "compute_s": compute,
+                "trace_over_larger_of_both": stream["trace_s"] / larger,
+            }
+        model = normal["layers"] * layer + stream["shell_bytes"]
         found |= {
+            "normal_beyond_model_in_layers": (normal["peak_bytes"] - model) / layer,
             "equal_to_normal": stream["trace_sha256"] == normal["trace_sha256"],
             "normal_peak_in_layers": normal["peak_bytes"] / layer,
             "wall_over_normal": stream["wall_s"] / normal["wall_s"],
@@ -343,6 +357,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=16)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--only", nargs="*", choices=WAYS)
     parser.add_argument(
         "--scratch", type=Path, help="Where the checkpoint is written. [default: the system's]"

@@ -88,11 +88,26 @@ def _digests(part: dict[str, Any], *, absolute: bool) -> list[str]:
     found = []
     for name in ("memory_exponent", "summary"):
         if isinstance(said := part.get(name), dict) and said:
-            found += [f"{name.replace('_', ' ').capitalize()}:", generic_table([said], absolute=absolute)]
+            found += [f"{name.replace('_', ' ').capitalize()}:", facts_table(said, absolute=absolute)]
     return found
 
 
+def facts_table(said: dict[str, Any], *, absolute: bool) -> str:
+    """One fact per line; those of a group are named after it."""
+    lines = ["| fact | value |", "|---|---|"]
+    for name, value in said.items():
+        if absolute or not name.endswith(_ABSOLUTE):
+            facts = value.items() if isinstance(value, dict) else [("", value)]
+            lines += [
+                f"| {' · '.join(filter(None, (name.replace('_', ' '), key)))} | {_number(x)} |"
+                for key, x in facts
+            ]
+    return "\n".join(lines)
+
+
 def _number(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if not isinstance(value, float):
         return str(value)
     return f"{value:.2f}" if abs(value) < _LARGE else f"{value:.0f}"

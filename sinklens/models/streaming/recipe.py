@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sinklens.core.errors import ModelError
 
-from .tensors import StoredTensors
+from .tensors import StoredTensors, room
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ class Recipes:
         made: dict[str, Tensor] = {}
         for target, parts in recipe.parts.items():
             shape, _ = self.shapes[target]
-            made[target] = torch.empty(shape, dtype=self.dtype_of(target))
+            made[target] = room(shape, self.dtype_of(target))
             for part in parts:
                 rows = self.stored.shape_of(part.key)[0] if part.expert is not None else 0
                 self.stored.read_into(part.key, part.of(made[target], rows))

@@ -6,12 +6,14 @@ run is under way gives an error and no crash, and reading releases the interpret
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +27,19 @@ DTYPES = {
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
+_ALIGNED = 64
 NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor on the CPU, for what is read.
+
+    numpy asks the system for huge pages: mapping a large block page by page takes longer than copying it there.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + _ALIGNED, dtype=np.uint8)
+    first = -raw.ctypes.data % _ALIGNED  # as torch aligns its own: sums may be taken in another order elsewhere
+    return torch.from_numpy(raw[first : first + size]).view(dtype).view(shape)
 
 
 @dataclass
@@ -84,7 +98,7 @@ class StoredTensors:
 
     def read(self, key: str) -> Tensor:
         """A tensor as it is stored."""
-        found = torch.empty(self.shape_of(key), dtype=self.dtype_of(key))
+        found = room(self.shape_of(key), self.dtype_of(key))
         self.read_into(key, found)
         return found
 
