@@ -91,7 +91,7 @@ PARTS = (
         ("--model", "small", "--lengths", "8192,32768,131072", "--ways", "plain,profile"),
         2,
     ),
-    Part("streaming", "streaming", ("--layers", "3", "--prompts", "16", "--rounds", "2"), 5),
+    Part("streaming", "streaming", ("--layers", "6", "--prompts", "16"), 5),
     Part("start", "start", (), 1, ("--repeats", "1", "--prompts", "2")),
     Part("device", "device", (), 0.1, ()),
 )

@@ -169,19 +169,24 @@ def one_way(
     import transformers
 
     from sinklens.models.opening import open_model
+    from sinklens.tracers import signals as sig
     from sinklens.tracers.executor import TracePlan, trace
     from sinklens.tracers.record_births import BIRTH_SIGNALS
     from sinklens.tracers.record_experts import LATER
     from sinklens.tracers.record_writes import ENTRY_SIGNALS
-    from sinklens.tracers.signals import ALL_SIGNALS
 
     torch.set_num_threads(threads)
     transformers.utils.logging.disable_progress_bar()
     few = random_prompts(prompts, length)
     tokenizer, peak, disk, start = object(), Peak(), read_from_disk(), time.perf_counter()
     found: dict[str, Any] = {"way": way}
-    later = (LATER | ENTRY_SIGNALS | BIRTH_SIGNALS) if fewer_signals else frozenset()
-    plan = TracePlan(signals=frozenset(ALL_SIGNALS) - later)
+    behind = {
+        sig.HEAD_OUTPUT_NORM,
+        sig.VALUE_OUT_NORM,
+        sig.VALUE_OUT_NORM_MEAN,
+    }  # they need the output projection
+    later = (LATER | ENTRY_SIGNALS | BIRTH_SIGNALS | behind) if fewer_signals else frozenset()
+    plan = TracePlan(signals=frozenset(sig.ALL_SIGNALS) - later)
     if way == "read":
         return {**found, **only_read(open_model(str(folder), tokenizer=tokenizer, stream=True), disk)}
     if way == "offload":
