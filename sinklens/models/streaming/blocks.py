@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..spec import Anatomy, Block, Sum
 from ..sums import states_of
 from .recipe import Recipes, put
+from .tensors import Spare
 
 BUDGET = 2 * 1024**3
 SHELL = "shell"
@@ -78,6 +79,7 @@ class StreamedBlocks:
         self.budget, self.why = BUDGET, "asked for"
         self._resident: list[int] = []
         self._ahead: tuple[int, _Reading] | None = None
+        self._spare = Spare()
         for block in blocks:
             part = module.get_submodule(block.path)
             part.__dict__[_ENTER] = partial(self.enter, block.index)
@@ -150,6 +152,8 @@ class StreamedBlocks:
         for module in self.module.get_submodule(self.blocks[index].path).modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None:
+                    if self.device.type == "cpu":
+                        self._spare.put(parameter)
                     empty = torch.empty_like(parameter, device="meta")
                     module._parameters[name] = nn.Parameter(empty, requires_grad=False)
 
@@ -172,9 +176,11 @@ class StreamedBlocks:
             ahead[1].join()
         for index in [index for index in self._resident if index not in indices]:
             self.free(index)
+        self._spare.clear()
 
     def _made(self, index: int) -> dict[str, Tensor]:
-        values = self.recipes.make(index)
+        values = self.recipes.make(index, self._spare)
+        self._spare.settle()
         if self.device.type == "cpu":
             return values
         return {name: value.to(self.device) for name, value in values.items()}

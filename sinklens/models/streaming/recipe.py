@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sinklens.core.errors import ModelError
 
-from .tensors import StoredTensors, room
+from .tensors import Spare, StoredTensors
 
 
 @dataclass(frozen=True)
@@ -145,17 +145,20 @@ class Recipes:
                 return None
         return parts if start == shape[1] else None
 
-    def make(self, group: Any) -> dict[str, Tensor]:
+    def make(self, group: Any, spare: Spare | None = None) -> dict[str, Tensor]:
         """Read a group's tensors and make its parameters, on the CPU. Nothing is put into the model.
+
+        Args:
+            spare: Memory that may be used.
 
         Raises:
             ModelError: A file or tensor cannot be used; it is named.
         """
-        recipe = self.groups.get(group, Recipe())
+        recipe, spare = self.groups.get(group, Recipe()), spare or Spare()
         made: dict[str, Tensor] = {}
         for target, parts in recipe.parts.items():
             shape, _ = self.shapes[target]
-            made[target] = room(shape, self.dtype_of(target))
+            made[target] = spare.take(tuple(shape), self.dtype_of(target))
             for part in parts:
                 rows = self.stored.shape_of(part.key)[0] if part.expert is not None else 0
                 self.stored.read_into(part.key, part.of(made[target], rows))

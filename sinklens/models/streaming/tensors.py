@@ -6,14 +6,13 @@ run is under way gives an error and no crash, and reading releases the interpret
 
 from __future__ import annotations
 
-import math
 import os
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,19 +26,49 @@ DTYPES = {
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
-_ALIGNED = 64
 NUMBERS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
-def room(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor on the CPU, for what is read.
+class Spare:
+    """Memory of tensors that were let go, for others of the same shape and type.
 
-    numpy asks the system for huge pages: mapping a large block page by page takes longer than copying it there.
+    To map a large block anew, page by page, takes longer than to copy it there. What anyone still looks at is not
+    handed out. One thread puts and another takes.
     """
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + _ALIGNED, dtype=np.uint8)
-    first = -raw.ctypes.data % _ALIGNED  # as torch aligns its own: sums may be taken in another order elsewhere
-    return torch.from_numpy(raw[first : first + size]).view(dtype).view(shape)
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[tuple[int, ...], torch.dtype], list[Tensor]] = defaultdict(list)
+        self._asked: set[tuple[tuple[int, ...], torch.dtype]] = set()
+
+    def put(self, tensor: Tensor) -> None:
+        if tensor.device.type == "cpu" and tensor.is_contiguous():
+            self._kept[tuple(tensor.shape), tensor.dtype].append(tensor.data)
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor on the CPU with any content."""
+        self._asked.add((shape, dtype))
+        kept = self._kept.get((shape, dtype), [])
+        while kept:
+            if _alone(tensor := kept.pop()):
+                return tensor
+        return torch.empty(shape, dtype=dtype)
+
+    def settle(self) -> None:
+        """Let go of what nobody has asked for since the last time: blocks may differ."""
+        for kind in list(self._kept):  # a copy: the other thread may put
+            if kind not in self._asked:
+                del self._kept[kind]
+        self._asked.clear()
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+
+def _alone(tensor: Tensor) -> bool:
+    """Whether nothing else shares a tensor's memory; False where torch does not tell."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    storage = tensor.untyped_storage()  # counts as a user, beside the tensor
+    return count is not None and count(storage._cdata) == 2
 
 
 @dataclass
@@ -98,7 +127,7 @@ class StoredTensors:
 
     def read(self, key: str) -> Tensor:
         """A tensor as it is stored."""
-        found = room(self.shape_of(key), self.dtype_of(key))
+        found = torch.empty(self.shape_of(key), dtype=self.dtype_of(key))
         self.read_into(key, found)
         return found
 
