@@ -95,7 +95,7 @@ def test_table_and_page_hold_the_figures() -> None:
         assert "| fused | 0.97 · 2.0× | 0.97 · 2.0× | 0.97 · 2.0× |" in text
         assert "maps need 9 GiB, 4 GiB are free" in text
         assert "fused 1.00" in text  # the exponent: memory grows with the length
-        assert "Memory exponent:\n\n| profile |\n|---|\n| 1.03 |" in text
+        assert "Memory exponent:\n\n| fact | value |\n|---|---|\n| profile | 1.03 |" in text
         assert "device: not run: no CUDA device" in text
     assert "0.11" in table
     assert "0.11" not in page  # seconds of one machine
