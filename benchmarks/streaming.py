@@ -180,11 +180,7 @@ def one_way(
     few = random_prompts(prompts, length)
     tokenizer, peak, disk, start = object(), Peak(), read_from_disk(), time.perf_counter()
     found: dict[str, Any] = {"way": way}
-    behind = {
-        sig.HEAD_OUTPUT_NORM,
-        sig.VALUE_OUT_NORM,
-        sig.VALUE_OUT_NORM_MEAN,
-    }  # they need the output projection
+    behind = {sig.HEAD_OUTPUT_NORM, sig.VALUE_OUT_NORM, sig.VALUE_OUT_NORM_MEAN}  # the output projection
     later = (LATER | ENTRY_SIGNALS | BIRTH_SIGNALS | behind) if fewer_signals else frozenset()
     plan = TracePlan(signals=frozenset(sig.ALL_SIGNALS) - later)
     if way == "read":
@@ -330,11 +326,10 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
         normal = whole["normal"]
         if "read" in whole:
             read, compute = whole["read"]["wall_s"], normal["trace_s"]
-            larger = max(read, compute)
             found |= {
                 "read_s": read,
                 "compute_s": compute,
-                "trace_over_larger_of_both": stream["trace_s"] / larger,
+                "trace_over_larger_of_both": stream["trace_s"] / max(read, compute),
             }
         model = normal["layers"] * layer + stream["shell_bytes"]
         found |= {

@@ -12,7 +12,7 @@ from .cost import MAPS, PLAIN, exponents
 Suite = Mapping[str, Any]
 _LARGE = 10
 # Columns of other parts that are times or sizes of one machine: in the table, not on the page.
-_ABSOLUTE = ("_s", "_mb", "_gb", "_ms", "bytes", "minutes")
+_ABSOLUTE = ("_s", "_mb", "_gb", "_ms", "_memory", "_read", "_stored", "bytes", "minutes")
 
 
 def cost_rows(suite: Suite) -> list[dict[str, Any]]:
@@ -81,6 +81,15 @@ def generic_table(rows: list[dict[str, Any]], *, absolute: bool) -> str:
     lines = ["| " + " | ".join(name.replace("_", " ") for name in names) + " |", "|---" * len(names) + "|"]
     lines += ["| " + " | ".join(_number(row.get(name, "–")) for name in names) + " |" for row in plain]
     return "\n".join(lines)
+
+
+def has_ratios(rows: list[dict[str, Any]]) -> bool:
+    """Whether the rows hold figures that are no absolute ones."""
+    return any(
+        isinstance(value, float) and not name.endswith(_ABSOLUTE)
+        for row in rows
+        for name, value in row.items()
+    )
 
 
 def _digests(part: dict[str, Any], *, absolute: bool) -> list[str]:
@@ -180,11 +189,8 @@ def page(suite: Suite) -> str:
     text += [memory_sentence(rows) if rows else "The cost of a pass is not among the results: `make bench`."]
     for name, part in _others(suite).items():
         if "rows" in part:
-            text += [
-                f"## {name}",
-                generic_table(part["rows"], absolute=False),
-                *_digests(part, absolute=False),
-            ]
+            ratios = [generic_table(part["rows"], absolute=False)] if has_ratios(part["rows"]) else []
+            text += [f"## {name}", *ratios, *_digests(part, absolute=False)]
         if report := part.get("report"):
             text += [
                 f"Writing the report takes {report['report_ratio']:.2f} of the CPU time of a profile of "

@@ -13,7 +13,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from jaxtyping import Float
+
+from sinklens.kernels.magnitudes import lower_medians
 
 from .sink_dims import TAU_ENERGY, SinkDim, SinkDims
 
@@ -71,12 +74,6 @@ def reference_token(received: Float[np.ndarray, "layer pos"], seen: Float[np.nda
     return int(np.where(enough, share, -1.0).argmax())
 
 
-def lower_median(values: Float[np.ndarray, "sample dim"]) -> Float[np.ndarray, " dim"]:
-    """The element of rank (n - 1) // 2 of each column: at least a value iff more than half of the samples are."""
-    rank = (len(values) - 1) // 2
-    return np.partition(values, rank, axis=0)[rank]
-
-
 def discover(
     strengths: Float[np.ndarray, "sample dim"],
     baselines: Float[np.ndarray, "sample dim"],
@@ -94,8 +91,8 @@ def discover(
         The dims, or none and the reason in `failed`.
     """
     size = strengths.shape[1]
-    strength = lower_median(strengths).astype(np.float64)
-    baseline = lower_median(baselines).astype(np.float64)
+    # A lower median is at least a value iff more than half of the samples are.
+    strength, baseline = (lower_medians(torch.from_numpy(x)).double().numpy() for x in (strengths, baselines))
     # A dim that is large for every token is not in the ranking, not even as the one to stand out from.
     everywhere = baseline**2 / size >= rules.energy
     order = np.argsort(np.where(everywhere, -1.0, -strength), kind="stable")

@@ -68,3 +68,10 @@ def test_a_weight_that_is_kept_stays_what_it_was(folder: Path) -> None:
     for index, weight in enumerate(held):
         path = blocks.blocks[index].path
         assert torch.equal(weight, whole.module.get_submodule(path).mlp.down_proj.weight)
+
+
+def test_what_inference_mode_made_is_not_handed_on() -> None:
+    spare = Spare()
+    with torch.inference_mode():
+        spare.put(torch.zeros(3, 5))
+    spare.take((3, 5), torch.float32).fill_(1.0)

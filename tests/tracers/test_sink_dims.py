@@ -10,12 +10,12 @@ import torch
 
 from sinklens.core.errors import UsageError
 from sinklens.inputs import load_prompts
+from sinklens.kernels.magnitudes import lower_medians
 from sinklens.models.opening import open_model
 from sinklens.tracers.calibrate_dims import dims_of, search_sink_dims
 from sinklens.tracers.discover_dims import (
     attending_layers,
     discover,
-    lower_median,
     middle_layers,
     reference_token,
 )
@@ -188,7 +188,7 @@ def test_one_prompt_cannot_carry_the_median():
     assert not discover(strengths, baselines, "a test")
     strengths[:4, 17] = 12.0
     assert discover(strengths, baselines, "a test").indices == (17,)
-    assert lower_median(np.array([[1.0], [2.0], [5.0], [9.0]])).tolist() == [2.0]
+    assert lower_medians(torch.tensor([[1.0], [2.0], [5.0], [9.0]])).tolist() == [2.0]
 
 
 def test_layers_and_reference():

@@ -41,7 +41,8 @@ class Spare:
         self._asked: set[tuple[tuple[int, ...], torch.dtype]] = set()
 
     def put(self, tensor: Tensor) -> None:
-        if tensor.device.type == "cpu" and tensor.is_contiguous():
+        # What was made in inference mode could not be written to by a thread that is in none.
+        if tensor.device.type == "cpu" and tensor.is_contiguous() and not tensor.is_inference():
             self._kept[tuple(tensor.shape), tensor.dtype].append(tensor.data)
 
     def take(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
