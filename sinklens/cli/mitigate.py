@@ -34,6 +34,7 @@ from .profile import (
     Trust,
     run_name,
 )
+from .unstreamed import Unstreamed
 
 if TYPE_CHECKING:
     from sinklens.pipeline.mitigate_options import MitigateOptions
@@ -117,6 +118,7 @@ def command(
     dtype: Dtype = "auto",
     device: Device = None,
     device_map: DeviceMap = None,
+    stream: Unstreamed = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     offline: Offline = False,

@@ -29,6 +29,7 @@ from .profile import (
     Trust,
     run_name,
 )
+from .unstreamed import Unstreamed
 
 if TYPE_CHECKING:
     from sinklens.pipeline.options import ProfileOptions
@@ -98,6 +99,7 @@ def quantisation_command(
     dtype: Dtype = "auto",
     device: Device = None,
     device_map: DeviceMap = None,
+    stream: Unstreamed = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     offline: Offline = False,
@@ -148,6 +150,7 @@ def streaming_command(
     dtype: Dtype = "auto",
     device: Device = None,
     device_map: DeviceMap = None,
+    stream: Unstreamed = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     offline: Offline = False,
@@ -202,6 +205,7 @@ def pruning_command(
     dtype: Dtype = "auto",
     device: Device = None,
     device_map: DeviceMap = None,
+    stream: Unstreamed = None,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     offline: Offline = False,

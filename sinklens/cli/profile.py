@@ -247,7 +247,7 @@ def _run_settings(given: dict[str, Any], options: ProfileOptions) -> dict[str, A
 
 def run_together(given: dict[str, Any], options: ProfileOptions) -> None:
     """The same by several processes, of which one talks."""
-    from sinklens.pipeline.together import profile_together
+    from sinklens.pipeline.together import profile_together, refuse_alone
 
     from .console import ConsoleListener
     from .dry_run import print_plan
@@ -255,6 +255,7 @@ def run_together(given: dict[str, Any], options: ProfileOptions) -> None:
 
     model = given["model"]
     with one_voice() as team:
+        refuse_alone(options, team)
         if given["dry_run"]:
             if team.leads:
                 print_plan(model, options, as_json=given["as_json"])

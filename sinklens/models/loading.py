@@ -16,9 +16,8 @@ from sinklens.core.suggest import did_you_mean
 
 from .anatomy import READS
 from .catalog import Source
-from .checkpoint import check_tokenizer, check_weights, read_config, stored_shapes
+from .checkpoint import check_tokenizer, check_weights, read_config
 from .failures import explain
-from .quantised import refuse_ragged
 from .spec import Anatomy
 
 DTYPES = {
@@ -182,8 +181,6 @@ def load_weights(
     """The model with its weights, and the names of parameters that the checkpoint does not have."""
     if source.folder is not None:
         check_weights(source.folder, source.id)
-        if quantization is not None:
-            refuse_ragged(source.id, stored_shapes(source.folder, source.id))
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     if source.revision is not None:
         options["revision"] = source.revision

@@ -15,7 +15,7 @@ from sinklens.core.errors import ModelError, SinklensError, UsageError
 
 from .anatomy import find_anatomy
 from .catalog import Source, locate
-from .checkpoint import INDEX, SINGLE, cache_hashes, check_weights, folder_hashes
+from .checkpoint import INDEX, SINGLE, cache_hashes, check_weights, folder_hashes, stored_shapes
 from .failures import explain
 from .loading import (
     check_complete,
@@ -29,10 +29,11 @@ from .loading import (
     without_weights,
 )
 from .processors import load_processor
-from .quantised import dequantising, format_of, scratch_bytes
+from .quantised import dequantising, format_of, planned_shapes, refuse_ragged, scratch_bytes
 from .spec import Anatomy, ModelInfo, OpenedModel
 from .spread import refuse_spread
-from .streaming import open_streamed, refuse_unstreamable
+from .streamable import refuse_unstreamable
+from .streaming import open_streamed
 
 PROMPTS = "sinklens_prompts.jsonl"
 PICTURES = "sinklens_pictures.jsonl"
@@ -110,8 +111,8 @@ def open_model(
     source = locate(_name(spec), revision)
     wanted, where, quantised = parse_dtype(dtype), placement(device, device_map), quantisation(quantization)
     config = load_config(source, trust_remote_code)
-    anatomy = _refuse_early(source, config, trust_remote_code)
     unpacks = None if quantised is not None else dequantising(source, config, wanted)
+    anatomy = _refuse_early(source, config, trust_remote_code, unpacks)
     own_tokenizer = load_tokenizer(source, tokenizer, _reads_text(anatomy), trust_remote_code)
     options: dict[str, Any] = {"dtype": wanted, "trust_remote_code": trust_remote_code}
     blocks = None
@@ -172,12 +173,12 @@ def describe_model(
     commit = _commit(source)
     info = _info(shell, anatomy, source.id, commit, {}, kept)
     stored = _stored_bytes(source, commit)
-    unpacks = dequantising(source, config, wanted) is not None
+    unpacks = dequantising(source, config, wanted)
     by_block = [
         kept.itemsize * sum(p.numel() for p in shell.get_submodule(block.path).parameters())
         for block in anatomy.main.blocks
     ]
-    return ModelDescription(
+    found = ModelDescription(
         info=info,
         anatomy=anatomy,
         stored_bytes=info.parameters * stored_dtype.itemsize if stored is None else stored,
@@ -185,9 +186,11 @@ def describe_model(
         estimated=stored is None,
         block_bytes=max(by_block),
         shell_bytes=info.parameters * kept.itemsize - sum(by_block),
-        dequantised=format_of(config) if unpacks else None,
+        dequantised=None if unpacks is None else format_of(config),
         scratch_bytes=scratch_bytes(config, (tuple(p.shape) for p in shell.parameters()), kept.itemsize),
     )
+    _refuse_ragged(source, config, shell, unpacks)
+    return found
 
 
 def stored_bytes(spec: Any, revision: str | None = None) -> int | None:
@@ -268,7 +271,7 @@ def _shell(source: Source, config: Any, trust_remote_code: bool) -> nn.Module:
         raise explain(error, source, "config") from error
 
 
-def _refuse_early(source: Source, config: Any, trust_remote_code: bool) -> Anatomy | None:
+def _refuse_early(source: Source, config: Any, trust_remote_code: bool, unpacks: Any) -> Anatomy | None:
     """The anatomy without weights, so that an unreadable family is refused before gigabytes are loaded.
 
     Code that comes with a model may not be able to build on the meta device; it is then judged after loading.
@@ -279,7 +282,21 @@ def _refuse_early(source: Source, config: Any, trust_remote_code: bool) -> Anato
         if trust_remote_code:
             return None
         raise
-    return find_anatomy(shell)
+    anatomy = find_anatomy(shell)
+    _refuse_ragged(source, config, shell, unpacks)
+    return anatomy
+
+
+def _refuse_ragged(source: Source, config: Any, shell: nn.Module, unpacks: Any) -> None:
+    """Refuse float8 blocks of several sizes: by the files of a folder, else by what the config says.
+
+    Args:
+        shell: The model without weights; it is used up.
+    """
+    if unpacks is not None and source.folder is not None:
+        refuse_ragged(source.id, stored_shapes(source.folder, source.id), config)
+    elif unpacks is not None:
+        refuse_ragged(source.id, planned_shapes(shell, config, unpacks), config)
 
 
 def _reads_text(anatomy: Anatomy | None) -> bool:

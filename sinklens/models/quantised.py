@@ -8,12 +8,14 @@ stored weights stand for, rounded to the dtype of the config. Activations are no
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from sinklens.core.errors import ModelError
 
@@ -24,6 +26,12 @@ SCRATCH = 9
 stored, 0.5 to 1."""
 MXFP4_CHUNK = 2**30
 """Values that transformers dequantises at a time."""
+
+SCALES = ".weight_scale_inv"
+"""How the names of float8 scales end, where their weights end with `.weight`."""
+
+EXPERTS = ".experts.down_proj"
+"""How transformers calls the maps of all experts together that write; each is stored as a weight of its own."""
 
 
 def _fp8_scratch(shape: tuple[int, ...], itemsize: int) -> int:
@@ -137,7 +145,7 @@ def _check_dtype(source: Source, config: Any, method: str, dtype: torch.dtype | 
         )
 
 
-def refuse_ragged(name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+def refuse_ragged(name: str, shapes: Mapping[str, tuple[int, ...]], config: Any) -> None:
     """Refuse float8 weights whose last blocks are smaller: transformers reads block sizes off the grid of scales.
 
     Args:
@@ -146,13 +154,13 @@ def refuse_ragged(name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
     Raises:
         ModelError: The first such weight is named.
     """
+    said = _block_size(config) or (0, 0)
     for key, grid in shapes.items():
-        weight = shapes.get(key.removesuffix("_scale_inv")) if key.endswith(".weight_scale_inv") else None
-        if weight is None or len(grid) < 2:
+        of = f"{key.removesuffix(SCALES)}.weight"
+        if not key.endswith(SCALES) or of not in shapes or len(grid) < 2:
             continue
-        values, scales = weight[-2:], grid[-2:]
-        if any(size % blocks for size, blocks in zip(values, scales, strict=True)):
-            of = key.removesuffix("_scale_inv")
+        values, scales = shapes[of][-2:], grid[-2:]
+        if any(map(_ragged, values, scales, said)):
             raise ModelError(
                 f"{name!r} cannot be dequantised: the blocks of {of} are not all of one size.",
                 detail=f"{list(values)} values have {list(scales)} scales; transformers divides the one by the other.",
@@ -160,22 +168,36 @@ def refuse_ragged(name: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
             )
 
 
-def refuse_unstreamable_format(source: Source, config: Any) -> None:
-    """Refuse formats that no operation of transformers undoes block by block.
+def _ragged(size: int, blocks: int, said: int) -> bool:
+    """Whether a last block is smaller: values cannot be divided evenly, or can but not into blocks of the size said."""
+    by_size = bool(said) and blocks == math.ceil(size / said) and blocks > 1
+    return size % blocks != 0 or (by_size and size % said != 0)
 
-    Raises:
-        ModelError: The format is named, and what can be done.
+
+def _block_size(config: Any) -> Sequence[int] | None:
+    found = _stored(config)
+    return found.get("weight_block_size") if isinstance(found, dict) else None
+
+
+def planned_shapes(shell: nn.Module, config: Any, unpacks: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of float8 weights and their scales, as the config says that they are stored; nothing of other formats.
+
+    Of experts only what they write with is told: gates and up projections are stored apart, and the model holds them
+    side by side.
+
+    Args:
+        shell: The model without weights; its maps are replaced.
+        unpacks: What `dequantising` gave.
     """
-    method = format_of(config)
-    if method is None or method in FORMATS:
-        return
-    library = LIBRARIES.get(method)
-    needs = f" (in memory; transformers needs: pip install {library})" if library else ""
-    raise ModelError(
-        f"{source.id!r} is quantised ({method}), which cannot be streamed block by block.",
-        detail=f"Dequantised while they are read: {' and '.join(FORMATS)}.",
-        hint=f"Use --stream off{needs}, or stream the unquantised checkpoint.",
-    )
+    if unpacks is None or format_of(config) != "fp8":
+        return {}
+    from transformers.quantizers.auto import get_hf_quantizer
+
+    quantizer: Any = get_hf_quantizer(copy.deepcopy(config), copy.deepcopy(unpacks), None, True, {})[0]
+    quantizer.quantization_config.dequantize = False  # the maps as they are stored
+    quantizer.preprocess_model(shell, dtype=torch.bfloat16)
+    shapes = {name: tuple(p.shape) for name, p in shell.named_parameters()}
+    return {name.replace(EXPERTS, f"{EXPERTS}.weight"): shape for name, shape in shapes.items()}
 
 
 def scratch_bytes(config: Any, shapes: Iterable[tuple[int, ...]], itemsize: int) -> int:

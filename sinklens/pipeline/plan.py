@@ -29,7 +29,14 @@ from .prepare import (
     those_that_apply,
 )
 from .query_blocks import described_blocks
-from .streamed_blocks import StreamCost, budget_of, device_of_run, stream_cost
+from .streamed_blocks import (
+    StreamCost,
+    budget_of,
+    device_of_run,
+    obstacle_to_streaming,
+    refuse_streaming,
+    stream_cost,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -85,6 +92,8 @@ def predict(model: str | None, options: ProfileOptions) -> tuple[ModelDescriptio
     from sinklens.models.processors import load_processor
 
     analyzers = analyzers_for(options)
+    if options.stream == "on":
+        refuse_streaming(model, options)
     described = describe_model(
         model, revision=options.revision, dtype=options.dtype, trust_remote_code=options.trust_remote_code
     )
@@ -103,7 +112,9 @@ def predict(model: str | None, options: ProfileOptions) -> tuple[ModelDescriptio
     plan = reading(plan_for(options, analyzers), options, prompts)
     on_cpu = options.device in (None, "cpu")
     found = prediction(described, prompts, plan, on_cpu=on_cpu, device=device_of_run(options))
-    found = _streamed(options, described, prompts, plan, found)
+    too_large = options.stream == "auto" and found.fits is False
+    if options.stream == "on" or (too_large and obstacle_to_streaming(model, options) is None):
+        found = _streamed(model, options, described, prompts, plan, found)
     asked = experiments_of(options, analyzers, prompts, described.info.layers)
     for cost in asked.values():
         cost["seconds"] = seconds_for(described, cost["tokens"]) if on_cpu else None
@@ -111,15 +122,19 @@ def predict(model: str | None, options: ProfileOptions) -> tuple[ModelDescriptio
 
 
 def _streamed(
+    model: str | None,
     options: ProfileOptions,
     described: ModelDescription,
     prompts: PromptSet,
     plan: TracePlan,
     found: Prediction,
 ) -> Prediction:
-    """The prediction with blocks streamed, if they are to be."""
-    if options.stream == "off" or (options.stream == "auto" and found.fits is not False):
-        return found
+    """The prediction with blocks streamed.
+
+    Raises:
+        SinklensError: As the run itself would, of a model that cannot be streamed.
+    """
+    refuse_streaming(model, options)
     needed = f"{size(found.weights + found.working)} are needed to hold all blocks"
     why = "asked for" if options.stream == "on" else f"{needed}, {size(found.available)} are free"
     batches = partition(prompts.prompts, most=plan.batch_prompts, tokens=plan.batch_tokens)

@@ -36,7 +36,7 @@ from .options import ProfileOptions
 from .picture_prompts import has_pictures, read_pictures, refuse_without_pictures, wants_pictures
 from .query_blocks import fitting_blocks
 from .sinks import with_sinks
-from .streamed_blocks import budget_of, choose
+from .streamed_blocks import budget_of, choose, refuse_in_memory
 from .visual_experiments import EXIT, HORIZON, REMOVAL
 
 DEFAULT_PROMPTS, DEFAULT_SEQ_LEN = 32, 512
@@ -96,6 +96,8 @@ def prepare(
         resumed: The folder of an interrupted run that goes on.
     """
     analyzers = analyzers_for(options)
+    if not streaming:
+        refuse_in_memory(options)
     source = {
         "tokenizer": tokenizer,
         "processor": processor,

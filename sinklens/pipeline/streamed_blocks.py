@@ -10,6 +10,7 @@ from torch import nn
 
 from sinklens.core.errors import UsageError
 from sinklens.models.spec import OpenedModel
+from sinklens.models.streamable import refuse_unstreamable_source
 from sinklens.models.streaming import BUDGET
 
 from .cost import parse_size, size
@@ -77,15 +78,14 @@ def choose(model: Any, options: ProfileOptions) -> Choice:
     """Whether to stream: as asked for, else where the model is predicted not to fit into memory.
 
     Raises:
-        UsageError: Asked for where it cannot be.
+        SinklensError: As `refuse_streaming`, if it was asked for.
     """
     if options.stream == "off":
         return Choice(False, "switched off")
-    obstacle = _obstacle(model, options)
     if options.stream == "on":
-        if obstacle is not None:
-            raise UsageError(f"--stream on was asked for, but {obstacle}.", hint="Leave it out.")
+        refuse_streaming(model, options)
         return Choice(True, "asked for")
+    obstacle = obstacle_to_streaming(model, options)
     if obstacle is not None or _small(model, options):
         return Choice(False, obstacle or "small")
     from .plan import predict
@@ -97,7 +97,38 @@ def choose(model: Any, options: ProfileOptions) -> Choice:
     return Choice(True, f"{needed} are needed to hold all blocks, {free} are free")
 
 
-def _obstacle(model: Any, options: ProfileOptions) -> str | None:
+def refuse_streaming(model: Any, options: ProfileOptions) -> None:
+    """Refuse, before any weights are read, to stream a model that cannot be, as opening it streamed would.
+
+    Raises:
+        UsageError: Something that was asked for is in the way.
+        ModelError: The model cannot be read block by block.
+    """
+    from sinklens.models.catalog import locate
+    from sinklens.models.loading import load_config
+
+    obstacle = obstacle_to_streaming(model, options)
+    if obstacle is not None:
+        raise UsageError(f"--stream on was asked for, but {obstacle}.", hint="Leave it out.")
+    source = locate(model, options.revision)
+    refuse_unstreamable_source(source, load_config(source, options.trust_remote_code))
+
+
+def refuse_in_memory(options: ProfileOptions) -> None:
+    """Refuse streaming where weights are changed, which must be in memory for that.
+
+    Raises:
+        UsageError: It was asked for.
+    """
+    if options.stream == "on":
+        raise UsageError(
+            "Only a profile can be streamed: mitigations and probes change weights or generate, which takes all blocks "
+            "in memory.",
+            hint="Leave out --stream; the model itself can be looked at with: sinklens profile --stream on",
+        )
+
+
+def obstacle_to_streaming(model: Any, options: ProfileOptions) -> str | None:
     """Why this model cannot be streamed at all, None if it can."""
     if isinstance(model, nn.Module | OpenedModel) or not (
         model is None or isinstance(model, str) or _path(model)

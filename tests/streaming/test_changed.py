@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sinklens.core.errors import ModelError
+from sinklens.models import streamable
 from sinklens.models.opening import open_model
-from sinklens.models.streaming import opening
 from sinklens.tracers.batch import collate
 from sinklens.tracers.executor import trace
 from sinklens.tracers.interventions import EntriesSet, Entry
@@ -84,7 +84,7 @@ def test_blocks_that_share_keys_and_values_are_refused(tmp_path, monkeypatch):
         open_model(str(tmp_path), stream=True)
     assert "Block 2" in str(caught.value)
     # Where no config says so, the pass that replays are held against finds out.
-    monkeypatch.setattr(opening, "_refuse_sharing", lambda *_: None)
+    monkeypatch.setattr(streamable, "refuse_sharing", lambda *_: None)
     streamed = open_model(str(tmp_path), stream=True)
     with pytest.raises(ModelError, match="pass on more than their state") as caught:
         trace(streamed, prompts((23, 17)), PLAN)

@@ -9,5 +9,3 @@ from .blocks import sampled as sampled
 from .blocks import samples as samples
 from .blocks import walking as walking
 from .opening import open_streamed as open_streamed
-from .opening import refuse_unstreamable as refuse_unstreamable
-from .opening import shares_more as shares_more

@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from sinklens.core.errors import ModelError, SinklensError, UsageError
+from sinklens.core.errors import SinklensError
 
 from ..anatomy import find_anatomy
 from ..catalog import Source
 from ..checkpoint import INDEX, SINGLE, weight_files
 from ..failures import explain
 from ..loading import model_class
-from ..quantised import refuse_ragged, refuse_unstreamable_format
+from ..quantised import refuse_ragged
+from ..streamable import refuse_unstreamable_source
 from .blocks import SHELL, StreamedBlocks
 from .recipe import Recipes, put
 from .tensors import NUMBERS, StoredTensors
@@ -44,8 +45,10 @@ def open_streamed(
     Raises:
         ModelError: The files cannot be read block by block, or something is wrong with them.
     """
-    refuse_unstreamable_format(source, config)
+    refuse_unstreamable_source(source, config)
     stored = StoredTensors.of(checkpoint_files(source), source.id)
+    if dequantising is not None:
+        refuse_ragged(source.id, {key: stored.shape_of(key) for key in stored.where}, config)
     try:
         quantizer, config = _quantizer(config, dequantising)
         module, kept = _without_weights(stored, config, dtype, trust_remote_code, quantizer)
@@ -54,14 +57,11 @@ def open_streamed(
     except Exception as error:
         raise explain(error, source, "weights") from error
     blocks = find_anatomy(module).main.blocks
-    _refuse_sharing(module.config, len(blocks))
     starts = {f"{block.path}.": block.index for block in blocks}
 
     def group_of(name: str) -> int | str:
         return next((index for start, index in starts.items() if name.startswith(start)), SHELL)
 
-    if quantizer is not None:
-        refuse_ragged(source.id, {key: stored.shape_of(key) for key in stored.where})
     recipes = Recipes(module, stored, kept, group_of, quantizer)
     put(module, recipes.make(SHELL))
     missing = _missing(module, recipes)
@@ -98,34 +98,6 @@ def checkpoint_files(source: Source) -> list[Path]:
         return [Path(path) for path in found]
     except Exception as error:
         raise explain(error, source, "weights") from error
-
-
-def refuse_unstreamable(device_map: Any, quantization: Any) -> None:
-    """Refuse what decides differently where weights are, or what they are."""
-    if device_map is not None:
-        raise UsageError(
-            "A streamed model runs on one device, so a device map has no place.",
-            hint="Give --device, or leave --stream off.",
-        )
-    if quantization is not None:
-        raise UsageError("A streamed model is not quantised while it is loaded.", hint="Use --stream off.")
-
-
-def shares_more(family: str, index: int) -> ModelError:
-    """The refusal of a model whose block `index` is the first that needs more than the state before it."""
-    return ModelError(
-        f"{family} cannot be streamed: its blocks pass on more than their state.",
-        detail=f"Block {index} does not do what it does in an ordinary pass when it is run on its own.",
-        hint="Use --stream off, on a machine whose memory holds it.",
-    )
-
-
-def _refuse_sharing(config: Any, blocks: int) -> None:
-    """Refuse, before anything is read, models whose config says that late blocks read keys of earlier ones."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    shared = getattr(text, "num_kv_shared_layers", None) or 0
-    if shared:
-        raise shares_more(config.model_type, blocks - shared)
 
 
 def _quantizer(config: Any, dequantising: Any) -> tuple[Any, Any]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from sinklens.core.errors import ModelError
 
 from ..checkpoint import TensorHeader, read_header
+from ..streamable import refuse_pickle
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -98,11 +99,7 @@ class StoredTensors:
         where: dict[str, tuple[Path, TensorHeader]] = {}
         written: dict[Path, int] = {}
         for path in files:
-            if path.suffix != ".safetensors":
-                raise ModelError(
-                    f"{name!r} keeps its weights in {path.name}, which cannot be read block by block.",
-                    hint="Save it as safetensors (save_pretrained of transformers), or use --stream off.",
-                )
+            refuse_pickle(path, name)
             written[path] = path.stat().st_mtime_ns
             for key, header in read_header(path, name).items():
                 if header.dtype not in DTYPES:

@@ -15,7 +15,8 @@ from torch import Tensor
 from sinklens.core.errors import ResourceError, SinklensError
 from sinklens.inputs.spec import Prompt
 from sinklens.models.spec import OpenedModel
-from sinklens.models.streaming import StreamedBlocks, shares_more
+from sinklens.models.streamable import shares_more
+from sinklens.models.streaming import StreamedBlocks
 from sinklens.models.sums import find_sums
 
 from ..attention import sites, unedited
