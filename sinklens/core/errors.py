@@ -48,6 +48,10 @@ class ResourceError(SinklensError):
     exit_code = 4
 
 
+class OutOfMemory(ResourceError):
+    """Memory ran out while a model was opened or run."""
+
+
 class SelfCheckError(SinklensError):
     """A check on the measurement itself failed, so there is no verdict."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from sinklens.core.errors import ModelError, ResourceError, SinklensError
+from sinklens.core.errors import ModelError, OutOfMemory, SinklensError
 
 from .catalog import Source
 
@@ -85,7 +85,7 @@ def _is_offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def _memory(chain: list[BaseException], source: Source) -> ResourceError | None:
+def _memory(chain: list[BaseException], source: Source) -> OutOfMemory | None:
     import torch
 
     full = any(
@@ -94,9 +94,9 @@ def _memory(chain: list[BaseException], source: Source) -> ResourceError | None:
     )
     if not full:
         return None
-    return ResourceError(
+    return OutOfMemory(
         f"There is not enough memory to load {source.id!r}.",
-        hint="Try --dtype bf16, --device-map auto, or a smaller model; --dry-run predicts the memory.",
+        hint="--dry-run predicts the memory. Try: --dtype bf16, or --device-map auto, or a smaller model",
     )
 
 

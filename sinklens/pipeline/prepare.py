@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from sinklens.tracers.streaming.check import check_streamed
 
 from .backends import chosen_backend, named_analyzers, refuse_lacking
 from .listener import Listener
+from .memory import memory_told
 from .options import ProfileOptions
 from .picture_prompts import has_pictures, read_pictures, refuse_without_pictures, wants_pictures
 from .query_blocks import fitting_blocks
@@ -60,6 +61,7 @@ class Prepared:
 
     Attributes:
         reopen: The same model in another dtype (`float32`, ...), for experiments; never the caller's own object.
+        model: The model as it was given, by name or in memory.
     """
 
     opened: OpenedModel
@@ -67,6 +69,7 @@ class Prepared:
     analyzers: tuple[Analyzer, ...]
     plan: TracePlan
     reopen: Callable[[str], OpenedModel]
+    model: Any
 
 
 def analyzers_for(options: ProfileOptions) -> tuple[Analyzer, ...]:
@@ -110,7 +113,9 @@ def prepare(
     choice = choose(model, options) if streaming else None
     if choice is not None and choice.on:
         source["stream"] = True
-    opened = open_with(model, backend=backend, dtype=options.dtype, **source)
+    held = choice is not None and not choice.on
+    with memory_told("the model was opened", model, options, streams=held):
+        opened = open_with(model, backend=backend, dtype=options.dtype, **source)
     if opened.blocks is not None and choice is not None:
         opened.blocks.budget, opened.blocks.why = budget_of(options), choice.why
         if resumed is not None:
@@ -125,7 +130,10 @@ def prepare(
 
     listener.opened(opened)
     if not wants_pictures(options, opened.default_prompts):
-        with nullcontext() if opened.blocks is None else sampled(opened.blocks, opened.anatomy):
+        with (
+            memory_told("the model was run for the first time", model, options, streams=held),
+            _whole(opened),
+        ):
             _reads_text(opened)
     prompts = prompts_for(options, opened)
     refuse_without_pictures(options.analyzers, prompts)
@@ -136,7 +144,12 @@ def prepare(
     listener.planned(prompts, analyzers)
     plan = with_sinks(plan, options, opened, prompts, analyzers)
     refuse_sampling(plan, opened, prompts)
-    return Prepared(opened, prompts, analyzers, recordable(opened, plan), reopen)
+    return Prepared(opened, prompts, analyzers, recordable(opened, plan), reopen, model)
+
+
+def _whole(opened: OpenedModel) -> AbstractContextManager[Any]:
+    """Inside, the model can be run in one go: blocks that stay on disk are represented by a few."""
+    return nullcontext() if opened.blocks is None else sampled(opened.blocks, opened.anatomy)
 
 
 def reading(plan: TracePlan, options: ProfileOptions, prompts: PromptSet) -> TracePlan:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from sinklens.core.counts import counted
 from sinklens.core.errors import InterruptedRun, SelfCheckError, SinklensError
@@ -18,6 +18,7 @@ from sinklens.tracers.trace import Trace
 
 from .experiments import Setting, run_experiments, without_experiments
 from .listener import Listener
+from .memory import memory_told
 from .options import ProfileOptions
 from .prepare import Prepared, checked_plan, prepare
 from .query_blocks import described_blocks
@@ -30,6 +31,9 @@ from .words import note_words
 
 class Session:
     """One run from the self-check to the saved result."""
+
+    alone: ClassVar[bool] = True
+    """Whether one process runs it; of several none can stream."""
 
     def __init__(
         self,
@@ -52,6 +56,11 @@ class Session:
         Args:
             before: The manifest of the interrupted run that this one continues.
         """
+        held = self.alone and self.prepared.opened.blocks is None
+        with memory_told("the model was run", self.prepared.model, self.options, streams=held):
+            return self._run(before)
+
+    def _run(self, before: dict[str, Any] | None) -> Run:
         plan, checks = self._checked()
         self.listener.checked(checks)
         empty = empty_trace(self.prepared.opened, plan)

@@ -163,6 +163,8 @@ class _Task:
 class TogetherSession(Session):
     """The leader's session: checks of all processes, the main pass by all, everything else as in one process."""
 
+    alone = False
+
     def __init__(
         self,
         prepared: Prepared,

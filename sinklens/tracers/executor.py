@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from sinklens.core.errors import ResourceError
+from sinklens.core.errors import OutOfMemory
 from sinklens.inputs.spec import Prompt, PromptSet
 from sinklens.kernels.choice import statistics_kernel
 from sinklens.kernels.spec import BlockPlan
@@ -186,7 +186,7 @@ def trace(
         progress: Called with (prompts done, prompts in all) after each batch.
 
     Raises:
-        ResourceError: Memory ran out; finished batches are in the store.
+        OutOfMemory: Finished batches are in the store.
     """
     if not isinstance(model, OpenedModel):
         with modes_restored(model):
@@ -209,7 +209,7 @@ def trace(
         result.records += trace_streamed(opened, groups, plan, store=store, progress=progress)
         groups = []
     for group in groups:
-        records = run_group(opened, group, plan, device, len(done))
+        records = run_group(opened, group, plan, device, len(done), saved=store is not None)
         result.records += records
         done |= {record.index for record in records}
         if store:
@@ -248,19 +248,25 @@ def empty_trace(opened: OpenedModel, plan: TracePlan) -> Trace:
 
 
 def run_group(
-    opened: OpenedModel, group: Collection[Prompt], plan: TracePlan, device: torch.device, done: int
+    opened: OpenedModel,
+    group: Collection[Prompt],
+    plan: TracePlan,
+    device: torch.device,
+    done: int,
+    *,
+    saved: bool = True,
 ) -> list[PromptRecord]:
-    """The records of one batch, after `done` prompts."""
+    """The records of one batch, after `done` prompts, which are saved or not."""
     pad = getattr(opened.tokenizer, "pad_token_id", None) or 0
     try:
         batch = collate(list(group), pad_id=pad, device=device)
         return trace_batch(opened, batch, plan, logits=False).records
     except (torch.OutOfMemoryError, MemoryError) as error:
         longest = max(len(prompt) for prompt in group)
-        raise ResourceError(
+        raise OutOfMemory(
             f"Out of memory after {done} prompts, in a batch of {len(group)} x {longest} tokens.",
-            detail="The finished prompts are saved.",
-            hint=f"Try: --batch-size 1, or --seq-len {max(32, longest // 2)}, or --resume with --device-map auto",
+            detail="The finished prompts are saved." if saved else None,
+            hint=f"Try: --batch-size 1, or --seq-len {max(32, longest // 2)}, or --device-map auto",
         ) from error
 
 
