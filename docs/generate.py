@@ -168,6 +168,8 @@ def _analyzer(method: dict[str, Any], *, default: bool) -> str:
         "",
         f"**Parameters.** {', '.join(settings) or 'none'}.",
         "",
+        f"**Summary.** {', '.join(f'`{name}`' for name in method['summarises'])}.",
+        "",
         f"**Signals.** {', '.join(f'`{name}`' for name in method['needs']) or 'none: it reads the experiments'}.",
         "",
         f"**Reference.** {reference['authors'].replace(' and ', ', ')} ({reference['year']}). "

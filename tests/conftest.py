@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from typing import Any
 
 # Before torch or a tokenizer is imported anywhere: both read these once.
 os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
@@ -26,6 +28,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _summaries_are_said() -> Iterator[None]:
+    """No analyzer summarises, in any test, what its class does not say; `--fail-if` would refuse to be asked for it."""
+    from sinklens.analyzers.base import Analyzer, Finding
+
+    made = Analyzer.finding
+
+    def finding(self: Analyzer, *given: Any, **named: Any) -> Finding:
+        found = made(self, *given, **named)
+        unsaid = [] if self.summarises is None else found.summary.keys() - {*self.summarises}
+        assert not unsaid, f"{type(self).__name__}.summarises lacks {sorted(unsaid)}"
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Analyzer, "finding", finding)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -58,6 +58,7 @@ class AttentionConcentration(Analyzer):
         "</mrow></mfrac></math>"
     )
     needs = frozenset({sig.ATTENTION_RECEIVED, sig.ATTENTION_RECEIVED_MEAN, sig.VISIBLE_QUERIES})
+    summarises = ("n_prompts", "pressed", "mean_weight")
     reference = Reference(
         key="sung2025rsq",
         title="RSQ: Learning from Important Tokens Leads to Better Quantized LLMs",

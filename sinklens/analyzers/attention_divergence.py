@@ -52,6 +52,7 @@ class AttentionDivergence(Analyzer):
         "<msub><mi>a</mi><mi>j</mi></msub><mo>≤</mo><mi>α</mi></math>"
     )
     needs = frozenset({pic.HEAD_MAX_RECEIVED})
+    summarises = ("n_prompts", "most", "most_layer")
     reference = Reference(
         key="ye2024fit",
         title="Fit and Prune: Fast and Training-free Visual Token Pruning for Multi-modal Large Language Models",

@@ -72,6 +72,7 @@ class AttentionEntropy(Analyzer):
             sig.KEPT_POSITIONS,
         }
     )
+    summarises = ("n_sink_heads", "n_heads", "row_entropy", "row_ratio", "column_ratio", "column_ratio_first")
     reference = ACTIVE_DORMANT.at("code only: LLM/src/entropy.py and LLM/src/hook.py")
 
     def __post_init__(self) -> None:

@@ -59,6 +59,10 @@ class BackgroundShare(Analyzer):
         "</mtext><mo>)</mo><mo>−</mo><mi>P</mi><mo>(</mo><mtext>background</mtext><mo>)</mo></math>"
     )
     needs = frozenset({sig.PHI, sig.OBJECT_SHARE})
+    summarises = (
+        "n_prompts", "sinks", "tokens", "background", "base_rate", "difference", "ci_low", "ci_high",
+        "enrichment",
+    )  # fmt: skip
     reference = VISUAL_SINKS.at("share of visual sinks on the background")
 
     def __post_init__(self) -> None:

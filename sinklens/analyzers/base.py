@@ -94,6 +94,10 @@ class Finding:
         return card(self.title, self.verdict, self.notes, self.rows, self.units)
 
 
+FINDING_FIELDS = ("title", "status", "reason", "verdict", "rows", "notes")
+"""What can be asked of every finding, besides its summary."""
+
+
 class Analyzer(ABC):
     """Base of all analyzers: a frozen dataclass whose fields are the method's parameters.
 
@@ -109,6 +113,9 @@ class Analyzer(ABC):
     formula: ClassVar[str]
     needs: ClassVar[frozenset[Signal]]
     reference: ClassVar[Reference]
+    summarises: ClassVar[tuple[str, ...] | None] = None
+    """Every name that its summary may have: what `--fail-if` can ask of it. None where that is not said."""
+
     optional: ClassVar[frozenset[Signal]] = frozenset()
     """Of `needs`, signals without which it still answers, with less."""
 

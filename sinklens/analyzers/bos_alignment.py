@@ -59,6 +59,10 @@ class BosAlignment(Analyzer):
         "<mo>)</mo></math>"
     )
     needs = frozenset({sig.RESIDUAL_COSINE, sig.REFERENCE_POSITION, sig.RESIDUAL_NORM})
+    summarises = (
+        "cos2_mean", "cos2_max", "cos2_max_layer", "aligned_max", "aligned_max_layer", "sink_like_max",
+        "sink_like_max_layer", "random_level", "token", "same_token_share", "n_prompts",
+    )  # fmt: skip
     reference = Reference(
         key="cappellazzo2025mitigating",
         title="Mitigating Attention Sinks and Massive Activations in Audio-Visual Speech Recognition with LLMs",

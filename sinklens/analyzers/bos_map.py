@@ -57,6 +57,7 @@ class BosMap(Analyzer):
         "<mn>0.9</mn></math>"
     )
     needs = frozenset({pic.VISUAL_FIRST_COSINE})
+    summarises = ("n_prompts", "share", "median_largest")
     reference = Reference(
         key="cappellazzo2025mitigating",
         title="Mitigating Attention Sinks and Massive Activations in Audio-Visual Speech Recognition with LLMs",

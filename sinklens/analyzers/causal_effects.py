@@ -78,6 +78,10 @@ class CausalEffects(Analyzer):
         "<mtext>even</mtext></msub></mrow></mfrac></math>"
     )
     needs = frozenset()
+    summarises = (
+        "position", "sink_share", "uniform_share", "sink_rate", "base_loss", "carriers", "interventions",
+        "n_prompts", "tokens", "seed", "faint_heads", "calibration_prompts", "held_out",
+    )  # fmt: skip
     reference = MASSIVE_ACTIVATIONS.at(
         "3, massive activations set to zero and to their mean; D_sink: arXiv 2507.23279, equations 7 and 9"
     )

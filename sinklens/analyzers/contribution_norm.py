@@ -54,6 +54,10 @@ class ContributionNorm(Analyzer):
         "<msub><mi>W</mi><mi>O</mi></msub><mo>‖</mo></math>"
     )
     needs = frozenset({sig.CONTRIBUTION, sig.CLASS_VALUE_NORM, sig.KEY_CLASS_MASS, sig.KEY_CLASS_COUNT})
+    summarises = (
+        "n_prompts", "n_layers", "attention_ratio", "value_ratio", "contribution_ratio", "attending",
+        "less",
+    )  # fmt: skip
     reference = VISUAL_SINKS.at("contribution of visual sinks to the residual stream")
 
     def analyze(self, trace: Trace) -> Finding:

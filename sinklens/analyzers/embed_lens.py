@@ -60,6 +60,10 @@ class EmbedLens(Analyzer):
         "<msub><mi>e</mi><mi>i</mi></msub><mo>)</mo></math>"
     )
     needs = frozenset({pic.LENS_ID, pic.LENS_COSINE, pic.LENS_EXCLUDED})
+    summarises = (
+        "n_visual", "n_prompts", "layers", "cosine", "cosine_second", "common_tokens", "common_share",
+        "excluded_pad", "excluded_placeholder", "excluded_beyond_the_tokenizer", "excluded_untrained",
+    )  # fmt: skip
     reference = EMBED_LENS.at("the probe: cosine with the input embedding; semantic_identification.ipynb")
 
     @property

@@ -9,21 +9,20 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from sinklens.core.counts import counted, verb
+from sinklens.core.counts import counted
 from sinklens.core.figures import Figure, Heatmap, Lines, Series
 from sinklens.core.papers import SUPER_EXPERTS
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import Trace
 
 from .base import Analyzer, Finding, Status, registry
+from .cascade_words import AMPLIFIES, ERASES, FIRST, LABELS, ROUTED, UNITS, name_of, notes_on, verdict
 from .expert_routing import Routing, contributions, mean_known, routing_at, usual_neuron
 from .massive_activations import MassiveActivations
 from .spikes import COMMON, Group, Spike, share_written, trace_spike
 from .traced_entries import ATTENTION, BLOCK, SIGNALS
 from .writers import standing_out
 
-FIRST, AMPLIFIES, ERASES = "first writer", "amplifies", "erases"
-ROUTED = "routed"
 EFFECTS = ("sink_lost", "d_sink")
 
 
@@ -85,6 +84,11 @@ class ExpertCascade(Analyzer):
             sig.KEPT_POSITIONS,
         }
     )
+    summarises = (
+        "position", "token", "dim", "peak", "first_writer", "first_layer", "first_expert", "amplifiers",
+        "erasers", "n_amplifiers", "n_erasers", "share_written", "largest_sink_lost",
+        "largest_sink_lost_by", "n_prompts", "n_experts",
+    )  # fmt: skip
     reference = SUPER_EXPERTS.at("4, attention sinks and router scores; the roles in the cascade are ours")
 
     def analyze(self, trace: Trace) -> Finding:
@@ -109,13 +113,13 @@ class ExpertCascade(Analyzer):
         summary = _summary(trace, spike, rows)
         return self.finding(
             Status.FOUND if any(row["kind"] == ROUTED for row in rows) else Status.NOT_FOUND,
-            _verdict(spike, rows),
+            verdict(spike, rows),
             rows=rows,
             summary=summary,
             units=UNITS,
             labels=LABELS,
             figures=_figures(spike, shares, routing, rows),
-            notes=_notes(spike, shares, routing, below),
+            notes=notes_on(spike, shares, routing, below),
         )
 
     def _strongest(self, trace: Trace, places: Sequence[tuple[int, int]]) -> Spike | None:
@@ -148,31 +152,6 @@ class ExpertCascade(Analyzer):
             row["role"] = ERASES if row["share"] < 0 else FIRST if first else AMPLIFIES
             first = first and row["share"] < 0
         return rows
-
-
-UNITS = {
-    "share": "share of the entry's peak that this part adds (negative: takes away), mean over prompts",
-    "value": "what it adds to the entry, signed, routing weight included, mean over prompts",
-    "router_score": "router score on the sink token before the choice",
-    "router_score_others": "the same, mean over the other tokens",
-    "router_ratio": "ratio of the two",
-    "chosen": "share of prompts that route the sink token to the expert",
-    "chosen_others": "share of the other tokens routed to it",
-    "routing_weight": "mean routing weight of the sink token there",
-    "sink_lost": "drop of the sink's share without it / its share beyond even attention (1: down to even attention)",
-    "d_sink": "the paper's D_sink without the expert: 1 - mean over heads of attention after over before",
-}
-
-LABELS = {
-    "first_writer": "first writer",
-    "share_written": "share of the peak that the writing steps add up to",
-    "sink_lost": "sink lost without it",
-    "d_sink": "D_sink without it",
-    "largest_sink_lost": "largest part of the sink lost without one expert",
-    "largest_sink_lost_by": "without",
-    "n_amplifiers": "parts that amplify",
-    "n_erasers": "parts that erase",
-}
 
 
 def _expert_row(
@@ -258,13 +237,6 @@ def _effect(trace: Trace, layer: int, expert: int) -> dict[str, float | None]:
     return {name: measured.get(name, {}).get("mean") for name in EFFECTS}
 
 
-def _name(row: dict[str, Any]) -> str:
-    if row["kind"] == ROUTED:
-        return f"L{row['layer']}E{row['expert']}"
-    said = {"attention": "attention of block", "block": "block", "dense": "the dense MLP of block"}
-    return f"{said.get(row['kind'], 'shared experts of block')} {row['layer']}"
-
-
 def _summary(trace: Trace, spike: Spike, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     first = next((row for row in rows if row["role"] == FIRST), None)
     known = [row for row in rows if row["sink_lost"] is not None]
@@ -274,78 +246,20 @@ def _summary(trace: Trace, spike: Spike, rows: Sequence[dict[str, Any]]) -> dict
         "token": spike.token,
         "dim": spike.dim,
         "peak": spike.peak,
-        "first_writer": _name(first) if first else None,
+        "first_writer": name_of(first) if first else None,
         "first_layer": first["layer"] if first else None,
         "first_expert": first["expert"] if first else None,
-        "amplifiers": [_name(row) for row in rows if row["role"] == AMPLIFIES],
-        "erasers": [_name(row) for row in rows if row["role"] == ERASES],
+        "amplifiers": [name_of(row) for row in rows if row["role"] == AMPLIFIES],
+        "erasers": [name_of(row) for row in rows if row["role"] == ERASES],
         "n_amplifiers": sum(row["role"] == AMPLIFIES for row in rows),
         "n_erasers": sum(row["role"] == ERASES for row in rows),
         "share_written": share_written(spike),
         "largest_sink_lost": causal["sink_lost"] if causal else None,
-        "largest_sink_lost_by": _name(causal) if causal else None,
+        "largest_sink_lost_by": name_of(causal) if causal else None,
         "n_prompts": len(spike.paths),
         "n_experts": sum(layer.experts for layer in trace.layers)
         * spike.paths[0].record[sig.EXPERT_MAX].shape[1],
     }
-
-
-def _verdict(spike: Spike, rows: Sequence[dict[str, Any]]) -> str:
-    entry = f"dim {spike.dim} of position {spike.position} ({spike.token!r}, peak {spike.peak:.4g})"
-    if not any(row["kind"] == ROUTED for row in rows):
-        named = ", ".join(_name(row) for row in rows)
-        return f"No routed expert has a large part in {entry}{f'; it comes from {named}' if rows else ''}."
-
-    def said(role: str) -> str:
-        return ", ".join(f"{_name(r)} ({100 * r['share']:+.0f} %)" for r in rows if r["role"] == role)
-
-    first, more, fewer = (said(role) for role in (FIRST, AMPLIFIES, ERASES))
-    parts = [f"{first} writes {'first' if more else 'it'}"] if first else []
-    parts += [f"{more} {verb(more.count('%'), 'amplifies', 'amplify')}"] if more else []
-    parts += [f"{fewer} {verb(fewer.count('%'), 'erases', 'erase')}"] if fewer else []
-    return f"On {entry}: {'; '.join(parts)}.{_routing_sentence(rows)}"
-
-
-def _routing_sentence(rows: Sequence[dict[str, Any]]) -> str:
-    """How special the router finds the sink token, for the routed expert that writes most."""
-    writers = [
-        row for row in rows if row["kind"] == ROUTED and row["share"] > 0 and row["router_score"] is not None
-    ]
-    if not writers:
-        return ""
-    top = max(writers, key=lambda row: row["share"])
-    if top["router_score_others"] is None:
-        return ""
-    return (
-        f" The router gives {_name(top)} a score of {top['router_score']:.3g} on the sink token and "
-        f"{top['router_score_others']:.3g} on others."
-    )
-
-
-def _notes(
-    spike: Spike, shares: Float[np.ndarray, "prompt layer expert"], routing: Routing, below: bool
-) -> list[str]:
-    notes = []
-    if below:
-        notes.append(
-            "No entry is massive by the published rule; the one that stands out most is followed instead."
-        )
-    if np.isnan(routing.score).all():
-        notes.append("Router scores were not recorded at this position.")
-    if np.isnan(routing.weight).all():
-        notes.append(
-            "The routing of this position was not kept; only experts looked up at the entry have a share."
-        )
-    if spike.n_unread:
-        every = len(spike.paths) + spike.n_unread
-        notes.append(
-            f"Read in {len(spike.paths)} of {every} prompts: in the others too many entries are as large as this one."
-        )
-    if spike.same_sign < 1:
-        notes.append("Its sign differs between prompts: values are mean sizes with the sign of most prompts.")
-    if share_written(spike) < COMMON:
-        notes.append("The entry grows in many small steps; the parts listed write less than half of it.")
-    return notes
 
 
 def _figures(
@@ -380,7 +294,7 @@ def _figures(
             (Series("after the block", x, after, emphasis=True),),
             "layer",
             "value",
-            marks=tuple((float(row["layer"]), f"{_name(row)} {row['role']}") for row in rows)[:4],
+            marks=tuple((float(row["layer"]), f"{name_of(row)} {row['role']}") for row in rows)[:4],
         ),
     ]
     if not np.isnan(routing.score).all():

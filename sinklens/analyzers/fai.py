@@ -82,6 +82,10 @@ class Fai(Analyzer):
         "<mi>s</mi></mrow><mi>global</mi></msubsup></math>"
     )
     needs = frozenset({sig.FUTURE_INFLUENCE, sig.LOCAL_DISTANCE, sig.VISIBLE_QUERIES})
+    summarises = (
+        "n_prompts", "n_peaks", "n_anchors", "first_token", "n_waad_peaks", "follows_waad_peak",
+        "follows_any_token", "coupling_p",
+    )  # fmt: skip
     reference = PREPLAN_AND_ANCHOR
 
     def __post_init__(self) -> None:

@@ -62,6 +62,7 @@ class GazeShift(Analyzer):
         "<mi>q</mi><mo>-</mo><mn>1</mn><mo>,</mo><mi>v</mi></mrow></msub><mo>)</mo><mo>)</mo></math>"
     )
     needs = frozenset({pic.GAZE_SHIFT, pic.QUERIES_RECEIVED, pic.QUERIES_VISIBLE})
+    summarises = ("layer", "agreement", "n_prompts")
     reference = GAZE_SHIFTS.at("gaze shift saliency; inference.py, lines 210-258")
 
     def analyze(self, trace: Trace) -> Finding:

@@ -70,6 +70,10 @@ class HeadClasses(Analyzer):
     needs = frozenset(
         {sig.ATTENTION_TAIL, sig.TAIL_ENTROPY, sig.TAIL_PEAK, sig.KEPT_POSITIONS, sig.VISIBLE_QUERIES}
     )
+    summarises = (
+        "n_heads", "n_prompts", "first", "n_strong_sink", "n_moderate_sink", "n_distributed", "n_recency",
+        "n_mixed",
+    )  # fmt: skip
     reference = SINK_PROFILER
 
     def __post_init__(self) -> None:

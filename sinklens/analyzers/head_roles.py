@@ -101,6 +101,12 @@ class HeadRoles(Analyzer):
     )
     optional = PrimarySinks.optional
     needs = PrimarySinks.needs | {sig.REFERENCE_POSITION, sig.REFERENCE_MASS}
+    summarises = (
+        "position", "token", "n_heads", "n_prompts", "domains", "dormant_by_domain", "n_dormant",
+        "n_by_domain", "n_switching", "n_partial", "n_active", "dormant", "by_domain", "switching",
+        "mean_dormancy", "largest_contrast", "on_learned_sink", "zeroed_heads", "zeroed_loss_change",
+        "zeroed_loss_change_low", "zeroed_loss_change_high", "zeroed_loss_change_others",
+    )  # fmt: skip
     reference = ACTIVE_DORMANT.at("active-dormant mechanism in pretrained language models")
 
     def __post_init__(self) -> None:

@@ -70,6 +70,10 @@ class ImageCentricHeads(Analyzer):
     needs = frozenset(
         {sig.NONSINK_RATIO, sig.NONSINK_RATIO_MEAN, sig.KEY_CLASS_MASS, sig.KEY_CLASS_COUNT, sig.VISUAL_MASS}
     )
+    summarises = (
+        "n_prompts", "n_queries", "n_heads", "heads_in_all", "selected_mean", "selected_max",
+        "selected_max_layer", "selected_max_head", "least_ratio", "layers_with_visual_sinks",
+    )  # fmt: skip
     reference = VISUAL_SINKS.at("selecting image-centric heads: visual non-sink ratio, Eq. 3")
 
     def __post_init__(self) -> None:

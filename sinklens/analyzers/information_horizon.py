@@ -55,6 +55,7 @@ class InformationHorizon(Analyzer):
         "<mo>|</mo><mi>g</mi><mo>)</mo><mo>-</mo><mi>p</mi><mo>(</mo><mi>y</mi><mo>|</mo><mo>∅</mo><mo>)</mo></math>"
     )
     needs = frozenset()
+    summarises = ("n_prompts", "n_windows", "horizon_median", "never", "full")
     reference = RANDOM_VISUAL_TOKENS.at("information of token groups and the information horizon")
 
     def __post_init__(self) -> None:

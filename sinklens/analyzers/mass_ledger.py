@@ -73,6 +73,10 @@ class MassLedger(Analyzer):
     )
     needs = PrimarySinks.needs | {sig.PHI, QUERIES_RECEIVED}
     optional = PrimarySinks.optional | {sig.PHI, QUERIES_RECEIVED}
+    summarises = (
+        "text_sink", "other", "text_sinks", "unaccounted", "rule", "queries", "n_prompts", "learned_sink",
+        "visual_sink", "visual_nonsink", "visual_sinks",
+    )  # fmt: skip
     reference = VISUAL_SINKS.at("text sinks, visual sinks and the attention on them")
 
     def __post_init__(self) -> None:

@@ -65,6 +65,10 @@ class MassiveActivations(Analyzer):
         "<mi>h</mi><mi>l</mi></msub><mo>|</mo></mrow></math>"
     )
     needs = frozenset({sig.RESIDUAL_NORM, sig.RESIDUAL_MEDIAN, sig.RESIDUAL_TOP, sig.DOWN_PROJ_TOP})
+    summarises = (
+        "dims", "positions", "first_layer", "last_layer", "n_prompts", "max_abs", "max_ratio", "max_layer",
+        "max_position", "max_token", "max_dim", "largest_abs", "max_written_at", "max_down_proj_output",
+    )  # fmt: skip
     reference = MASSIVE_ACTIVATIONS.at("2, definition of massive activations")
 
     def __post_init__(self) -> None:

@@ -56,6 +56,7 @@ class MatrixEntropy(Analyzer):
         "</math>"
     )
     needs = frozenset({pic.QUERY_ENTROPY})
+    summarises = ("n_prompts", "collapse_layer", "largest_drop")
     reference = Reference(
         key="entropyprune2026",
         title="EntropyPrune: Matrix Entropy Guided Visual Token Pruning for Multimodal Large Language Models",

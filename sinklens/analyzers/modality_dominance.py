@@ -64,6 +64,10 @@ class ModalityDominance(Analyzer):
         "<mo>|</mo></mrow></mfrac></math>"
     )
     needs = frozenset({pic.QUERIES_RECEIVED, pic.QUERIES_VISIBLE})
+    summarises = (
+        "n_prompts", "mdi_early", "aei_text_early", "mdi_other_early", "mdi_middle", "aei_text_middle",
+        "mdi_other_middle", "mdi_late", "aei_text_late", "mdi_other_late",
+    )  # fmt: skip
     reference = Reference(
         key="wu2025when",
         title="When Language Overrules: Revealing Text Dominance in Multimodal Large Language Models",

@@ -57,6 +57,7 @@ class NormalisedAttention(Analyzer):
         "<mi>k</mi></mrow></mfrac></math>"
     )
     needs = frozenset({sig.PROBE_RECEIVED, sig.PROBE_VISIBLE})
+    summarises = ("n_prompts", "recipe", "lift", "position", "salient_in_both")
     reference = Reference(
         key="he2024zipcache",
         title="ZipCache: Accurate and Efficient KV Cache Quantization with Salient Token Identification",

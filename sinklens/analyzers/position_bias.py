@@ -60,6 +60,7 @@ class PositionBias(Analyzer):
         "<mi>σ</mi><mi>x</mi></mrow></msup></math>"
     )
     needs = frozenset({pic.QUERIES_RECEIVED, pic.QUERIES_VISIBLE})
+    summarises = ("n_prompts", "left_out", "n_visual", "sigma_median", "biased_layers")
     reference = ATTENTION_DEBIASING.at("position debiasing")
 
     def __post_init__(self) -> None:

@@ -90,6 +90,13 @@ class PrimarySinks(Analyzer):
             sig.RESIDUAL_NORM,
         }
     )
+    summarises = (
+        "sink_rate", "sink_rate_ci_low", "sink_rate_ci_high", "strongest_position", "share",
+        "uniform_share", "epsilon", "heads_in_all", "first_position_rate", "first_position_share",
+        "seq_len", "seq_len_min", "seq_len_max", "n_prompts", "heads", "dormant_heads", "learned_sink_mass",
+        "value_drain", "norm_sink_positions", "agree", "attention_only", "norm_only", "share_se",
+        "rate_low", "rate_high", "rows_sampled", "rows_in_all",
+    )  # fmt: skip
     reference = WHEN_SINKS_EMERGE.at("3, attention sink metric")
 
     def __post_init__(self) -> None:

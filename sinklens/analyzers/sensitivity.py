@@ -65,6 +65,11 @@ class Sensitivity(Analyzer):
         "<mi>ε</mi></msup><mo>[</mo><mtext>run</mtext><mo>]</mo><mo>)</mo></math>"
     )
     needs = frozenset()
+    summarises = (
+        "kind", "sink_rate", "sink_rate_ci_low", "sink_rate_ci_high", "share", "position", "found",
+        "n_prompts", "seq_len", "epsilon", "dtype", "variants", "variants_run", "depends_on",
+        "appears_with", "strength_depends_on",
+    )  # fmt: skip
     reference = WHEN_SINKS_EMERGE.at("3, attention sink under different inputs")
 
     def analyze(self, trace: Trace) -> Finding:

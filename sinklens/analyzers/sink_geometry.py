@@ -103,6 +103,13 @@ class SinkGeometry(Analyzer):
         sig.VALUE_OUT_NORM,
         sig.VALUE_OUT_NORM_MEAN,
     }
+    summarises = (
+        "position", "token", "n_sink_heads", "cosine", "cosine_all_heads", "cosine_others",
+        "cosine_others_all_heads", "cosine_contrast", "cosine_contrast_all_heads", "key_ratio",
+        "key_ratio_all_heads", "value_ratio", "value_ratio_all_heads", "value_out_ratio",
+        "value_out_ratio_all_heads", "n_heads_compared", "n_drained", "n_drain_known", "angle_effect",
+        "length_effect", "other_sinks",
+    )  # fmt: skip
     reference = WHEN_SINKS_EMERGE.at("cosine similarity and norms of keys and values at the first token")
 
     def __post_init__(self) -> None:

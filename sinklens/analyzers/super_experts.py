@@ -117,6 +117,12 @@ class SuperExperts(Analyzer):
             sig.KEPT_POSITIONS,
         }
     )
+    summarises = (
+        "threshold_percentile", "threshold_fraction", "threshold_floor", "percentile_used", "experts_seen",
+        "experts", "projections_compared", "largest", "median", "n_prompts", "n_found", "causal_ranking",
+        "sink_rate_with_all", "share_with_all", "sink_rate_without_them", "share_without_them",
+        "sink_rate_without_others", "share_without_others",
+    )  # fmt: skip
     reference = SUPER_EXPERTS.at("3, equations 6 to 8")
 
     def __post_init__(self) -> None:

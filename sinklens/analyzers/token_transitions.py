@@ -60,6 +60,7 @@ class TokenTransitions(Analyzer):
         "<mo>|</mo><mo>)</mo><mo>·</mo><mi>m</mi></math>"
     )
     needs = pic.OF_TRANSITIONS
+    summarises = ("n_prompts", "first_layer", "last_layer", "top_tenth", "even")
     reference = Reference(
         key="li2025transprune",
         title="TransPrune: Token Transition Pruning for Efficient Large Vision-Language Model",

@@ -72,6 +72,10 @@ class VisionTowerSinks(Analyzer):
         "<mi>k</mi><mi>MAD</mi></math>"
     )
     needs = frozenset({sig.VISION_NORM, sig.VISION_RECEIVED, sig.PHI, sig.TEXT_RECEIVED})
+    summarises = (
+        "n_prompts", "n_pictures", "n_visual", "block", "n_sinks", "per_picture", "attention_ratio_max",
+        "attention_ratio_layer", "both", "tower_only", "llm_only", "neither", "both_by_chance", "p_value",
+    )  # fmt: skip
     reference = VISION_SINKS.at("high-norm tokens of the vision encoder and their propagation")
 
     def __post_init__(self) -> None:

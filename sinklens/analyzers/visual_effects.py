@@ -56,6 +56,7 @@ class VisualEffects(Analyzer):
         "<mo>-</mo><mo>(</mo><msub><mi>L</mi><mtext>control</mtext></msub><mo>-</mo><mi>L</mi><mo>)</mo></math>"
     )
     needs = frozenset()
+    summarises = ("base_loss", "base_right", "n_prompts", "draws", "seed", "sets")
     reference = VISUAL_SINKS.at("figure 3, sinks against random visual tokens; EmbedLens: arXiv 2603.00510")
 
     def analyze(self, trace: Trace) -> Finding:

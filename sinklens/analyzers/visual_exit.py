@@ -53,6 +53,7 @@ class VisualExitLayer(Analyzer):
         "<mi>ε</mi><mo>}</mo></math>"
     )
     needs = frozenset()
+    summarises = ("n_prompts", "layers", "exit_median", "stable_median", "never")
     reference = Reference(
         key="wu2024accelerating",
         title="Accelerating Multimodal Large Language Models via Dynamic Visual-Token Exit and the Empirical Findings",

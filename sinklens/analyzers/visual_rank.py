@@ -51,6 +51,7 @@ class VisualRank(Analyzer):
         "<msub><mi>p</mi><mi>i</mi></msub><mi>ln</mi><msub><mi>p</mi><mi>i</mi></msub><mo>)</mo></math>"
     )
     needs = frozenset({pic.VISUAL_SPECTRUM})
+    summarises = ("n_pictures", "erank", "smallest", "biggest", "share")
     reference = Reference(
         key="agilepruner2026",
         title="AgilePruner: An Empirical Study of Attention and Diversity for Adaptive Visual Token Pruning in "

@@ -83,6 +83,12 @@ class VisualSinks(Analyzer):
         "<mo>≥</mo><mi>τ</mi></math>"
     )
     needs = frozenset({sig.PHI, sig.INPUT_LARGE, sig.INPUT_TYPICAL, sig.TEXT_RECEIVED})
+    summarises = (
+        "n_prompts", "n_pictures", "n_visual", "dims", "provenance", "source", "tau", "energy", "n_sinks",
+        "first_layer", "last_layer", "most_layer", "most_per_picture", "by_chance_per_picture",
+        "largest_by_chance", "part_of_visual", "part_of_attention", "text_sinks_per_prompt", "largest_phi",
+        "largest_phi_layer", "published", "searched_on",
+    )  # fmt: skip
     reference = VISUAL_SINKS.at("visual attention sink: sink dims and φ; Figure of sink tokens per layer")
 
     def __post_init__(self) -> None:

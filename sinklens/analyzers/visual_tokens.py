@@ -106,6 +106,11 @@ class VisualTokens(Analyzer):
         "<mn>0.9</mn></math>"
     )
     needs = NEEDS | frozenset({sig.VISION_NORM})
+    summarises = (
+        "n_prompts", "n_visual", "text_norm", "overlaps", "recurring_clusters", "unnamed_clusters",
+        "vit_sink_share", "llm_sink_share", "share_sink", "attention_sink", "norm_sink", "share_dead",
+        "attention_dead", "norm_dead", "share_alive", "attention_alive", "norm_alive",
+    )  # fmt: skip
     reference = EMBED_LENS.at("sink, dead and alive tokens; llava_llama_token_pruning.py, lines 310-339")
 
     def __post_init__(self) -> None:

@@ -65,6 +65,9 @@ class Waad(Analyzer):
         "<mn>10</mn><mo>)</mo></math>"
     )
     needs = frozenset({sig.LOCAL_DISTANCE, sig.VISIBLE_QUERIES})
+    summarises = (
+        "n_prompts", "n_tokens", "n_peaks", "n_far", "peaks_per_100_tokens", "mean", "mean_without_first",
+    )  # fmt: skip
     reference = PREPLAN_AND_ANCHOR
 
     def __post_init__(self) -> None:

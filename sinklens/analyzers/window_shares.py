@@ -62,6 +62,10 @@ class WindowShares(Analyzer):
         "</mfrac></math>"
     )
     needs = frozenset({sig.ATTENTION_TAIL, sig.TAIL_PEAK, sig.KEPT_POSITIONS, sig.VISIBLE_QUERIES})
+    summarises = (
+        "n_prompts", "seq_len", "share_1", "share_4", "share_8", "boost_1", "boost_4", "boost_8",
+        "boost_4_by_layer",
+    )  # fmt: skip
     reference = SINK_PROFILER
 
     def analyze(self, trace: Trace) -> Finding:

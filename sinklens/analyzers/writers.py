@@ -73,6 +73,12 @@ class Writers(Analyzer):
         "<mo>,</mo><mi>n</mi></mrow></msub></math>"
     )
     needs = SIGNALS | MassiveActivations.needs | {sig.EXPERT_MAX}
+    summarises = (
+        "n_entries", "position", "token", "dim", "peak", "written_by", "erased_by", "first_layer",
+        "main_layer", "main_sublayer", "main_neuron", "main_expert", "share_written",
+        "erased_in_share_of_prompts", "agreement", "n_read", "n_unread", "same_sign", "largest_residue",
+        "n_prompts",
+    )  # fmt: skip
     reference = MASSIVE_ACTIVATIONS.at(
         "2, which layers (the block); the decomposition into sublayers, neurons and experts is ours"
     )

@@ -135,13 +135,15 @@ def command(
 
     quiet_libraries(offline=offline)
     given = context.params
-    options = None if resume is not None else chosen_options(given)
     if resume is not None:
-        _refuse_beside_resume(given)
-    elif given["dry_run"]:
+        check_resumed(given)
+        run_mitigate(given, None)
+        return
+    options = chosen_options(given)
+    if dry_run:
         from .dry_run import print_mitigation_plan
 
-        print_mitigation_plan(_source(given), chosen_options(given), as_json=given["as_json"])
+        print_mitigation_plan(_source(given), options, as_json=as_json)
         return
     run_mitigate(given, options)
 
@@ -151,8 +153,8 @@ def chosen_options(given: dict[str, Any]) -> MitigateOptions:
     from dataclasses import replace
 
     from sinklens.mitigations.asking import chosen_methods
-    from sinklens.pipeline.gate import parse_gate
     from sinklens.pipeline.mitigate_options import ANALYZERS, MitigateOptions
+    from sinklens.pipeline.mitigation_gate import check_conditions
     from sinklens.pipeline.options import ProfileOptions
     from sinklens.pipeline.prepare import analyzers_for
 
@@ -164,8 +166,6 @@ def chosen_options(given: dict[str, Any]) -> MitigateOptions:
     methods = tuple(item.strip() for item in (given["methods"] or "").split(",") if item.strip())
     if methods:
         chosen_methods(methods)
-    for expression in given["fail_if"] or []:
-        parse_gate(expression)
     options = MitigateOptions(
         methods=methods,
         recipes=tuple(given["recipe"] or ()),
@@ -175,7 +175,7 @@ def chosen_options(given: dict[str, Any]) -> MitigateOptions:
         profile=profile,
     )
     items = given["calibration_items"]
-    return replace(
+    options = replace(
         options,
         calibrate=given["calibrate"],
         calibration=given["calibration"],
@@ -184,6 +184,19 @@ def chosen_options(given: dict[str, Any]) -> MitigateOptions:
         n_items=given["n_items"],
         seed=given["seed"],
     )
+    check_conditions(given["fail_if"] or (), options)
+    return options
+
+
+def check_resumed(given: dict[str, Any]) -> None:
+    """The options beside `--resume`, checked before anything is opened."""
+    from sinklens.pipeline.mitigate_options import stored_options
+    from sinklens.pipeline.mitigation_gate import check_conditions
+    from sinklens.pipeline.mitigation_run import REQUEST
+
+    _refuse_beside_resume(given)
+    if given["fail_if"]:
+        check_conditions(given["fail_if"], stored_options(given["resume"] / REQUEST)[1])
 
 
 def run_mitigate(given: dict[str, Any], options: MitigateOptions | None) -> None:

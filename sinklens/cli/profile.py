@@ -198,9 +198,10 @@ def chosen_options(given: dict[str, Any]) -> ProfileOptions:
     from dataclasses import fields
 
     from sinklens.pipeline.backends import chosen_backend
-    from sinklens.pipeline.gate import check_path, parse_gate
+    from sinklens.pipeline.gate import check_paths
     from sinklens.pipeline.options import ProfileOptions, with_preset
     from sinklens.pipeline.prepare import analyzers_for
+    from sinklens.pipeline.resuming import analyzers_before
 
     wanted = tuple(item.strip() for item in (given["analyzers"] or "").split(",") if item.strip())
     settings: dict[str, Any] = {
@@ -214,8 +215,8 @@ def chosen_options(given: dict[str, Any]) -> ProfileOptions:
         options = with_preset(options, given["preset"], given_options(settings))
     chosen_backend(options)
     names = [analyzer.name for analyzer in analyzers_for(options)]
-    for expression in given["fail_if"] or []:
-        check_path(parse_gate(expression)[0], names)
+    if given["fail_if"]:
+        check_paths(given["fail_if"], names if given["resume"] is None else analyzers_before(given["resume"]))
     return options
 
 

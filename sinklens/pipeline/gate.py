@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable
+from dataclasses import fields
 from typing import Any
 
 from sinklens.analyzers import registry
+from sinklens.analyzers.base import FINDING_FIELDS
 from sinklens.core.errors import GateError, UsageError
 from sinklens.core.suggest import did_you_mean
+
+from .run import MODEL_FIELDS
+from .verdict import Verdict
 
 _FORM = re.compile(r"^\s*([\w.\-]+)\s*(>=|<=|==|!=|>|<)\s*(\S.*?)\s*$")
 _COMPARE = {
@@ -44,17 +49,50 @@ def check_gate(expression: str, document: dict[str, Any]) -> None:
         raise GateError(f"--fail-if: {path} is {value}, and the condition is {path} {sign} {wanted}.")
 
 
-def check_path(path: str, analyzers: Sequence[str]) -> None:
-    """Refuse a path whose finding this run will not have, before anything is run.
+def check_paths(expressions: Iterable[str], analyzers: Iterable[str], others: Collection[str] = ()) -> None:
+    """Refuse conditions that no outcome of this run can meet, before anything is run.
 
     Args:
         analyzers: Names of the analyzers that will run.
+        others: Names of further findings, of which the fields are not known before.
+
+    Raises:
+        UsageError: An expression cannot be read, or its finding or field will not be there.
     """
-    head = path.partition(".")[0].replace("_", "-")
-    known = ["verdict", "model", *analyzers]
-    if head not in known:
-        hint = did_you_mean(head, known) or f"There are: {', '.join(known)}."
-        raise UsageError(f"--fail-if: this run will have no {head!r}.", detail=hint)
+    found = {name: _fields_of(name) for name in ("verdict", "model", *analyzers)}
+    for expression in expressions:
+        path = parse_gate(expression)[0]
+        head, _, field = path.partition(".")
+        head = head.replace("_", "-")
+        if head in others:
+            continue
+        if head not in found:
+            known = [*found, *others]
+            hint = did_you_mean(head, known) or f"There are: {', '.join(known)}."
+            raise UsageError(f"--fail-if: this run will have no {head!r}.", detail=hint)
+        known = found[head]
+        if known is not None and field not in known:
+            raise _no_field(head, field, known)
+
+
+def _fields_of(head: str) -> list[str] | None:
+    """What can be asked of a part of the document; None where it is not known before a run."""
+    if head == "verdict":
+        return [field.name for field in fields(Verdict)]
+    if head == "model":
+        return list(MODEL_FIELDS)
+    summarised = registry[head].summarises
+    return None if summarised is None else [*summarised, *FINDING_FIELDS]
+
+
+def _no_field(head: str, field: str, known: Iterable[str]) -> UsageError:
+    detail = did_you_mean(field, known) if field else None
+    return UsageError(
+        f"--fail-if: {head} has no {field!r}."
+        if field
+        else f"--fail-if: {head} is no number; name a field of it.",
+        detail=detail or f"It has: {', '.join(known)}.",
+    )
 
 
 def parse_gate(expression: str) -> tuple[str, str, str]:
@@ -98,9 +136,7 @@ def _lookup(path: str, document: dict[str, Any]) -> Any:
             f"--fail-if: {head} has no {field!r} here, because it does not apply: {places[-1].get('reason')}",
             hint=f"Ask for its state instead: {head}.status == not-applicable",
         )
-    fields = sorted({name for place in places for name in place})
-    detail = did_you_mean(field, fields) or f"It has: {', '.join(fields)}."
-    raise UsageError(f"--fail-if: {head} has no {field!r}.", detail=detail)
+    raise _no_field(head, field, sorted({name for place in places for name in place}))
 
 
 def _alike(value: Any, wanted: str, path: str) -> tuple[Any, Any]:

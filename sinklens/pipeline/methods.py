@@ -39,6 +39,7 @@ def describe_method(analyzer: Analyzer) -> dict[str, Any]:
         "parameters": analyzer.parameters,
         "reference": reference,
         "needs": sorted(signal.name for signal in cls.needs),
+        "summarises": list(cls.summarises or ()),
         "source_file": cls.__module__.replace(".", "/") + ".py",
     }
 

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from sinklens.core.counts import counted
 from sinklens.core.errors import SelfCheckError
 
+from .gate import check_paths
+from .mitigate_options import MitigateOptions
+from .mitigate_setup import jobs
+from .mitigation_found import with_finders
 from .mitigation_run import MitigationRun
+from .prepare import analyzers_for
+
+
+def check_conditions(expressions: Collection[str], options: MitigateOptions) -> None:
+    """Refuse conditions that no outcome of this run can meet, before anything is run.
+
+    What can be asked of a mitigation depends on the task's metrics and is checked when they are known.
+
+    Raises:
+        UsageError: An expression cannot be read, or its finding or field will not be there.
+    """
+    if not expressions:
+        return
+    wanted = jobs(options)
+    analyzers = analyzers_for(with_finders(options, wanted).profile)
+    check_paths(expressions, [analyzer.name for analyzer in analyzers], {job.method.name for job in wanted})
 
 
 def gate_document(run: MitigationRun) -> dict[str, Any]:

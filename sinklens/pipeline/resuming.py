@@ -11,6 +11,7 @@ from sinklens.core.canonical import plain
 from sinklens.core.errors import DataError, UsageError
 from sinklens.core.manifest import manifest_diff
 from sinklens.models.fingerprint import weights_hash
+from sinklens.tracers.store import RunStore
 from sinklens.tracers.trace import Trace
 
 from .options import ProfileOptions
@@ -41,6 +42,15 @@ def asked_before(
         )
     request["analyzers"] = tuple(request["analyzers"])
     return asked, ProfileOptions(**request)
+
+
+def analyzers_before(folder: Path) -> list[str]:
+    """Names of the analyzers of an interrupted run.
+
+    Raises:
+        DataError: It is not a run folder.
+    """
+    return [name for name, _ in RunStore(folder).read_manifest().get("analyzers", [])]
 
 
 def same_run(before: dict[str, Any], prepared: Prepared, now: Trace) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sinklens.analyzers import secondary_sinks, sink_geometry, zeroed_heads
+from sinklens.analyzers import secondary_words, sink_geometry, zeroed_heads
 from sinklens.analyzers.head_classes import HeadClasses
 from sinklens.analyzers.sink_geometry import SinkGeometry
 
@@ -22,16 +22,16 @@ def test_tokens_beside_the_primary_sink_are_instead_of_secondary_ones_only_where
     count: int, tokens: str
 ) -> None:
     summary = {**CHAIN, "n_with_primary": count}
-    none = secondary_sinks._verdict([], [], summary)
+    none = secondary_words.verdict([], [], summary)
     assert none.endswith(f"{tokens} together with it instead.")
     some: Any = [SimpleNamespace(creation=4)]
-    assert secondary_sinks._verdict(some, [], summary).endswith(f"{tokens} together with the primary sink.")
-    assert "together" not in secondary_sinks._verdict(some, [], {**CHAIN, "n_with_primary": 0})
+    assert secondary_words.verdict(some, [], summary).endswith(f"{tokens} together with the primary sink.")
+    assert "together" not in secondary_words.verdict(some, [], {**CHAIN, "n_with_primary": 0})
 
 
 def test_one_prompt_has_and_two_have() -> None:
-    assert secondary_sinks._left_out(1) == "1 prompt has no primary sink by norm and was left out."
-    assert secondary_sinks._left_out(2) == "2 prompts have no primary sink by norm and were left out."
+    assert secondary_words._left_out(1) == "1 prompt has no primary sink by norm and was left out."
+    assert secondary_words._left_out(2) == "2 prompts have no primary sink by norm and were left out."
 
 
 def test_classes_of_one_head_are_told_in_the_singular() -> None:

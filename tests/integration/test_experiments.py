@@ -109,7 +109,7 @@ def test_conditions_reach_every_finding(tmp_path: Path, capsys: Any) -> None:
     assert "does not apply" in said
     assert "super-experts.status" in said
     assert main([*named, "--fail-if", "writers.rows > 0", "--out", str(tmp_path / "c")]) == 6
-    assert main([*named, "--fail-if", "visual-sinks.n_found > 0", "--out", str(tmp_path / "d")]) == 2
+    assert main([*named, "--fail-if", "visual-sinks.n_sinks > 0", "--out", str(tmp_path / "d")]) == 2
     assert "visual-sinks took no part" in capsys.readouterr().err
 
 
