@@ -20,16 +20,16 @@ _PIECES = (128, 64)
 
 @dataclass(frozen=True)
 class Peak:
-    """Largest entry of each row: its key (counted from the block's first), logit and weight."""
+    """Largest entry of each row: its key (counted from the block's first), its share of the row, and its logit."""
 
     index: Int[Tensor, "b h r"]
-    logit: Float[Tensor, "b h r"]
     weight: Float[Tensor, "b h r"]
+    logit: Float[Tensor, "b h r"] | None = None
 
     @property
-    def norm(self) -> Float[Tensor, "b h r"]:
-        """Log-sum-exp (nats) of the row's logits, if its weights are their softmax."""
-        return self.logit - self.weight.log()
+    def norm(self) -> Float[Tensor, "b h r"] | None:
+        """Log-sum-exp (nats) of the row's logits, if one of those is there."""
+        return None if self.logit is None else self.logit - self.weight.log()
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,18 @@ class Block:
     """Some rows of some heads; keys outside of `keys` have weight 0.
 
     Attributes:
-        weights: `P`, `[b, h, r, k]`.
-        logits: `log P` plus a constant per row, hidden keys very negative but finite. Overwritten.
-        peak: If `needs_peak`.
+        weights: `P`, or multiples of it, `[b, h, r, k]`.
+        logits: Logarithms of the weights, hidden keys very negative but finite. Overwritten. Only there if
+            `reads_logits`.
+        peak: If `needs_peak`; of compiled blocks also if their log-sum-exp is needed.
+        inverse: `P / weights`, `[b, h, r]`; None if 1.
         factor: `A / P`, `[b, h, r]`; None if 1.
+        unit: Nats per unit of the logits.
         done: What the compiled row pass has found already; its sums over rows are then added too, and `weights`
             are only there if `Accumulator.reads_weights`.
-        norm, off: Of edited weights, which are the softmax of no logits of a kernel: log-sum-exp before the edits
-            (learned sinks left out), and mass on no key after them.
+        norm: Log-sum-exp of the row's logits (nats), learned sinks left out, before any edit; None if `peak` tells it,
+            or it was known.
+        off: Of edited weights, mass on no key after the edits.
     """
 
     rows: slice
@@ -52,65 +56,64 @@ class Block:
     weights: Float[Tensor, "b h r k"]
     logits: Float[Tensor, "b h r k"]
     peak: Peak | None
+    inverse: Float[Tensor, "b h r"] | None = None
     factor: Float[Tensor, "b h r"] | None = None
+    unit: float = 1.0
     done: rowpass.RowResults | None = None
     norm: Float[Tensor, "b h r"] | None = None
     off: Float[Tensor, "b h r"] | None = None
 
+    @property
+    def lse(self) -> Float[Tensor, "b h r"] | None:
+        """`norm`, from wherever it is."""
+        return self.peak.norm if self.norm is None and self.peak is not None else self.norm
 
-def edited_block(block: Block, peak: Peak, call: AttentionCall) -> Block:
-    """The block after the call's edits: again weights that add up to 1 and their logarithms, the mass as factor.
+    @property
+    def scales(self) -> list[Float[Tensor, "b h r"]]:
+        """The factors that make `A` of the weights."""
+        return [scale for scale in (self.inverse, self.factor) if scale is not None]
 
-    Args:
-        peak: Of the block.
-    """
-    weights, learned = block.weights, torch.zeros_like(peak.logit)
-    if block.factor is not None and call.learned_sinks is not None:
-        weights = weights * block.factor[..., None]
-        learned = torch.sigmoid(call.learned_sinks[:, None].to(learned.dtype) - peak.norm)
+
+def edited_block(block: Block, call: AttentionCall) -> Block:
+    """The block after the call's edits: again weights that add up to 1 and their logarithms, the mass as factor."""
+    weights, norm = block.weights, block.lse
+    assert norm is not None  # a softmax was taken
+    for scale in block.scales:
+        weights = weights * scale[..., None]
+    learned = torch.zeros_like(norm)
+    if call.learned_sinks is not None:
+        learned = torch.sigmoid(call.learned_sinks[:, None].to(learned.dtype) - norm)
     weights, off = edited(weights, learned, call.edits, block.rows, block.keys)
     total = weights.sum(-1)
     shares = torch.where((total <= 0)[..., None], 1.0 / weights.shape[3], weights / total[..., None])
     logits = torch.where(shares > 0, shares.log(), HIDDEN)
-    after = row_peaks(logits, shares)
-    return Block(block.rows, block.keys, shares, logits, after, total, norm=peak.norm, off=off)
+    index, top = row_tops(shares)
+    return Block(block.rows, block.keys, shares, logits, Peak(index, top), factor=total, norm=norm, off=off)
 
 
-def row_peaks(logits: Float[Tensor, "b h r k"], weights: Float[Tensor, "b h r k"]) -> Peak:
-    """Largest logit of each row, the first on ties, and the weight there."""
-    return peak_at(*row_tops(logits), weights)
-
-
-def peak_at(
-    index: Int[Tensor, "b h r"], logit: Float[Tensor, "b h r"], weights: Float[Tensor, "b h r k"]
-) -> Peak:
-    """The peak from what `row_tops` found, once the weights are there."""
-    return Peak(index, logit, _pick(weights, index))
-
-
-def row_tops(logits: Float[Tensor, "b h r k"]) -> tuple[Int[Tensor, "b h r"], Float[Tensor, "b h r"]]:
-    """Place and value of the largest logit of each row, the first on ties.
+def row_tops(weights: Float[Tensor, "b h r k"]) -> tuple[Int[Tensor, "b h r"], Float[Tensor, "b h r"]]:
+    """Place and value of the largest weight of each row, the first on ties.
 
     On CPU torch's maximum is vectorised and its arg-max is not, so the place is searched among the maxima of short
     pieces of the row, and then among the keys of the winner.
     """
-    keys = logits.shape[3]
-    if logits.device.type != "cpu" or keys < 4 * _PIECES[-1]:
-        logit, index = logits.max(-1)
-        return index, logit
+    keys = weights.shape[3]
+    if weights.device.type != "cpu" or keys < 4 * _PIECES[-1]:
+        top, index = weights.max(-1)
+        return index, top
     size = next((size for size in _PIECES if keys % size == 0), _PIECES[-1])
     rest = keys % size
-    tops = logits[..., : keys - rest].unflatten(-1, (-1, size)).amax(-1)
+    tops = weights[..., : keys - rest].unflatten(-1, (-1, size)).amax(-1)
     if rest:
-        tops = torch.cat([tops, logits[..., keys - rest :].amax(-1, keepdim=True)], -1)
+        tops = torch.cat([tops, weights[..., keys - rest :].amax(-1, keepdim=True)], -1)
     piece = _argmax(tops)
     if rest:
         # The last piece is short: its last key is then looked at repeatedly, which changes no arg-max.
-        columns = piece[..., None] * size + torch.arange(size, device=logits.device)
-        inner = _argmax(logits.gather(-1, columns.clamp_(max=keys - 1)))
+        columns = piece[..., None] * size + torch.arange(size, device=weights.device)
+        inner = _argmax(weights.gather(-1, columns.clamp_(max=keys - 1)))
     else:
-        each = torch.arange(piece.numel(), device=logits.device) * tops.shape[-1]
-        inner = _argmax(logits.view(-1, size).index_select(0, each.add_(piece.flatten()))).view_as(piece)
+        each = torch.arange(piece.numel(), device=weights.device) * tops.shape[-1]
+        inner = _argmax(weights.view(-1, size).index_select(0, each.add_(piece.flatten()))).view_as(piece)
     return piece * size + inner, _pick(tops, piece)
 
 

@@ -27,8 +27,9 @@ from torch import Tensor
 
 from ..core.errors import UsageError
 from . import triton_pass
-from .block import Block, Peak, edited_block, peak_at, row_tops
+from .block import Block, Peak, edited_block, row_tops
 from .groups import KeyGroups
+from .powers import Powers
 from .reduce import PER_KEY, Accumulator, needs_peak, reads_logits
 from .rowpass import attend_serves, native_serves
 from .scores import Scores
@@ -105,13 +106,13 @@ class _Pass:
         self.triton = plan.native and triton_pass.serves(call, want)
         if self.triton:
             return
+        self.native = native_serves(call, plan)
         self.blocks = row_blocks(self.sizes, plan)
         self.chunks = list(chunks(self.sizes, plan, self.blocks[0][1]))
         self.view = visibility(call, self.sizes, self.blocks)
         self.result = torch.promote_types(call.query.dtype, torch.float32)
         self.values = {stat: self._zeros(stat) for stat in want.stats}
         self.live = self._live_rows()
-        self.native = native_serves(call, plan)
         self.picked = self._picked_rows()
         wanted = Stat.ENTROPY_NORMALISED in want.stats
         self.keys_seen = keys_seen(call, self.sizes, self.blocks) if wanted else None
@@ -154,28 +155,50 @@ class _Pass:
     def _softmax(self, chunk: Chunk, output: Float[Tensor, "b h q value_dim"] | None) -> None:
         """Weights normalised over the visible keys; learned sinks are a factor per row."""
         call = chunk.call(self.call)
-        scores = Scores(call, self.plan)
         value = None if output is None else Values(call.value)
         found = self._accumulator(chunk, call)
-        peaks = needs_peak(self.want.stats, known=False) or call.learned_sinks is not None or bool(call.edits)
-        seen = None if self.view.seen is None else chunk.of(self.view.seen).to(self.result)
-        for rows, keys in self._walk():
-            logits = scores.block(rows, keys)
-            half = None if value is None or not self.native else value.half_buffer(logits)
-            keep = output is not None and half is None
-            block = self._weighed(found, logits, rows, keys, peaks, half, keep=keep)
-            if call.learned_sinks is not None and block.peak is not None:
-                factor = torch.sigmoid(block.peak.norm - call.learned_sinks[:, None].to(logits.dtype))
+        seen = None if self.view.seen is None else chunk.of(self.view.seen)
+        for block, half in self._weighed(chunk, call, found, value):
+            norm = block.lse
+            if call.learned_sinks is not None and norm is not None:
+                factor = torch.sigmoid(norm - call.learned_sinks[:, None].to(norm.dtype))
                 block = replace(block, factor=factor)
-            if call.edits and block.peak is not None:
-                block = edited_block(block, block.peak, call)
+            if call.edits:
+                block = edited_block(block, call)
             if output is not None and value is not None:
-                mixed = value.mix(block.weights, keys, half)
-                for scale in (block.factor, None if seen is None else seen[:, :, rows]):
-                    mixed = mixed if scale is None else mixed * scale[..., None]
-                output[:, :, rows] = mixed
+                mixed = value.mix(block.weights, block.keys, half)
+                for scale in block.scales:
+                    mixed = mixed * scale[..., None]
+                if seen is not None:
+                    mixed = mixed * seen[:, :, block.rows, None]
+                output[:, :, block.rows] = mixed
             found.add(block)
         found.finish()
+
+    def _weighed(
+        self, chunk: Chunk, call: AttentionCall, found: Accumulator, value: Values | None
+    ) -> Iterator[tuple[Block, Tensor | None]]:
+        """Blocks of weights, of which compiled ones may be in half precision only."""
+        if self.native:
+            scores = Scores(call, self.plan)
+            for rows, keys in self._walk():
+                logits = scores.block(rows, keys)
+                half = None if value is None else value.half_buffer(logits)
+                yield (
+                    self._passed(found, logits, rows, keys, half, keep=value is not None and half is None),
+                    half,
+                )
+            return
+        stats = self.want.stats
+        powers = Powers(
+            Scores(call, self.plan, base=2.0),
+            None if self.view.seen is None else chunk.of(self.view.seen),
+            apart=bool(call.edits) or reads_logits(stats),
+            tops=needs_peak(stats) and not call.edits,
+            normalised=value is not None and value.half,
+        )
+        for rows, keys in self._walk():
+            yield powers.block(rows, keys), None
 
     def _known(self, chunk: Chunk, lse: Float[Tensor, "b h q"]) -> None:
         """Weights from a known log-sum-exp: they are `A` itself."""
@@ -184,41 +207,35 @@ class _Pass:
             lse = torch.where(chunk.of(self.view.seen), lse, 0.0)
         call = chunk.call(self.call)
         scores = Scores(call, self.plan, shift=lse, base=2.0)
-        found = self._accumulator(chunk, call, lse, unit=math.log(2.0))
-        peaks = needs_peak(self.want.stats, known=True)
+        found = self._accumulator(chunk, call, lse)
         for rows, keys in self._walk():
             logits = scores.block(rows, keys)
-            found.add(self._weighed(found, logits, rows, keys, peaks))
+            if self.native:
+                found.add(self._passed(found, logits, rows, keys))
+                continue
+            # In place where nobody reads the logits afterwards: half as much has to stay in cache.
+            weights = self._buffer(logits) if reads_logits(self.want.stats) else logits
+            torch.exp2(logits, out=weights)
+            peak = Peak(*row_tops(weights)) if needs_peak(self.want.stats) else None
+            found.add(Block(rows, keys, weights, logits, peak, unit=math.log(2.0)))
         found.finish()
 
-    def _weighed(
+    def _passed(
         self,
         found: Accumulator,
         logits: Tensor,
         rows: slice,
         keys: slice,
-        peaks: bool,
         half: Tensor | None = None,
         *,
         keep: bool = False,
     ) -> Block:
-        """A block of weights from one of logits: their softmax, or `2^logits` if the log-sum-exp is known."""
-        if self.native:
-            done = found.pass_rows(logits, rows, keys, half, keep=keep)
-            peak = Peak(*done.peak) if done.peak is not None else None
-            # The second buffer is scratch of statistics that read the weights.
-            buffer = self._buffer(logits) if found.reads_weights else logits
-            return Block(rows, keys, logits, buffer, peak, done=done)
-        tops = row_tops(logits) if peaks else None
-        # In place where nobody reads the logits afterwards: half as much has to stay in cache.
-        apart = bool(self.call.edits) or reads_logits(self.want.stats)
-        buffer = self._buffer(logits) if apart else logits
-        if found.known:
-            # exp2 rather than exp, whose CPU kernel is several times slower where it underflows.
-            torch.exp2(logits, out=buffer)
-        else:
-            torch.softmax(logits, -1, out=buffer)
-        return Block(rows, keys, buffer, logits, None if tops is None else peak_at(*tops, buffer))
+        """A block that the compiled row pass has gone over."""
+        done = found.pass_rows(logits, rows, keys, half, keep=keep)
+        peak = Peak(*done.peak) if done.peak is not None else None
+        # The second buffer is scratch of statistics that read the weights.
+        buffer = self._buffer(logits) if found.reads_weights else logits
+        return Block(rows, keys, logits, buffer, peak, done=done)
 
     def _walk(self) -> Iterator[tuple[slice, slice]]:
         """Blocks of rows, with the keys each of them needs.
@@ -232,9 +249,7 @@ class _Pass:
     def _buffer(self, logits: Tensor) -> Tensor:
         return workspace().take("weights", tuple(logits.shape), logits.dtype, logits.device)
 
-    def _accumulator(
-        self, chunk: Chunk, call: AttentionCall, lse: Tensor | None = None, unit: float = 1.0
-    ) -> Accumulator:
+    def _accumulator(self, chunk: Chunk, call: AttentionCall, lse: Tensor | None = None) -> Accumulator:
         return Accumulator(
             call,
             self.want,
@@ -245,7 +260,6 @@ class _Pass:
             other=self._other(chunk),
             seen=None if self.keys_seen is None else chunk.of(self.keys_seen),
             lse=lse,
-            unit=unit,
         )
 
     def _groups(self, chunk: Chunk, call: AttentionCall) -> KeyGroups | None:
@@ -297,8 +311,8 @@ class Values:
     """The value operand as the output needs it: in a half-precision model in half precision, as its own kernel."""
 
     def __init__(self, value: Float[Tensor, "b kv_head key value_dim"]) -> None:
-        half = value.dtype == torch.bfloat16 or (value.dtype == torch.float16 and value.is_cuda)
-        self._dtype = value.dtype if half else torch.promote_types(value.dtype, torch.float32)
+        self.half = value.dtype == torch.bfloat16 or (value.dtype == torch.float16 and value.is_cuda)
+        self._dtype = value.dtype if self.half else torch.promote_types(value.dtype, torch.float32)
         value = value.to(self._dtype)
         self._value = value if value.shape[0] == 1 and value.stride(-1) == 1 else value.contiguous()
 

@@ -8,6 +8,7 @@ the weights.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from dataclasses import replace
 
@@ -40,9 +41,9 @@ _NATIVE_SUMS = {
 _TINY = 1e-38
 
 
-def needs_peak(stats: frozenset[Stat], *, known: bool) -> bool:
-    """Whether `Block.peak` is read; `known` says that the log-sum-exp was given."""
-    return bool(stats & _FROM_PEAK) or (not known and bool(stats & _FROM_NORM))
+def needs_peak(stats: frozenset[Stat]) -> bool:
+    """Whether the largest entry of each row is asked for."""
+    return bool(stats & _FROM_PEAK)
 
 
 def reads_logits(stats: frozenset[Stat]) -> bool:
@@ -63,7 +64,6 @@ class Accumulator:
         other: Keys outside of the group that `RECEIVED_BAND_REST` leaves out, None without.
         seen: Number of keys each row sees, for `ENTROPY_NORMALISED`.
         lse: Log-sum-exp with learned sinks (nats), if it was known: then `P` is `A`.
-        unit: Nats per unit of the logits: 1, or ln 2 where they are logarithms to base 2.
     """
 
     def __init__(
@@ -78,9 +78,8 @@ class Accumulator:
         other: Bool[Tensor, "other_batch other_head key"] | None = None,
         seen: Int[Tensor, "seen_batch seen_head q"] | None = None,
         lse: Float[Tensor, "b h q"] | None = None,
-        unit: float = 1.0,
     ) -> None:
-        self.want, self.into, self.groups, self.unit = want, into, groups, unit
+        self.want, self.into, self.groups = want, into, groups
         self._sinks, self._lse, self._picked, self._seen = call.learned_sinks, lse, picked or {}, seen
         # No key is farther back than there are keys, and a lower cap loses less to cancellation.
         self._window = min(want.window, call.key.shape[2])
@@ -114,7 +113,8 @@ class Accumulator:
         else:
             self._take(block.rows, block.done)
         if Stat.GROUP_MASS in stats and self.groups is not None and not self._done_mass(block):
-            self.into[Stat.GROUP_MASS][:, :, block.rows] = self.groups.mass(block.weights, block.keys)
+            mass = self.groups.mass(block.weights, block.keys)
+            self.into[Stat.GROUP_MASS][:, :, block.rows] = _times(mass, block.inverse)
         if not stats & {Stat.RECEIVED_SQUARED, Stat.RECEIVED_MAX, Stat.GROUP_OUTPUT}:
             return
         weight = self._row_weights(block)
@@ -123,12 +123,12 @@ class Accumulator:
             self._add_sum(Stat.RECEIVED_SQUARED, block, weight.square(), square)
         if Stat.RECEIVED_MAX in stats:
             into = self.into[Stat.RECEIVED_MAX][:, :, block.keys]
-            plain = block.factor is None and self._live is None
+            plain = not block.scales and self._live is None
             found = block.weights if plain else torch.mul(block.weights, weight[..., None], out=block.logits)
             torch.maximum(into, found.amax(2), out=into)
         if Stat.GROUP_OUTPUT in stats and self.groups is not None:
             found = self.groups.output(block.weights, block.keys, block.logits)
-            self.into[Stat.GROUP_OUTPUT][:, :, block.rows] = found
+            self.into[Stat.GROUP_OUTPUT][:, :, block.rows] = _times(found, block.inverse)
 
     def _add_torch(self, block: Block) -> None:
         """What the compiled row pass would have found on its way."""
@@ -144,10 +144,10 @@ class Accumulator:
             where = (block.rows, block.keys, self._offset, self.want.band)
             add_band(self.into[stat], block.weights, scale, *where)
         if Stat.DISTANCE in stats:
-            self._raw["back"].append(self._mean_back(block))
+            self._raw["back"].append(_times(self._mean_back(block), block.inverse))
         if Stat.DISTANCE_WINDOWED in stats:
             where = (block.rows, block.keys, self._offset, self._window)
-            self._raw["near"].append(nearness(block.weights, *where))
+            self._raw["near"].append(_times(nearness(block.weights, *where), block.inverse))
         if Stat.DIAGONAL in stats:
             self._diagonal(block)
         if stats & _FROM_PRODUCT:  # the last, for it overwrites the logits
@@ -165,8 +165,9 @@ class Accumulator:
 
     def _take_peak(self, peak: Peak, first: int) -> None:
         self._raw["index"].append(peak.index + first)
-        self._raw["logit"].append(peak.logit)
         self._raw["top"].append(peak.weight)
+        if peak.logit is not None:
+            self._raw["logit"].append(peak.logit)
 
     def _done_mass(self, block: Block) -> bool:
         return block.done is not None and block.done.mass is not None
@@ -211,7 +212,7 @@ class Accumulator:
         if done.peak is not None:
             peak = Peak(*done.peak)
             self._take_peak(peak, 0)
-            if self._sinks is not None:
+            if self._sinks is not None and peak.norm is not None:
                 self._raw["factor"].append(torch.sigmoid(peak.norm - self._sinks[:, None].to(self._dtype)))
 
     def _request(
@@ -228,7 +229,7 @@ class Accumulator:
             known=known,
             keep=keep,
             place=rows.start + self._offset - keys.start,
-            peak=needs_peak(stats, known=known) or sinks is not None,
+            peak=needs_peak(stats) or (not known and bool(stats & _FROM_NORM)) or sinks is not None,
             product=bool(stats & _ENTROPIES),
             own=Stat.DIAGONAL in stats,
             window=self._window if Stat.DISTANCE_WINDOWED in stats else None,
@@ -260,11 +261,12 @@ class Accumulator:
         has nearly everything.
         """
         assert self._other is not None  # only asked for with groups
-        left = (block.weights @ self._other[..., block.keys, None])[..., 0]
+        left = _times((block.weights @ self._other[..., block.keys, None])[..., 0], block.inverse)
+        norm = block.lse
         if block.off is not None and block.factor is not None:
             left = left * block.factor + block.off
-        elif block.factor is not None and block.peak is not None and self._sinks is not None:
-            share = torch.sigmoid(self._sinks[:, None].to(self._dtype) - block.peak.norm)
+        elif block.factor is not None and norm is not None and self._sinks is not None:
+            share = torch.sigmoid(self._sinks[:, None].to(self._dtype) - norm)
             left = left * block.factor + share
         elif self._lse is not None and self._sinks is not None:
             left = left + self._sink_mass(self._lse[:, :, block.rows])
@@ -272,11 +274,9 @@ class Accumulator:
         return torch.where(part <= 0, 0.0, weight * part / left)
 
     def _row_weights(self, block: Block) -> Float[Tensor, "b h r"]:
-        """`A / P` of the rows that count, 0 of the others."""
-        if self._weight is None:
-            return torch.ones_like(block.weights[..., 0]) if block.factor is None else block.factor
-        weight = self._weight[:, :, block.rows]
-        return weight if block.factor is None else weight * block.factor
+        """`A / weights` of the rows that count, 0 of the others."""
+        factors = block.scales if self._weight is None else [self._weight[:, :, block.rows], *block.scales]
+        return math.prod(factors[1:], start=factors[0]) if factors else torch.ones_like(block.weights[..., 0])
 
     def _add_sum(self, stat: Stat, block: Block, weight: Tensor, matrix: Tensor, scale: float = 1.0) -> None:
         """Add `sum_r weight[r] matrix[r, k]`. A product with a vector is faster than a reduction."""
@@ -287,16 +287,17 @@ class Accumulator:
 
     def _products(self, block: Block, weight: Tensor) -> None:
         """Entropy of rows and columns: both are sums of `P log P`."""
-        norm = None if self.known or block.peak is None else block.peak.norm
         if Stat.RECEIVED_LOG not in self.want.stats:
-            product = row_products(block.weights, block.logits) * self.unit
-            self._raw["product"].append(product if norm is None else product - norm)
+            product = row_products(block.weights, block.logits) * block.unit
+            if block.inverse is not None:
+                product = product * block.inverse + block.inverse.log()
+            self._raw["product"].append(product)
             return
-        if norm is not None:
-            block.logits.sub_(norm[..., None])  # before the product: sums of it would cancel
+        if block.inverse is not None:  # before the product: sums of it would cancel
+            block.logits.add_((block.inverse.log() / block.unit)[..., None])
         product = block.logits.mul_(block.weights)
-        self._raw["product"].append(product.sum(-1) * self.unit)
-        self._add_sum(Stat.RECEIVED_LOG, block, weight, product, self.unit)
+        self._raw["product"].append(_times(product.sum(-1) * block.unit, block.inverse))
+        self._add_sum(Stat.RECEIVED_LOG, block, weight, product, block.unit)
         if block.factor is not None:
             log_factor = block.factor.clamp_min(_TINY).log()
             self._add_sum(Stat.RECEIVED_LOG, block, weight * log_factor, block.weights)
@@ -306,8 +307,11 @@ class Accumulator:
         r, k = block.weights.shape[2:]
         shift = block.rows.start + self._offset - block.keys.start
         if -r < shift < k:
-            line = block.weights.diagonal(shift, 2, 3)
-            first = block.rows.start + max(0, -shift)
+            line, skipped = block.weights.diagonal(shift, 2, 3), max(0, -shift)
+            here = slice(skipped, skipped + line.shape[-1])
+            if block.inverse is not None:
+                line = line * block.inverse[:, :, here]
+            first = block.rows.start + skipped
             self.into[Stat.DIAGONAL][:, :, first : first + line.shape[-1]] = line
 
     def _back(self, rows: slice, keys: slice) -> Float[Tensor, " k"]:
@@ -359,8 +363,9 @@ class Accumulator:
     def _logarithmic(self, raw: dict[str, Tensor]) -> dict[Stat, Tensor]:
         """Per-row statistics that need the log-sum-exp."""
         stats, found = self.want.stats & _FROM_NORM, {}
-        norm = raw["logit"] - raw["top"].log() if self._lse is None and stats else self._lse
-        norm = raw.get("norm", norm)
+        norm = raw.get("norm", self._lse)
+        if norm is None and stats:
+            norm = raw["logit"] - raw["top"].log()
         if norm is None or not stats:
             return found
         lse = norm
@@ -389,3 +394,10 @@ class Accumulator:
     def _sink_mass(self, lse: Tensor) -> Float[Tensor, "b h q"]:
         assert self._sinks is not None  # the callers have looked
         return torch.exp(self._sinks[:, None].to(lse.dtype) - lse)
+
+
+def _times(
+    numbers: Float[Tensor, "b h r *rest"], scale: Float[Tensor, "b h r"] | None
+) -> Float[Tensor, "b h r *rest"]:
+    """A factor for each row; None for 1."""
+    return numbers if scale is None else numbers * scale[(..., *(None,) * (numbers.ndim - 3))]

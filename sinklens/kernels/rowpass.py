@@ -32,7 +32,7 @@ class RowResults:
     """What the pass found per row; None where it was not asked."""
 
     peak: tuple[Int[Tensor, "b h r"], Float[Tensor, "b h r"], Float[Tensor, "b h r"]] | None = None
-    """Key, logit and weight of the largest entry."""
+    """Key, weight and logit of the largest entry."""
     product: Float[Tensor, "b h r"] | None = None
     """Sum of weight times its logarithm (nats)."""
     mean_back: Float[Tensor, "b h r"] | None = None
@@ -208,7 +208,7 @@ def _ask(shape: torch.Size, request: RowRequest) -> tuple[native.Asked, RowResul
     asked.band_first, asked.band_last = request.band
     if request.other is not None:
         asked.other_stride = request.other.stride(0) if request.other.shape[0] > 1 else 0
-    peak = (found["index"], found["logit"], found["top"]) if request.peak else None
+    peak = (found["index"], found["top"], found["logit"]) if request.peak else None
     rest = (found.get(name) for name in ("product", "mean_back", "near", "own", "mass"))
     return asked, RowResults(peak, *rest), given
 
