@@ -32,6 +32,7 @@ from .profile import (
     SinkDimsOf,
     Template,
     Trust,
+    names_in,
     run_name,
 )
 from .unstreamed import Unstreamed
@@ -158,7 +159,7 @@ def chosen_options(given: dict[str, Any]) -> MitigateOptions:
     from sinklens.pipeline.options import ProfileOptions
     from sinklens.pipeline.prepare import analyzers_for
 
-    wanted = tuple(item.strip() for item in (given["analyzers"] or "").split(",") if item.strip())
+    wanted = names_in(given["analyzers"])
     profile = ProfileOptions(
         **{name: given[name] for name in PROFILED}, analyzers=wanted or ANALYZERS, verify=False
     )

@@ -48,9 +48,14 @@ def shares_of(text: str) -> tuple[float, ...]:
     from sinklens.core.errors import UsageError
 
     try:
-        return tuple(float(part) for part in text.split(",") if part.strip())
+        shares = tuple(float(part) for part in text.split(",") if part.strip())
     except ValueError:
-        raise UsageError(f"--keep takes shares separated by commas, as in 0.25,0.5; got {text!r}.") from None
+        shares = ()
+    if not shares or not all(0 < share < 1 for share in shares):
+        raise UsageError(
+            f"--keep takes shares above 0 and below 1, separated by commas, as in 0.25,0.5; got {text!r}."
+        )
+    return shares
 
 
 def print_quantisation(grid: str, found: Mapping[str, Any]) -> None:

@@ -203,7 +203,7 @@ def chosen_options(given: dict[str, Any]) -> ProfileOptions:
     from sinklens.pipeline.prepare import analyzers_for
     from sinklens.pipeline.resuming import analyzers_before
 
-    wanted = tuple(item.strip() for item in (given["analyzers"] or "").split(",") if item.strip())
+    wanted = names_in(given["analyzers"])
     settings: dict[str, Any] = {
         field.name: given[field.name] for field in fields(ProfileOptions) if field.name in given
     }
@@ -218,6 +218,20 @@ def chosen_options(given: dict[str, Any]) -> ProfileOptions:
     if given["fail_if"]:
         check_paths(given["fail_if"], names if given["resume"] is None else analyzers_before(given["resume"]))
     return options
+
+
+def names_in(text: str | None) -> tuple[str, ...]:
+    """The items of a comma-separated option, none where it is left out.
+
+    Raises:
+        UsageError: It was given and holds none.
+    """
+    from sinklens.core.errors import UsageError
+
+    found = tuple(item.strip() for item in (text or "").split(",") if item.strip())
+    if text is not None and not found:
+        raise UsageError("--analyzers names no analyzer.", hint="Leave it out, or see: sinklens ls analyzers")
+    return found
 
 
 def run_profile(given: dict[str, Any], options: ProfileOptions) -> None:

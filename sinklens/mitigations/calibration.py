@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from sinklens.core.canonical import plain
 from sinklens.core.errors import UsageError
@@ -154,14 +154,23 @@ def value(scored: Scored, objective: Objective) -> tuple[float, float]:
     return -scored.entropy, 0.0
 
 
+def refuse_unknown_objective(objective: str) -> None:
+    """Refuse an objective that is neither of the two.
+
+    Raises:
+        UsageError: Naming both.
+    """
+    if objective not in get_args(Objective):
+        raise UsageError(f"objective must be {' or '.join(get_args(Objective))}, got {objective!r}.")
+
+
 def check_objective(objective: str, base: Scored) -> None:
     """Refuse an unknown objective, and entropy where a task has none.
 
     Raises:
         UsageError: Before the search begins.
     """
-    if objective not in ("supervised", "unsupervised"):
-        raise UsageError(f"objective must be supervised or unsupervised, got {objective!r}.")
+    refuse_unknown_objective(objective)
     if objective == "unsupervised" and math.isnan(base.entropy):
         raise UsageError("This task tells no next-token entropy, so a search without labels is not possible.")
 

@@ -98,6 +98,8 @@ def locate(spec: str | os.PathLike[str] | None, revision: str | None = None) -> 
     if spec is None:
         spec = default_model()
     text = os.fspath(spec)
+    if not text.strip():
+        raise ModelError("The model's name is empty.", hint="Leave --model out for the bundled checkpoint.")
     if text.startswith(BUNDLED):
         return _bundled(text, revision)
     folder = Path(text).expanduser()

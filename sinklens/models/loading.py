@@ -71,7 +71,19 @@ def placement(device: str | torch.device | None, device_map: Any) -> Any:
         raise UsageError(
             f"Device {device!r} was asked for, but this machine has no CUDA device.", hint="Use --device cpu"
         )
+    _refuse_absent(chosen)
     return None if chosen.type == "cpu" else {"": chosen}
+
+
+def _refuse_absent(device: torch.device) -> None:
+    """Refuse a device that holds no numbers here."""
+    try:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, NotImplementedError, AssertionError) as error:
+        raise UsageError(
+            f"Device '{device}' cannot be used on this machine: {str(error).splitlines()[0][:120]}",
+            hint="Use --device cpu, or leave it out.",
+        ) from error
 
 
 def quantisation(name: Any) -> Any:

@@ -45,6 +45,11 @@ def check_gate(expression: str, document: dict[str, Any]) -> None:
         value = len(value)  # rows, heads, dims, ...: how many
     if value is None:
         raise UsageError(f"--fail-if: {path} has no value in this run.", hint="See the document with --json.")
+    if isinstance(value, str | bool) and sign not in ("==", "!="):
+        raise UsageError(
+            f"--fail-if: {path} is {str(value)!r}, which is neither larger nor smaller than {wanted}.",
+            hint="Compare it with == or !=.",
+        )
     if _COMPARE[sign](*_alike(value, wanted, path)):
         raise GateError(f"--fail-if: {path} is {value}, and the condition is {path} {sign} {wanted}.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from sinklens.evaluation.splits import CalibrationSplit, ReportSplit, given_spli
 from sinklens.evaluation.tasks import Task, read_task, tasks_for
 from sinklens.mitigations import Method
 from sinklens.mitigations.asking import chosen_methods, label_of
-from sinklens.mitigations.calibration import Search, changed
+from sinklens.mitigations.calibration import Search, changed, refuse_unknown_objective
 from sinklens.mitigations.recipes import Recipe, load_recipe
 from sinklens.models.spec import OpenedModel
 
@@ -91,6 +92,7 @@ def jobs(options: MitigateOptions) -> list[Job]:
     for given in options.recipes:
         recipe = given if isinstance(given, Recipe) else load_recipe(given)
         found.append(Job(f"{recipe.method} (recipe)", recipe.mitigation, recipe))
+    _check_searches([search_of(job.method, options) for job in found if job.calibrate], options.search)
     seen: dict[str, int] = {}
     for job in found:
         seen[job.label] = seen.get(job.label, 0) + 1
@@ -103,10 +105,38 @@ def search_of(method: Method, options: MitigateOptions) -> Search:
     """How a method is calibrated: with those of the given settings that its search has."""
     wanted = method.search()
     assert wanted is not None
-    known = getattr(wanted, "__dataclass_fields__", {})
-    search = method.search(**{key: value for key, value in options.search.items() if key in known})
+    defaults = {name: getattr(wanted, name) for name in getattr(wanted, "__dataclass_fields__", {})}
+    settings = {key: value for key, value in options.search.items() if key in defaults}
+    for key, value in settings.items():
+        if isinstance(defaults[key], float) and not isinstance(value, int | float):
+            raise UsageError(f"--search: {key} must be a number, got {value!r}.")
+    search = method.search(**settings)
     assert search is not None
     return search
+
+
+def _check_searches(searches: Sequence[Search], given: Mapping[str, Any]) -> None:
+    """Refuse settings that would be ignored, and an unknown objective.
+
+    Raises:
+        UsageError: No search of this run has the setting, or nothing is calibrated at all.
+    """
+    had = sorted(
+        {name for search in searches for name in getattr(search, "__dataclass_fields__", {})} - {"grid"}
+    )
+    unused = sorted(given.keys() - set(had))
+    if unused and not searches:
+        raise UsageError(
+            "--search says how to choose parameters, and none are chosen here.",
+            hint="Choose them with --calibrate, or leave --search out.",
+        )
+    if unused:
+        raise UsageError(
+            f"--search: no search of this run has a setting {unused[0]!r}.",
+            detail=f"There are: {', '.join(had)}.",
+        )
+    for search in searches:
+        refuse_unknown_objective(getattr(search, "objective", "supervised"))
 
 
 def assigned(

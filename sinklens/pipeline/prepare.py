@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sinklens.analyzers import Analyzer, chosen_analyzers, registry
-from sinklens.core.errors import DataError, ModelError
+from sinklens.core.errors import DataError, ModelError, UsageError
 from sinklens.inputs.spans import Kind
 from sinklens.inputs.spec import Prompt, PromptSet
 from sinklens.models.spec import OpenedModel
@@ -239,6 +239,11 @@ def read_prompts(
 
     if wants_pictures(options, own):
         return read_pictures(options, own, config, processor)
+    if options.question is not None:
+        raise UsageError(
+            "--question is asked about pictures, and the prompts have none.",
+            hint="Give pictures with --images PATH, or leave it out.",
+        )
     chosen = options.prompts if options.prompts is not None else own
     prompts = load_prompts(
         chosen,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from sinklens.tracers.trace import Trace
 from .options import ProfileOptions
 from .prepare import Prepared
 
+_REQUEST = ("model", "prompts_given", *(field.name for field in fields(ProfileOptions)))
 NAMED = 3
 """Differences that the message names."""
 
@@ -32,7 +33,13 @@ def asked_before(
     Raises:
         UsageError: The run was of objects in memory that are not given again.
     """
-    request = dict(before["request"])
+    request = before.get("request")
+    if not isinstance(request, dict) or not {"model", "analyzers"} <= request.keys() <= {*_REQUEST}:
+        raise DataError(
+            f"{folder / 'manifest.json'} does not say what the run was asked to do: damaged, or of another version.",
+            hint="Start the run again, with --force to replace this folder.",
+        )
+    request = dict(request)
     asked = request.pop("model")
     given = request.pop("prompts_given", None)
     if given is not None or (model is None and asked is None):
