@@ -20,13 +20,18 @@ EXPERIMENTS = {
 }
 
 
-def print_plan(model: str | None, options: ProfileOptions, *, as_json: bool) -> None:
+def print_plan(model: str | None, options: ProfileOptions, *, as_json: bool, processes: int = 1) -> None:
+    """The plan of a profile.
+
+    Args:
+        processes: How many torchrun started.
+    """
     from sinklens.pipeline.cost import duration, size
     from sinklens.pipeline.plan import plan_document, predict
 
     from .console import WIDTH, print_json
 
-    described, prompts, predicted = predict(model, options)
+    described, prompts, predicted = predict(model, options, processes)
     if as_json:
         print_json(plan_document(described, prompts, predicted))
         return
@@ -45,6 +50,11 @@ def print_plan(model: str | None, options: ProfileOptions, *, as_json: bool) -> 
         parts = f"{size(stream.shell)} stay, 2 of {described.info.layers} blocks of {size(stream.block)} at a time"
         parts += f", {size(stream.scratch)} to dequantise" if stream.scratch else ""
         lines["Stream"] = f"on ({stream.why}): {parts}, {states}"
+    if predicted.spread is not None:
+        lines["Parallel"] = (
+            "tensor parallel: {processes} processes hold about {each} of weights each, and every one runs all prompts "
+            "on its share of the heads and neurons; no experiments"
+        ).format(processes=predicted.spread["processes"], each=size(predicted.spread["weights_each"]))
     for name, cost in predicted.experiments.items():
         took = "" if cost["seconds"] is None else f", about {duration(cost['seconds'])}"
         when = "; only if that takes under a minute" if cost["if_short"] else ""

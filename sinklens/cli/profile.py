@@ -74,6 +74,10 @@ StreamBudget = Annotated[
         "--stream-budget", help="Memory for states between blocks, as 2GB; more goes to disk. [default: 2GiB]"
     ),
 ]
+TensorParallel = Annotated[
+    bool,
+    typer.Option("--tensor-parallel", help="Spread each layer over the processes that torchrun started."),
+]
 Revision = Annotated[str | None, typer.Option("--revision", help="Commit, branch or tag on the hub.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")]
 Backend = Annotated[
@@ -164,6 +168,7 @@ def command(
     device_map: DeviceMap = None,
     stream: Stream = "auto",
     stream_budget: StreamBudget = None,
+    tensor_parallel: TensorParallel = False,
     revision: Revision = None,
     trust_remote_code: Trust = False,
     backend: Backend = None,
@@ -269,11 +274,11 @@ def run_together(given: dict[str, Any], options: ProfileOptions) -> None:
     from .together import one_voice
 
     model = given["model"]
-    with one_voice() as team:
+    with one_voice(on_devices=options.tensor_parallel or given["resume"] is not None) as team:
         refuse_alone(options, team)
         if given["dry_run"]:
             if team.leads:
-                print_plan(model, options, as_json=given["as_json"])
+                print_plan(model, options, as_json=given["as_json"], processes=team.size)
             return
         listener = ConsoleListener(quiet=given["quiet"])
         try:

@@ -43,8 +43,11 @@ def alone(arguments: list[str]) -> None:
 
 
 @contextmanager
-def one_voice() -> Iterator[Team]:
+def one_voice(*, on_devices: bool = False) -> Iterator[Team]:
     """The team of this process; of several that fail, the first one's error passes and the others leave silently.
+
+    Args:
+        on_devices: As in `joined`.
 
     Raises:
         typer.Exit: In place of an error that another process tells.
@@ -52,7 +55,7 @@ def one_voice() -> Iterator[Team]:
     from sinklens.core.errors import InterruptedRun, SinklensError
     from sinklens.tracers.team import Elsewhere, joined
 
-    with joined() as team:
+    with joined(on_devices=on_devices) as team:
         try:
             yield team
         except (Exception, KeyboardInterrupt) as error:

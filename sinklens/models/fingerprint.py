@@ -10,6 +10,7 @@ from torch import nn
 
 from .anatomy import find_anatomy
 from .spec import OpenedModel
+from .spread import whole
 
 SAMPLE = 64
 """Entries looked at per weight."""
@@ -39,11 +40,11 @@ def fingerprint(model: nn.Module | OpenedModel) -> dict[str, Any]:
 
 
 def weights_hash(module: nn.Module) -> str:
-    """Hash of evenly spaced entries of every weight, names and shapes included."""
+    """Hash of evenly spaced entries of every weight, names and shapes included; of a spread model by all processes."""
     digest = hashlib.sha256()
     for name, parameter in module.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        flat = parameter.detach().reshape(-1)
+        flat = whole(parameter.detach()).reshape(-1)
         if flat.is_meta or not flat.numel():
             continue
         step = max(1, flat.numel() // SAMPLE)

@@ -19,6 +19,7 @@ from .catalog import Source
 from .checkpoint import check_tokenizer, check_weights, read_config
 from .failures import explain
 from .spec import Anatomy
+from .spread import Spread, bad_anywhere, own_part, spreading
 
 DTYPES = {
     "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16,
@@ -188,7 +189,14 @@ def without_weights(config: Any, trust_remote_code: bool = False) -> nn.Module:
 
 
 def load_weights(
-    source: Source, config: Any, *, dtype: Any, device_map: Any, trust_remote_code: bool, quantization: Any
+    source: Source,
+    config: Any,
+    *,
+    dtype: Any,
+    device_map: Any,
+    trust_remote_code: bool,
+    quantization: Any,
+    spread: int | None = None,
 ) -> tuple[nn.Module, set[str]]:
     """The model with its weights, and the names of parameters that the checkpoint does not have."""
     if source.folder is not None:
@@ -202,6 +210,8 @@ def load_weights(
         options["quantization_config"] = quantization
     if trust_remote_code:
         options["trust_remote_code"] = True
+    if spread is not None:
+        options["distributed_config"] = spreading(spread)
     try:
         with _bars_on_terminals_only():
             model, report = model_class(config, trust_remote_code).from_pretrained(source.location, **options)
@@ -242,15 +252,17 @@ def check_complete(source: Source, anatomy: Anatomy, missing: set[str]) -> None:
 
 
 @torch.no_grad()
-def check_finite(model: nn.Module, name: str) -> None:
+def check_finite(model: nn.Module, name: str, spread: Spread | None = None) -> None:
     """Refuses NaN and infinities: one would make every statistic NaN. Weights that are not in memory are skipped."""
     bad: list[str] = []
-    for key, weight in [*model.named_parameters(), *model.named_buffers()]:
+    for key, held in (everything := [*model.named_parameters(), *model.named_buffers()]):
+        weight = own_part(held)
         if weight.is_meta or not weight.numel() or weight.dtype not in set(DTYPES.values()):
             continue
         low, high = torch.aminmax(weight)  # one pass, no copy; NaN wins over numbers
         if not (low.isfinite() and high.isfinite()) and not _masks(key, weight):
             bad.append(key)
+    bad = bad_anywhere([key for key, _ in everything], bad, spread)
     if bad:
         raise ModelError(
             f"{len(bad)} tensors of {name!r} hold NaN or infinity: {_some(bad)}.",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +14,9 @@ from sinklens.core.errors import ModelError, SinklensError, UsageError
 
 from .anatomy import find_anatomy
 from .catalog import Source, locate
-from .checkpoint import INDEX, SINGLE, cache_hashes, check_weights, folder_hashes, stored_shapes
+from .checkpoint import stored_shapes
 from .failures import explain
+from .files import bytes_of, commit_of, hashes_of
 from .loading import (
     check_complete,
     check_finite,
@@ -31,7 +31,7 @@ from .loading import (
 from .processors import load_processor
 from .quantised import dequantising, format_of, planned_shapes, refuse_ragged, scratch_bytes
 from .spec import Anatomy, ModelInfo, OpenedModel
-from .spread import refuse_spread
+from .spread import refuse_spread, refuse_unspreadable, spread_of
 from .streamable import refuse_unstreamable
 from .streaming import open_streamed
 
@@ -76,6 +76,7 @@ def open_model(
     trust_remote_code: bool = False,
     quantization: Any = None,
     stream: bool = False,
+    spread: int | None = None,
 ) -> OpenedModel:
     """Opens a model for tracing, in eval mode.
 
@@ -90,6 +91,8 @@ def open_model(
         trust_remote_code: Whether code that comes with the model may run.
         quantization: `4bit`, `8bit` or a config of transformers.
         stream: Leave the blocks of the main tower on disk and load each one when it runs.
+        spread: Spread the weights by the model's tensor-parallel plan over so many processes, each of which calls this.
+            A model in memory must be spread already; without this it is refused then.
 
     Raises:
         ModelError: The model cannot be used; each cause has its own message.
@@ -107,14 +110,16 @@ def open_model(
             quantization=quantization,
             stream=stream or None,
         )
-        return _in_memory(spec, tokenizer, processor)
+        return _in_memory(spec, tokenizer, processor, spread is not None)
     source = locate(_name(spec), revision)
     wanted, where, quantised = parse_dtype(dtype), placement(device, device_map), quantisation(quantization)
     config = load_config(source, trust_remote_code)
     unpacks = None if quantised is not None else dequantising(source, config, wanted)
-    anatomy = _refuse_early(source, config, trust_remote_code, unpacks)
+    anatomy = _refuse_early(source, config, trust_remote_code, unpacks, spread, quantised)
     own_tokenizer = load_tokenizer(source, tokenizer, _reads_text(anatomy), trust_remote_code)
     options: dict[str, Any] = {"dtype": wanted, "trust_remote_code": trust_remote_code}
+    if spread is not None:
+        where, options["spread"] = None, spread  # transformers puts each process on its own device
     blocks = None
     if stream:
         refuse_unstreamable(device_map, quantised)
@@ -127,9 +132,10 @@ def open_model(
         )
     anatomy = find_anatomy(module)
     check_complete(source, anatomy, missing)
-    check_finite(module, source.id)
-    commit = _commit(source)
-    info = _info(module, anatomy, source.id, commit, _hashes(source, commit))
+    over = spread_of(module)
+    check_finite(module, source.id, over)
+    commit = commit_of(source)
+    info = _info(module, anatomy, source.id, commit, hashes_of(source, commit))
     return OpenedModel(
         module,
         own_tokenizer,
@@ -140,6 +146,7 @@ def open_model(
         load_processor=lambda: load_processor(source, trust_remote_code),
         blocks=blocks,
         dequantised=None if unpacks is None else format_of(config),
+        spread=over,
     )
 
 
@@ -155,8 +162,9 @@ def describe_model(
     revision: str | None = None,
     dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
+    spread: int | None = None,
 ) -> ModelDescription:
-    """What a model is, from its config and the headers of its files; no weights are read."""
+    """What a model is, from its config and the headers of its files, or why it is refused; no weights are read."""
     wanted = parse_dtype(dtype)
     if isinstance(spec, OpenedModel | nn.Module):
         opened = open_model(spec)
@@ -166,13 +174,14 @@ def describe_model(
     config = load_config(source, trust_remote_code)
     shell = _shell(source, config, trust_remote_code)
     anatomy = find_anatomy(shell)
+    refuse_unspreadable(shell, anatomy, spread, source.id)
     stored_dtype = next(
         (c.dtype for c in (config, _text(config)) if getattr(c, "dtype", None)), torch.float32
     )
     kept = wanted if isinstance(wanted, torch.dtype) else stored_dtype
-    commit = _commit(source)
+    commit = commit_of(source)
     info = _info(shell, anatomy, source.id, commit, {}, kept)
-    stored = _stored_bytes(source, commit)
+    stored = bytes_of(source, commit)
     unpacks = dequantising(source, config, wanted)
     by_block = [
         kept.itemsize * sum(p.numel() for p in shell.get_submodule(block.path).parameters())
@@ -196,7 +205,7 @@ def describe_model(
 def stored_bytes(spec: Any, revision: str | None = None) -> int | None:
     """Bytes of a model's weight files, from their headers or the hub's index; None if that takes more."""
     source = locate(_name(spec), revision)
-    return _stored_bytes(source, _commit(source))
+    return bytes_of(source, commit_of(source))
 
 
 def open_shell(
@@ -238,17 +247,25 @@ def _only_in_memory(**given: Any) -> None:
         )
 
 
-def _in_memory(module: nn.Module, tokenizer: Any, processor: Any) -> OpenedModel:
+def _in_memory(module: nn.Module, tokenizer: Any, processor: Any, spread: bool) -> OpenedModel:
     """A module of the user: it is put into eval mode and otherwise left alone."""
-    refuse_spread(module)
+    if not spread:
+        refuse_spread(module)
     anatomy = find_anatomy(module)
     name = getattr(module.config, "_name_or_path", "") or type(module).__name__
-    check_finite(module, name)
+    over = spread_of(module)
+    refuse_unspreadable(module, anatomy, over and over.size, name)
+    check_finite(module, name, over)
     source = Source(name, name)
     tokenizer = getattr(processor, "tokenizer", None) if tokenizer is None else tokenizer
     own = load_tokenizer(source, tokenizer, wanted=False, trust_remote_code=False)
     return OpenedModel(
-        module.eval(), own, anatomy, _info(module, anatomy, name, None, {}), processor=processor
+        module.eval(),
+        own,
+        anatomy,
+        _info(module, anatomy, name, None, {}),
+        processor=processor,
+        spread=over,
     )
 
 
@@ -271,7 +288,9 @@ def _shell(source: Source, config: Any, trust_remote_code: bool) -> nn.Module:
         raise explain(error, source, "config") from error
 
 
-def _refuse_early(source: Source, config: Any, trust_remote_code: bool, unpacks: Any) -> Anatomy | None:
+def _refuse_early(
+    source: Source, config: Any, trust_remote_code: bool, unpacks: Any, spread: int | None, quantised: Any
+) -> Anatomy | None:
     """The anatomy without weights, so that an unreadable family is refused before gigabytes are loaded.
 
     Code that comes with a model may not be able to build on the meta device; it is then judged after loading.
@@ -283,6 +302,7 @@ def _refuse_early(source: Source, config: Any, trust_remote_code: bool, unpacks:
             return None
         raise
     anatomy = find_anatomy(shell)
+    refuse_unspreadable(shell, anatomy, spread, source.id, quantised)
     _refuse_ragged(source, config, shell, unpacks)
     return anatomy
 
@@ -301,16 +321,6 @@ def _refuse_ragged(source: Source, config: Any, shell: nn.Module, unpacks: Any) 
 
 def _reads_text(anatomy: Anatomy | None) -> bool:
     return anatomy is None or any(tower.embedding for tower in anatomy.towers)
-
-
-def _commit(source: Source) -> str | None:
-    """The commit that the hub's cache holds for the revision asked for: the name of its snapshot folder."""
-    from huggingface_hub import try_to_load_from_cache
-
-    if source.folder is not None:
-        return None
-    path = try_to_load_from_cache(source.location, "config.json", revision=source.revision)
-    return Path(path).parent.name if isinstance(path, str) else None
 
 
 def _info(
@@ -351,45 +361,3 @@ def _dtype(parameters: Iterable[nn.Parameter]) -> torch.dtype:
         if parameter.is_floating_point():
             counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
     return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
-
-
-def _hashes(source: Source, commit: str | None) -> dict[str, str]:
-    if source.folder is not None:
-        return folder_hashes(source.folder, source.id)
-    return cache_hashes(_cached(source, commit))
-
-
-def _cached(source: Source, commit: str | None) -> list[str]:
-    """Paths in the hub's cache of the files that were just used."""
-    import json
-
-    from huggingface_hub import try_to_load_from_cache
-
-    def find(name: str) -> str | None:
-        path = try_to_load_from_cache(source.location, name, revision=commit or source.revision)
-        return path if isinstance(path, str) else None
-
-    index = find(INDEX)
-    shards: set[str] = set()
-    if index is not None and find(SINGLE) is None:
-        with open(index, encoding="utf-8") as file:
-            shards = set(json.load(file).get("weight_map", {}).values())
-    return [
-        path for name in ("config.json", "tokenizer.json", SINGLE, *sorted(shards)) if (path := find(name))
-    ]
-
-
-def _stored_bytes(source: Source, commit: str | None) -> int | None:
-    """Bytes of the weights: from the headers in a folder, from the index of a hub model, else None."""
-    if source.folder is not None:
-        return check_weights(source.folder, source.id)
-    import json
-
-    from transformers.utils.hub import cached_file
-
-    try:
-        path = cached_file(source.location, INDEX, revision=commit or source.revision)
-        with open(str(path), encoding="utf-8") as file:
-            return int(json.load(file)["metadata"]["total_size"])
-    except (OSError, KeyError, TypeError, ValueError):
-        return None

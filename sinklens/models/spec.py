@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
+    from .spread import Spread
     from .streaming import StreamedBlocks
 
 
@@ -180,6 +181,7 @@ class OpenedModel:
         load_processor: Loads the one that came with the checkpoint; see `models.processors.processor_of`.
         blocks: What loads the main tower's blocks when they run; None where all weights are in memory.
         dequantised: The format that the weights were stored in and dequantised from; None for all others.
+        spread: The processes that hold the model together under a tensor-parallel plan; None where one holds it all.
     """
 
     module: nn.Module
@@ -195,6 +197,7 @@ class OpenedModel:
     load_processor: Callable[[], Any] | None = None
     blocks: StreamedBlocks | None = None
     dequantised: str | None = None
+    spread: Spread | None = None
 
     @property
     def plain(self) -> nn.Module:

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .spec import Block, FeedForward, Piece, Sum, Tower, Write
+from .spread import distributed, own_part
 
 ROUNDINGS = 4
 """Roundings, in units of the dtype's epsilon, by which a sum may differ from its terms."""
@@ -158,7 +159,12 @@ def _widths(model: nn.Module, block: Block, hidden: int) -> frozenset[int]:
     """Last axes worth a copy: the residual stream's, and those inside the feed-forward part."""
     down = model.get_submodule(block.down_proj) if block.down_proj else None
     inner = getattr(down, "in_features", None) or getattr(down, "nx", None)
-    return frozenset((hidden, inner, 2 * inner) if isinstance(inner, int) else (hidden,))
+    if not isinstance(inner, int):
+        return frozenset((hidden,))
+    # Of a model that is spread over processes the share of this one: what holds for all neurons holds for some.
+    weight = getattr(down, "weight", None)
+    share = own_part(weight).shape[-1] if isinstance(weight, Tensor) and distributed(weight) else inner
+    return frozenset((hidden, inner, 2 * inner, share, 2 * share))
 
 
 def _watch_part(module: nn.Module, name: str, ran: Ran, widths: frozenset[int], stack: ExitStack) -> None:

@@ -42,6 +42,7 @@ class ProfileOptions:
         stream: Read the model's blocks from disk one at a time: `on`, `off`, or `auto` for models that do not fit into
             memory.
         stream_budget: Memory for the states of all prompts between two blocks, as `2GB`; more is kept on disk.
+        tensor_parallel: Spread each layer over the processes of torchrun, by the model's tensor-parallel plan.
     """
 
     prompts: str | Sequence[Any] | None = None
@@ -70,6 +71,7 @@ class ProfileOptions:
     trust_remote_code: bool = False
     backend: str | None = None
     remote: bool = False
+    tensor_parallel: bool = False
     preset: str | None = None
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from sinklens.tracers.signals_pictures import LENS, LENS_RANKS, OF_QUERIES, PAIR
 from sinklens.tracers.signals_visual import KEY_CLASSES, LEAST_ENERGY, MASS_FLOORS, PHI, SHARE_BINS
 
 from . import visual_experiments as visual
+from .beside_plan import refuse_beside_plan, refuse_one_process
 from .cost import available_memory, size
 from .options import ProfileOptions
 from .picture_prompts import has_pictures, refuse_without_pictures
@@ -65,6 +66,7 @@ class Prediction:
         stream: What streaming takes; None where all blocks are in memory. `weights` and `working` count it.
         query_blocks: Logits in flight, and query rows per block for the longest prompt.
         sampling: What is estimated from a sample of the query rows; None where all are looked at.
+        spread: `processes` that hold the model together, and `weights_each`, about; None where one holds it all.
     """
 
     weights: int
@@ -78,24 +80,36 @@ class Prediction:
     stream: StreamCost | None = None
     query_blocks: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] | None = None
+    spread: dict[str, int] | None = None
 
     @property
     def fits(self) -> bool | None:
         return None if self.available is None else self.weights + self.working <= self.available
 
 
-def predict(model: str | None, options: ProfileOptions) -> tuple[ModelDescription, PromptSet, Prediction]:
-    """Plan a run of a model by name, without loading its weights."""
+def predict(
+    model: str | None, options: ProfileOptions, processes: int = 1
+) -> tuple[ModelDescription, PromptSet, Prediction]:
+    """Plan a run of a model by name, without loading its weights.
+
+    Args:
+        processes: How many torchrun started.
+    """
     from sinklens.models.catalog import locate
     from sinklens.models.loading import load_config, load_tokenizer
     from sinklens.models.opening import describe_model, own_prompts
     from sinklens.models.processors import load_processor
 
+    spread = planned_spread(options, processes)
     analyzers = analyzers_for(options)
     if options.stream == "on":
         refuse_streaming(model, options)
     described = describe_model(
-        model, revision=options.revision, dtype=options.dtype, trust_remote_code=options.trust_remote_code
+        model,
+        revision=options.revision,
+        dtype=options.dtype,
+        trust_remote_code=options.trust_remote_code,
+        spread=spread,
     )
     source = locate(model, options.revision)
     tokenizer = load_tokenizer(source, None, True, options.trust_remote_code)
@@ -112,6 +126,8 @@ def predict(model: str | None, options: ProfileOptions) -> tuple[ModelDescriptio
     plan = reading(plan_for(options, analyzers), options, prompts)
     on_cpu = options.device in (None, "cpu")
     found = prediction(described, prompts, plan, on_cpu=on_cpu, device=device_of_run(options))
+    if spread is not None:
+        return described, prompts, spread_over(found, spread, device_of_run(options) is None)
     too_large = options.stream == "auto" and found.fits is False
     if options.stream == "on" or (too_large and obstacle_to_streaming(model, options) is None):
         found = _streamed(model, options, described, prompts, plan, found)
@@ -141,6 +157,31 @@ def _streamed(
     cost = stream_cost(described, batches, why, budget_of(options))
     held = min(cost.states, cost.budget)
     return replace(found, weights=cost.weights, working=found.working + held, stream=cost)
+
+
+def planned_spread(options: ProfileOptions, processes: int) -> int | None:
+    """The number of processes that are to hold the model together; None where each holds it all.
+
+    Raises:
+        UsageError: As the run would.
+    """
+    if not options.tensor_parallel:
+        return None
+    refuse_one_process(options, None if processes == 1 else processes)
+    refuse_beside_plan(options)
+    return processes
+
+
+def spread_over(found: Prediction, processes: int, on_cpu: bool) -> Prediction:
+    """The cost for one device, or for all processes where they share this machine's memory.
+
+    Nearly all weights are in the projections that a plan cuts; norms are held by every process.
+    """
+    each = found.weights // processes
+    spread = {"processes": processes, "weights_each": each}
+    if on_cpu:
+        return replace(found, working=found.working * processes, spread=spread)
+    return replace(found, weights=each, spread=spread)
 
 
 def experiments_of(

@@ -31,6 +31,7 @@ from sinklens.tracers.streaming import take_up
 from sinklens.tracers.streaming.check import check_streamed
 
 from .backends import chosen_backend, named_analyzers, refuse_lacking
+from .beside_plan import refuse_one_process
 from .listener import Listener
 from .memory import memory_told
 from .options import ProfileOptions
@@ -91,13 +92,16 @@ def prepare(
     *,
     streaming: bool = False,
     resumed: RunStore | None = None,
+    spread: int | None = None,
 ) -> Prepared:
     """Open the model and read the prompts.
 
     Args:
         streaming: Whether blocks may stay on disk. Whoever changes weights needs them in memory.
         resumed: The folder of an interrupted run that goes on.
+        spread: Processes that hold the model together by its tensor-parallel plan, each of which calls this.
     """
+    refuse_one_process(options, spread)
     analyzers = analyzers_for(options)
     if not streaming:
         refuse_in_memory(options)
@@ -113,6 +117,8 @@ def prepare(
     choice = choose(model, options) if streaming else None
     if choice is not None and choice.on:
         source["stream"] = True
+    if spread is not None:
+        source["spread"] = spread
     held = choice is not None and not choice.on
     with memory_told("the model was opened", model, options, streams=held):
         opened = open_with(model, backend=backend, dtype=options.dtype, **source)

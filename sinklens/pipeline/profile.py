@@ -11,6 +11,7 @@ from sinklens.tracers.backends import modes_restored
 from sinklens.tracers.store import RunStore
 
 from .backends import chosen_backend
+from .in_step import profile_in_memory, spread_in_memory
 from .listener import Listener
 from .options import ProfileOptions
 from .prepare import model_request, prepare
@@ -38,7 +39,8 @@ def profile(
     Args:
         model: Alias, `org/name@revision`, local folder, `bundled:NAME`, or a model in memory: of transformers (then
             give its `tokenizer`, or its `processor` if it reads pictures), a TransformerBridge, or a model of nnsight.
-            None takes the bundled checkpoint.
+            None takes the bundled checkpoint. A model that torchrun's processes hold together by a tensor-parallel plan
+            is profiled by all of them, each of which calls this with the same arguments; process 0 writes `out`.
         out: Run folder to write; None keeps everything in memory.
         force: Replace a run that is already in `out`.
         resume: Run folder of an interrupted run; model and options come from its manifest.
@@ -78,6 +80,18 @@ def _start(
 ) -> Run:
     chosen_analyzers(options.analyzers)  # a misspelt analyzer is told before a large model is loaded
     chosen_backend(options)
+    spread = spread_in_memory(model)
+    if spread is not None:
+        return profile_in_memory(
+            model,
+            spread,
+            out=out,
+            force=force,
+            options=options,
+            listener=listener,
+            argv=argv,
+            tokenizer=tokenizer if processor is None else getattr(processor, "tokenizer", tokenizer),
+        )
     if out is None:
         prepared = prepare(model, tokenizer, options, listener, processor, streaming=True)
         return Session(prepared, options, None, listener, argv, None).run()

@@ -14,6 +14,7 @@ from typing import Any
 from sinklens.analyzers import chosen_analyzers
 from sinklens.core.canonical import plain
 from sinklens.core.errors import InterruptedRun, ModelError, ResourceError, SinklensError, UsageError
+from sinklens.models.spread import lost
 from sinklens.tracers.executor import TracePlan
 from sinklens.tracers.selfcheck import Check
 from sinklens.tracers.store import RunStore
@@ -21,6 +22,8 @@ from sinklens.tracers.team import Gone, Team
 from sinklens.tracers.together import trace_together
 from sinklens.tracers.trace import Trace
 
+from .beside_plan import refuse_beside_plan
+from .in_step import profile_spread
 from .listener import Listener, Silent
 from .options import ProfileOptions
 from .prepare import Prepared, checked_plan, model_request, prepare
@@ -44,7 +47,7 @@ def profile_together(
 
     Returns:
         The run at the leader; None elsewhere. Its findings are those of one process, bit for bit, if each process has
-        as many threads as that one.
+        as many threads as that one; of a model that the processes hold together, to rounding.
 
     Raises:
         SinklensError: As `profile`; a process that is stopped because of another one raises `Elsewhere`.
@@ -58,6 +61,15 @@ def profile_together(
             return load_run(folder) if team.leads else None
         model, options = asked_before(folder, before)
     options = options or ProfileOptions()
+    if options.tensor_parallel:
+        try:
+            return profile_spread(
+                model, team, store, force=force, options=options, listener=listener, argv=argv, before=before
+            )
+        except (KeyboardInterrupt, InterruptedRun, RuntimeError, ResourceError) as error:
+            if isinstance(error, RuntimeError | ResourceError) and not lost(error):
+                raise
+            raise stopped(team, store, None, error, number="as many processes") from None
     refuse_alone(options, team)
     chosen_analyzers(options.analyzers)
     task = _Task(model, team, store, options, listener, argv, before)
@@ -76,6 +88,9 @@ def refuse_alone(options: ProfileOptions, team: Team) -> None:
     Raises:
         UsageError: The model would be spread over the devices of all processes, or is elsewhere.
     """
+    if options.tensor_parallel:
+        refuse_beside_plan(options)
+        return
     if options.device_map is not None:
         raise UsageError(
             f"--device-map {options.device_map} spreads one model over all devices, and each of the {team.size} "
@@ -238,17 +253,27 @@ def own_device(asked: str | None, local_rank: int) -> str | None:
 
 
 def stopped(
-    team: Team, store: RunStore, total: int | None, error: BaseException | None = None
+    team: Team,
+    store: RunStore,
+    total: int | None,
+    error: BaseException | None = None,
+    *,
+    number: str = "any number of processes",
 ) -> SinklensError:
-    """What to say when this process was told to stop: by somebody, or because another process is gone."""
+    """What to say when this process was told to stop: by somebody, or because another process is gone.
+
+    Args:
+        number: How many processes may go on.
+    """
     try:
         ranks = error.ranks if isinstance(error, Gone) else team.missing()
     except RuntimeError:  # the store went with the launcher
         ranks = ()
     if store.manifest_path.is_file():
+        total = total or store.read_manifest().get("inputs", {}).get("n_prompts")
         saved = f"{_saved(store)}/{total or '?'} prompts saved."
         again = f"torchrun --nproc-per-node {team.size} -m sinklens profile --resume {store.folder}"
-        hint = f"Continue, with any number of processes: {again}"
+        hint = f"Continue, with {number}: {again}"
     else:
         saved, hint = "Nothing was saved.", "Start it again."
     if ranks:

@@ -31,8 +31,10 @@ from sinklens.kernels.sampled import sampled_sweep
 from sinklens.kernels.spec import AttentionCall, AttentionStatistics, BlockPlan, Want
 from sinklens.models.parts import unwrapped
 from sinklens.models.spec import Tower
+from sinklens.models.spread import refuse_spread
 
 from .hf_attention import attention_call, attention_configs, own_kernel
+from .whole_heads import Whole
 
 
 class Mode(StrEnum):
@@ -120,6 +122,7 @@ class AttentionTap:
         edit: Replaces the output `[batch, query, head, value_dim]`, for checks.
         witness: Receives the log-sum-exp `[batch, head, query]` that the model's own kernel computed (faithful mode),
             None where the kernel does not tell it.
+        whole: Joins the heads of a model that is spread over processes, before the observer is told.
     """
 
     edits_map = False
@@ -135,10 +138,11 @@ class AttentionTap:
         plan: BlockPlan | None = None,
         edit: Edit | None = None,
         witness: Witness | None = None,
+        whole: Whole | None = None,
     ) -> None:
         self.sites = {id(module): site for module, site in sites.items()}
         self.asks, self.observer, self.mode, self.edit, self.witness = asks, observer, mode, edit, witness
-        self.plan = plan or BlockPlan()
+        self.plan, self.whole = plan or BlockPlan(), whole
         self.counted: Tensor | None = None
         """Real tokens of the running batch, `[batch, pos]`; set by the executor before each forward pass."""
         self.samples: tuple[RowSample | None, ...] | None = None
@@ -150,6 +154,8 @@ class AttentionTap:
     def attached(self, model: nn.Module) -> Iterator[AttentionTap]:
         """Route the model's attention through this tap; everything is put back on exit, also after an error."""
         self._check_company()
+        if self.edits_map:
+            refuse_spread(model)
         _register()
         with ExitStack() as stack:
             stack.callback(_unregister_if_idle)
@@ -189,7 +195,7 @@ class AttentionTap:
         if not want.stats:
             return None
         output, statistics = attention_fused(call, want, self.plan)
-        self.observer(site, call, statistics)
+        self._show(site, call, statistics)
         return output
 
     def measure(self, site: Site, attended: Attended) -> None:
@@ -204,6 +210,11 @@ class AttentionTap:
             statistics = sampled_sweep(call, want, self.samples, self.plan)
         else:
             statistics = attention_sweep(call, want, None, self.plan)
+        self._show(site, call, statistics)
+
+    def _show(self, site: Site, call: AttentionCall, statistics: AttentionStatistics) -> None:
+        if self.whole is not None:
+            call, statistics = self.whole(call, statistics)
         self.observer(site, call, statistics)
 
 

@@ -32,7 +32,7 @@ from .signals import ALL_SIGNALS, Signal, Source
 from .signals_visual import OF_CONTRIBUTIONS
 from .sink_dims import SinkRule
 from .states import block_tap, down_proj_tap, input_tap
-from .store import RunStore
+from .store import RunStore, packed, unpacked
 from .trace import PromptRecord, Trace, layer_table
 
 
@@ -196,6 +196,8 @@ def trace(
     everything = tuple(prompts.prompts if isinstance(prompts, PromptSet) else prompts)
     result = empty_trace(opened, plan)
     result.records = store.load_records() if store else []
+    if opened.spread is not None:  # only one of its processes has the folder
+        result.records = unpacked(opened.spread.agree("traced before", packed(result.records))[0])
     done = {record.index for record in result.records}
     device = device_of(opened)
     groups = [
@@ -234,6 +236,8 @@ def empty_trace(opened: OpenedModel, plan: TracePlan) -> Trace:
     tracing["statistics"] = f"float32, {statistics_kernel(device_of(opened))}"
     if opened.blocks is not None:
         tracing["weights"] = "streamed: each block is read from disk once, and all prompts pass through it"
+    if opened.spread is not None:
+        tracing["weights"] = f"spread by the model's tensor-parallel plan over {opened.spread.size} processes"
     feature = vision_feature_layer(opened.module)
     if feature is not None:
         tracing["vision_feature_layer"] = feature

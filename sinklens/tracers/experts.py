@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sinklens.core.errors import ModelError
 from sinklens.models.spec import Tower
+from sinklens.models.spread import Share, distributed, own_part, share_of
 
 from .attention import Site
 
@@ -41,6 +42,7 @@ class Routed:
         neuron: The input of `down_proj` with the largest part in that entry; -1 where nobody asked.
         module, hidden: The experts and what they read, `[token, hidden]`: references, not copies.
         ablated: Experts whose output was set to zero afterwards.
+        share: The part of every expert's neurons that this process holds, None for all of them.
     """
 
     n_experts: int
@@ -53,6 +55,7 @@ class Routed:
     module: Any
     hidden: Float[Tensor, "token hidden"]
     ablated: frozenset[int] = frozenset()
+    share: Share | None = None
 
     @property
     def index(self) -> Int[Tensor, "token slot"]:
@@ -91,6 +94,7 @@ class ExpertsTap:
         self.observer, self.ablate, self.own_output = observer, frozenset(ablate), own_output
         self.lookup = lookup
         self.before: dict[int, str | None] = {}
+        self.shares = {id(module): neuron_share(module) for module in self.modules}
         self.calls = 0
 
     @contextmanager
@@ -129,7 +133,7 @@ class ExpertsTap:
         self.calls += 1
         site = self.sites[id(module)]
         output, routed = routed_experts(
-            module, hidden, index, weights, self._ablated(site.layer), self.lookup
+            module, hidden, index, weights, self._ablated(site.layer), self.lookup, self.shares[id(module)]
         )
         if self.own_output:
             output = own_experts(module, self.before[id(module.config)])(hidden, index, weights)
@@ -157,8 +161,12 @@ def routed_experts(
     weights: Float[Tensor, "token slot"],
     ablated: frozenset[int] = frozenset(),
     lookup: Lookup | None = None,
+    share: Share | None = None,
 ) -> tuple[Float[Tensor, "token hidden"], Routed]:
-    """The layer output of a fused experts module, an expert at a time, and the largest entry of every row."""
+    """The layer output of a fused experts module, an expert at a time, and the largest entry of every row.
+
+    Of experts whose neurons are spread over processes the output is this one's part of the sum, and entries are whole.
+    """
     tokens, slots = index.shape
     n_experts = int(module.num_experts)
     flat = index.reshape(-1)
@@ -175,17 +183,19 @@ def routed_experts(
         rows = order[start : start + count]
         start += count
         inner = expert_inner(module, expert, hidden[rows // slots])
-        y = expert_outer(module, expert, inner)
+        mine = expert_outer(module, expert, inner)
+        y = mine if share is None else share.spread.summed(mine)
         dim[rows] = y.abs().argmax(-1)
         value[rows] = y.gather(-1, dim[rows, None]).squeeze(-1).float()
         if lookup is not None:
             asked = lookup(rows // slots, tokens, value[rows])
-            neuron[rows[asked]] = strongest_inputs(module, expert, inner[asked], dim[rows[asked]])[0]
+            found = strongest_inputs(module, expert, inner[asked], dim[rows[asked]], share)
+            neuron[rows[asked]] = found[0]
         if expert not in ablated:
-            rows_out[rows] = y
+            rows_out[rows] = mine
     output = (rows_out * weights.reshape(-1, 1)).view(tokens, slots, -1).sum(1).to(hidden.dtype)
     weight = weights.reshape(-1).float()
-    return output, Routed(n_experts, slots, flat, weight, value, dim, neuron, module, hidden, ablated)
+    return output, Routed(n_experts, slots, flat, weight, value, dim, neuron, module, hidden, ablated, share)
 
 
 def expert_output(module: Any, expert: int, x: Float[Tensor, "row hidden"]) -> Float[Tensor, "row hidden"]:
@@ -199,10 +209,14 @@ def expert_inner(module: Any, expert: int, x: Float[Tensor, "row hidden"]) -> Fl
     return module._apply_gate(inner) if module.has_gate else module.act_fn(inner)
 
 
-def expert_outer(module: Any, expert: int, inner: Float[Tensor, "row inner"]) -> Float[Tensor, "row hidden"]:
-    """What the expert makes of that."""
-    down = module.down_proj[expert]
+def expert_outer(
+    module: Any, expert: int, inner: Float[Tensor, "row inner"], share: Share | None = None
+) -> Float[Tensor, "row hidden"]:
+    """What the expert makes of that; with a share the sum over all processes, each of which gives its `inner`."""
+    down = own_part(module.down_proj)[expert]
     y = inner @ (down if module.is_transposed else down.T)
+    if share is not None:
+        y = share.spread.summed(y)
     if module.has_bias:
         y = y + module.down_proj_bias[expert]
     return module.post_expert_norm(y) if module.has_post_expert_norm else y
@@ -227,12 +241,17 @@ def expert_parts(
 
 
 def strongest_inputs(
-    module: Any, expert: int, inner: Float[Tensor, "row inner"], dim: Int[Tensor, " row"]
+    module: Any,
+    expert: int,
+    inner: Float[Tensor, "row inner"],
+    dim: Int[Tensor, " row"],
+    share: Share | None = None,
 ) -> tuple[Int[Tensor, " row"], Float[Tensor, " row"]]:
     """The input of the expert's `down_proj` with the largest part in output `dim` of each row, and that part."""
-    down = module.down_proj[expert]
+    down = own_part(module.down_proj)[expert]
     rows = down[:, dim].T if module.is_transposed else down[dim]
     parts = inner.float() * rows.float()  # the bias belongs to no input
+    parts = parts if share is None else share.joined(parts)
     neuron = parts.abs().argmax(-1)
     return neuron, parts.gather(-1, neuron[:, None]).squeeze(-1)
 
@@ -240,11 +259,28 @@ def strongest_inputs(
 def _projected(module: Any, expert: int, x: Float[Tensor, "row hidden"]) -> Float[Tensor, "row wide"]:
     """The expert's first projection, gate and up together where it has a gate."""
     gated = module.has_gate
-    up = (module.gate_up_proj if gated else module.up_proj)[expert]
+    up = own_part(module.gate_up_proj if gated else module.up_proj)[expert]
     inner = x @ (up if module.is_transposed else up.T)
     if module.has_bias:
         inner = inner + (module.gate_up_proj_bias if gated else module.up_proj_bias)[expert]
     return inner
+
+
+def neuron_share(module: Any) -> Share | None:
+    """The part of every expert's neurons that this process holds; None where it holds all of them.
+
+    Raises:
+        ModelError: Whole experts are spread, or parts that cannot be added up again.
+    """
+    down = getattr(module, "down_proj", None)
+    if not isinstance(down, Tensor) or not distributed(down):
+        return None
+    share = share_of(down, 1 if module.is_transposed else 2)
+    if share is not None and (module.has_bias or module.has_post_expert_norm):
+        raise ModelError(
+            f"{type(module).__name__} is spread over processes, and its outputs are more than a sum over neurons."
+        )
+    return share
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from sinklens.models.spec import FeedForward, Piece
+from sinklens.models.spread import whole_input, whole_output
 from sinklens.models.sums import piece
 
 from . import signals as sig
@@ -175,7 +176,9 @@ def _parts(passed: BlockPass, ledger: Ledger, places: list[int]) -> list[Tensor 
         up, gate = _run(passed, inner.up, read), _run(passed, inner.gate, read)
         act = _activated(passed, inner, gate)
     down = block.down_proj or ""
-    return [read, gate, up, act, _rows(passed.given.get(down), places), _rows(passed.made.get(down), places)]
+    product = _rows(passed.given.get(down), places)
+    product = product if product is None else whole_input(passed.modules[down], product)
+    return [read, gate, up, act, product, _rows(passed.made.get(down), places)]
 
 
 def _rows(tensor: Tensor | None, places: list[int]) -> Tensor | None:
@@ -187,7 +190,8 @@ def _run(passed: BlockPass, part: Piece | None, read: Tensor) -> Tensor | None:
     """A projection once more, for two tokens; by `forward`, so that nobody's hooks are called."""
     if part is None or elsewhere(passed.modules[part.path]):
         return None
-    return piece(passed.modules[part.path].forward(read), part.part)
+    module = passed.modules[part.path]
+    return piece(whole_output(module, module.forward(read)), part.part)
 
 
 @torch.no_grad()
@@ -214,9 +218,12 @@ def _mixture_parts(passed: BlockPass, routed: Routed | None, places: list[int]) 
     best, most = -1, -1.0
     for slot, expert in enumerate(chosen[0].tolist()):
         if expert < routed.n_experts and expert not in routed.ablated:
-            y = expert_outer(routed.module, expert, expert_inner(routed.module, expert, hidden[:1]))
+            inner = expert_inner(routed.module, expert, hidden[:1])
+            y = expert_outer(routed.module, expert, inner, routed.share)
             size = float(y.float().norm() * weight[0, slot].abs())
             best, most = (expert, size) if size > most else (best, most)
     if best >= 0 and bool((chosen[1] == best).any()):
         inside = [*expert_parts(routed.module, best, hidden), expert_inner(routed.module, best, hidden)]
+        if routed.share is not None:
+            inside = [None if part is None else routed.share.joined(part) for part in inside]
     return [hidden, *inside, mixture]

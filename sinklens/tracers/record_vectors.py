@@ -20,6 +20,7 @@ from sinklens.kernels.shapes import four_axes, visible_of
 from sinklens.kernels.spec import AttentionCall
 from sinklens.models.parts import unwrapped
 from sinklens.models.spec import Tower
+from sinklens.models.spread import whole, whole_input
 
 from . import signals as sig
 from .attention import Site
@@ -121,7 +122,7 @@ def projection_tap(model: nn.Module, tower: Tower, observer: Projection) -> Iter
 def _hook(layer: int, heads: int, observer: Projection) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any) -> None:
         if args and isinstance(args[0], Tensor):
-            observer(layer, heads, unwrapped(module), args[0])
+            observer(layer, heads, unwrapped(module), whole_input(module, args[0]))
 
     return hook
 
@@ -136,7 +137,8 @@ def projection_matrix(module: nn.Module) -> Float[Tensor, "in out"] | None:
     plain = weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     if weight.ndim != 2 or not plain or weight.device.type == "meta":
         return None
-    return (weight if isinstance(module, Conv1D) else weight.T).detach()
+    weight = whole(weight.detach())
+    return weight if isinstance(module, Conv1D) else weight.T
 
 
 def gram_matrices(matrix: Float[Tensor, "in out"], heads: int) -> Float[Tensor, "head dim dim"]:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sinklens.kernels.magnitudes import Largest, largest_magnitudes
 from sinklens.models.spec import Write
+from sinklens.models.spread import rows_of, whole_input
 
 from . import signals as sig
 from .experts import Routed, expert_inner, expert_outer, strongest_inputs
@@ -197,7 +198,7 @@ def look_up(entries: Entries, passed: BlockPass, routed: Routed | None, found: F
     weight = down_weight(passed, block.down_proj)
     if weight is None or block.down_proj not in passed.given:
         return
-    neuron, value = _neurons(passed.given[block.down_proj], weight, entries.place[which], entries.dim[which])
+    neuron, value = _neurons(passed, block.down_proj, weight, entries.place[which], entries.dim[which])
     found.neuron[which.cpu()], found.neuron_value[which.cpu()] = neuron.int().cpu(), value.cpu()
 
 
@@ -220,13 +221,16 @@ def down_weight(passed: BlockPass, path: str | None) -> Float[Tensor, "dim inner
 
 
 def _neurons(
-    product: Tensor,
+    passed: BlockPass,
+    path: str,
     weight: Float[Tensor, "dim inner"],
     place: Int[Tensor, " entry"],
     dim: Int[Tensor, " entry"],
 ) -> tuple[Int[Tensor, " entry"], Float[Tensor, " entry"]]:
     """The input of the down projection with the largest part in each entry, and that part."""
-    parts = product.detach().reshape(-1, product.shape[-1])[place].float() * weight.detach()[dim].float()
+    product = passed.given[path].detach()
+    rows = whole_input(passed.modules[path], product.reshape(-1, product.shape[-1])[place])
+    parts = rows.float() * rows_of(weight.detach(), dim).float()
     neuron = parts.abs().argmax(-1)
     return neuron, parts.gather(-1, neuron[:, None]).squeeze(-1)
 
@@ -249,13 +253,19 @@ def _look_in_experts(
             continue
         entry, slot = (chosen == index).nonzero(as_tuple=True)
         inner = expert_inner(routed.module, index, routed.hidden[place[entry]])
-        y = expert_outer(routed.module, index, inner).gather(-1, dim[entry, None]).squeeze(-1).float()
+        y = (
+            expert_outer(routed.module, index, inner, routed.share)
+            .gather(-1, dim[entry, None])
+            .squeeze(-1)
+            .float()
+        )
         part = y * weight[entry, slot]
         total.index_add_(0, entry, part)
         better = part.abs() > best[entry].abs()
         entry = entry[better]
         best[entry], expert[entry] = part[better], index
-        neuron[entry], value[entry] = strongest_inputs(routed.module, index, inner[better], dim[entry])
+        found_in = strongest_inputs(routed.module, index, inner[better], dim[entry], routed.share)
+        neuron[entry], value[entry] = found_in
     _prefer_shared(entries, which, passed, best, total, expert, neuron, value)
     scale = _scale(passed.block.sum.mlp, passed.block.mlp)
     place_of = which.cpu()
@@ -300,7 +310,7 @@ def _prefer_shared(
         return
     best[more], expert[more], neuron[more], value[more] = shared[more], -1, -1, float("nan")
     if weight is not None:
-        neuron[more], value[more] = _neurons(passed.given[path], weight, place[more], dim[more])
+        neuron[more], value[more] = _neurons(passed, path, weight, place[more], dim[more])
 
 
 def _scale(writes: tuple[Write, ...], mixture: str | None) -> float:

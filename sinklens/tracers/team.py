@@ -255,8 +255,11 @@ def _alive(pid: int) -> bool:
 
 
 @contextmanager
-def joined(*, patience: float = PATIENCE) -> Iterator[Team]:
+def joined(*, patience: float = PATIENCE, on_devices: bool = False) -> Iterator[Team]:
     """The team that a launcher started; its process group is ended with the block.
+
+    Args:
+        on_devices: Whether tensors on accelerators travel too, as the parts of a model that is spread do.
 
     Raises:
         ResourceError: The others cannot be reached.
@@ -270,7 +273,7 @@ def joined(*, patience: float = PATIENCE) -> Iterator[Team]:
         store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(seconds=300))))
         ours = dist.PrefixStore("sinklens", store)
         dist.init_process_group(
-            "gloo",
+            "cpu:gloo,cuda:nccl" if on_devices and import_module("torch").cuda.is_available() else "gloo",
             store=dist.PrefixStore("gloo", store),
             rank=rank,
             world_size=size,

@@ -166,7 +166,7 @@ def test_several_processes_refuse_to_plan_what_they_would_refuse_to_run(
     from sinklens.cli import profile, together
 
     monkeypatch.setattr(profile, "several", lambda: True)
-    monkeypatch.setattr(together, "one_voice", lambda: nullcontext(SimpleNamespace(size=2, leads=True)))
+    monkeypatch.setattr(together, "one_voice", lambda **_: nullcontext(SimpleNamespace(size=2, leads=True)))
     for more in ((), ("--dry-run",)):
         assert main(["profile", "--stream", "on", *more]) == 2
         said = capsys.readouterr().err

@@ -34,6 +34,7 @@ from ..attention import (
 from ..batch import Batch, forward
 from ..fallback import calls_kernel_directly, fallback_tap
 from ..signals import Signal
+from ..whole_heads import whole_heads
 
 if TYPE_CHECKING:
     from ..executor import Pass, TracePlan
@@ -166,7 +167,8 @@ def attention_tap(
     if not opened.anatomy.routed:
         return fallback_tap(module, tower, batch, seen)
     where = sites(module, tower, "attention")
-    tap = AttentionTap(where, seen.asks, seen.on_attention, mode=plan.mode, plan=plan.blocks)
+    whole = whole_heads(opened.spread, tower)
+    tap = AttentionTap(where, seen.asks, seen.on_attention, mode=plan.mode, plan=plan.blocks, whole=whole)
     tap.counted = counted_rows(batch)
     if plan.sampling is not None:
         tap.samples = plan.sampling.of_batch(batch)
@@ -185,12 +187,16 @@ def own_path(opened: OpenedModel, plan: TracePlan) -> str:
     if not opened.anatomy.routed:
         return "the model's eager attention; statistics from its weights, one layer at a time"
     own = implementation_of(opened.module.config) or "own"
+    shares = "" if opened.spread is None else "; each process measures its own heads"
     if editors_of(sites(opened.module, opened.anatomy.main, "attention")):
         return (
             f"edited: the model's own {own} kernel, then the mitigations, a blocked sweep of the edited map"
         )
     if plan.mode is Mode.FUSED:
-        return f"fused: one blocked pass gives output and statistics (in place of {own})"
+        return f"fused: one blocked pass gives output and statistics (in place of {own}){shares}"
     if plan.sampling is not None:
-        return f"faithful: the model's own {own} kernel gives the output, a sweep of sampled query rows the statistics"
-    return f"faithful: the model's own {own} kernel gives the output, a blocked sweep the statistics"
+        return (
+            f"faithful: the model's own {own} kernel gives the output, a sweep of sampled query rows the statistics"
+            f"{shares}"
+        )
+    return f"faithful: the model's own {own} kernel gives the output, a blocked sweep the statistics{shares}"

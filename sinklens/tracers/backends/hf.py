@@ -11,6 +11,11 @@ from sinklens.models.spec import OpenedModel
 
 from .base import Backend
 
+SPREAD = (
+    "The model is spread over processes by a tensor-parallel plan; experiments change parts of a model that one "
+    "process holds."
+)
+
 
 class Transformers(Backend):
     """Every signal, at the model's own speed: attention through the registry, nothing reimplemented."""
@@ -24,3 +29,6 @@ class Transformers(Backend):
 
     def open(self, model: Any, tokenizer: Any = None, **source: Any) -> OpenedModel:
         return open_model(model, tokenizer=tokenizer, **source)
+
+    def for_experiments(self, opened: OpenedModel) -> OpenedModel | str:
+        return opened if opened.spread is None else SPREAD
