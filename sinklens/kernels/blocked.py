@@ -27,10 +27,10 @@ from torch import Tensor
 
 from ..core.errors import UsageError
 from . import triton_pass
-from .block import Block, Peak, edited_block, row_tops
+from .block import Block, Peak, edited_block, row_peaks
 from .groups import KeyGroups
 from .powers import Powers
-from .reduce import PER_KEY, Accumulator, needs_peak, reads_logits
+from .reduce import PER_KEY, Accumulator, asks_norm, asks_peak, reads_logits
 from .rowpass import attend_serves, native_serves
 from .scores import Scores
 from .shapes import sizes_of
@@ -166,12 +166,14 @@ class _Pass:
             if call.edits:
                 block = edited_block(block, call)
             if output is not None and value is not None:
-                mixed = value.mix(block.weights, block.keys, half)
-                for scale in block.scales:
-                    mixed = mixed * scale[..., None]
+                mixed, into = value.mix(block.weights, block.keys, half), output[:, :, block.rows]
+                scale = block.scale
                 if seen is not None:
-                    mixed = mixed * seen[:, :, block.rows, None]
-                output[:, :, block.rows] = mixed
+                    scale = seen[:, :, block.rows] if scale is None else scale * seen[:, :, block.rows]
+                if scale is None:
+                    into.copy_(mixed)
+                else:
+                    torch.mul(mixed, scale[..., None], out=into)
             found.add(block)
         found.finish()
 
@@ -194,7 +196,8 @@ class _Pass:
             Scores(call, self.plan, base=2.0),
             None if self.view.seen is None else chunk.of(self.view.seen),
             apart=bool(call.edits) or reads_logits(stats),
-            tops=needs_peak(stats) and not call.edits,
+            peaks=(asks_peak(stats) and not call.edits, Stat.ROW_MAX in stats),
+            normed=bool(call.edits) or call.learned_sinks is not None or asks_norm(stats),
             normalised=value is not None and value.half,
         )
         for rows, keys in self._walk():
@@ -216,7 +219,8 @@ class _Pass:
             # In place where nobody reads the logits afterwards: half as much has to stay in cache.
             weights = self._buffer(logits) if reads_logits(self.want.stats) else logits
             torch.exp2(logits, out=weights)
-            peak = Peak(*row_tops(weights)) if needs_peak(self.want.stats) else None
+            shares = Stat.ROW_MAX in self.want.stats
+            peak = row_peaks(weights, shares=shares) if asks_peak(self.want.stats) else None
             found.add(Block(rows, keys, weights, logits, peak, unit=math.log(2.0)))
         found.finish()
 
@@ -313,8 +317,7 @@ class Values:
     def __init__(self, value: Float[Tensor, "b kv_head key value_dim"]) -> None:
         self.half = value.dtype == torch.bfloat16 or (value.dtype == torch.float16 and value.is_cuda)
         self._dtype = value.dtype if self.half else torch.promote_types(value.dtype, torch.float32)
-        value = value.to(self._dtype)
-        self._value = value if value.shape[0] == 1 and value.stride(-1) == 1 else value.contiguous()
+        self._value = value.to(self._dtype).contiguous()
 
     def half_buffer(self, logits: Tensor) -> Float[Tensor, "b h r k"] | None:
         """Room for the weights in bfloat16 if `mix` takes them so, for a pass that can fill it on its way."""

@@ -11,6 +11,8 @@ from torch import Tensor
 
 # Gathering costs one memory access per row and column, a product one pass over all columns.
 _MOST_GATHERED = 32
+# So few keys in all are taken one by one, which needs no search.
+_MOST_SINGLE = 4
 
 
 class KeyGroups:
@@ -25,14 +27,12 @@ class KeyGroups:
     def __init__(self, groups: Tensor, value: Tensor | None) -> None:
         self._member, self._value = groups, value
         self.n = groups.shape[2]
+        self._singles = _singles(groups)
         widest = int(groups.sum(-1).max()) if groups.numel() else 0
         self._width = widest if self.n * widest <= _MOST_GATHERED else None
         if self._width is not None:
             found = groups.to(torch.float32).topk(self._width, dim=-1)
             self._columns, self._valid = found.indices.flatten(2), (found.values > 0).flatten(2)
-            full = self._width and bool(self._valid.all())
-            # Range of columns if all groups are equally wide, which spares the ordinary case its bookkeeping.
-            self._range = (int(self._columns.min()), int(self._columns.max())) if full else None
 
     def columns(self, heads: int) -> Int[Tensor, "batch head column"] | None:
         """Keys of narrow groups, in the order that `folded` expects, those that are none far below 0; else None."""
@@ -47,6 +47,12 @@ class KeyGroups:
     def mass(self, weights: Float[Tensor, "b h r k"], keys: slice) -> Float[Tensor, "b h r group"]:
         """`sum_{k in group} weights` for weights of the keys in `keys`."""
         b, h, r, k = weights.shape
+        if self._singles is not None:
+            found = weights.new_zeros(b, h, r, self.n)
+            for group, key in self._singles:
+                if keys.start <= key < keys.stop:
+                    found[..., group].add_(weights[..., key - keys.start])
+            return found
         if self._width is not None:
             return self.folded(self._gathered(weights, keys))
         member = self._member[..., keys].mT.to(weights.dtype)  # b 1|h key group
@@ -77,13 +83,14 @@ class KeyGroups:
 
     def _gathered(self, weights: Tensor, keys: slice) -> Float[Tensor, "b h r columns"]:
         """The groups' columns, 0 where a group is narrower and where a column lies outside of `keys`."""
-        if self._range is not None and keys.start <= self._range[0] and self._range[1] < keys.stop:
-            if self._range[0] == self._range[1]:  # the same key for all: a slice, no search
-                return weights[..., self._range[0] - keys.start, None].expand(
-                    *weights.shape[:3], self._columns.shape[2]
-                )
-            local = (self._columns - keys.start)[:, :, None]
-            return weights.gather(3, local.expand(*weights.shape[:3], -1))
         inside = self._valid & (self._columns >= keys.start) & (self._columns < keys.stop)
         local = torch.where(inside, self._columns - keys.start, 0)[:, :, None]
         return weights.gather(3, local.expand(*weights.shape[:3], -1)) * inside[:, :, None]
+
+
+def _singles(groups: Tensor) -> list[tuple[int, int]] | None:
+    """Group and key of each member, if they are the same for all prompts and heads and very few."""
+    if groups.shape[0] * groups.shape[1] > 1:
+        return None
+    members = groups[0, 0].nonzero()
+    return [(group, key) for group, key in members.tolist()] if len(members) <= _MOST_SINGLE else None

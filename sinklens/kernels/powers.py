@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from .block import Block, Peak, row_tops
+from .block import Block, row_peaks
 from .scores import Scores
 from .workspace import workspace
 
@@ -33,7 +33,8 @@ class Powers:
         seen: Rows that see a key; None for all.
         apart: Whether the logits are read afterwards, or used as scratch. Else the weights take their place, and half
             as much has to stay in cache.
-        tops: Whether the largest weight of each row is wanted.
+        peaks: Whether the largest weight of each row is wanted: its key, and also its share.
+        normed: Whether the log-sum-exp is wanted.
         normalised: Whether weights have to add up to 1, at the cost of a pass over them.
     """
 
@@ -43,11 +44,12 @@ class Powers:
         seen: Bool[Tensor, "#batch #head query"] | None,
         *,
         apart: bool,
-        tops: bool,
+        peaks: tuple[bool, bool],
+        normed: bool,
         normalised: bool,
     ) -> None:
         self._scores, self._seen = scores, seen
-        self._apart, self._tops, self._normalised = apart, tops, normalised
+        self._apart, self._peaks, self._normed, self._normalised = apart, peaks, normed, normalised
         # To look at the sums would make an accelerator wait for every block.
         self._levelled = scores.device.type != "cpu"
 
@@ -57,12 +59,12 @@ class Powers:
             logits = self._scores.block(rows, keys)
             weights, total = self._raised(logits, rows)
             if _within(total):
-                return self._finished(rows, keys, weights, logits, total, total.log2())
+                return self._finished(rows, keys, weights, logits, total)
             self._levelled = True
         logits = self._scores.block(rows, keys)
         level = logits.amax(-1, keepdim=True)
         weights, total = self._raised(logits.sub_(level), rows)
-        return self._finished(rows, keys, weights, logits, total, total.log2().add_(level[..., 0]))
+        return self._finished(rows, keys, weights, logits, total, level[..., 0])
 
     def _raised(self, logits: Float[Tensor, "b h r k"], rows: slice) -> tuple[Tensor, Tensor]:
         """The powers, and their sum over each row (1 of a row that sees nothing)."""
@@ -81,18 +83,17 @@ class Powers:
         weights: Float[Tensor, "b h r k"],
         logits: Float[Tensor, "b h r k"],
         total: Float[Tensor, "b h r"],
-        norm: Float[Tensor, "b h r"],
+        level: Float[Tensor, "b h r"] | float = 0.0,
     ) -> Block:
-        inverse, peak = total.reciprocal(), None
-        if self._tops:
-            index, top = row_tops(weights)
-            peak = Peak(index, top * inverse)
+        inverse, (asked, shares) = total.reciprocal(), self._peaks
+        peak = row_peaks(weights, inverse, shares=shares) if asked else None
+        norm = (total.log2() + level) * _NATS if self._normed else None
         if self._normalised:
             weights.mul_(inverse[..., None])
             if self._apart:
                 logits.sub_(total.log2()[..., None])
         left = None if self._normalised else inverse
-        return Block(rows, keys, weights, logits, peak, inverse=left, unit=_NATS, norm=norm * _NATS)
+        return Block(rows, keys, weights, logits, peak, inverse=left, unit=_NATS, norm=norm)
 
 
 def _within(total: Float[Tensor, "b h r"]) -> bool:

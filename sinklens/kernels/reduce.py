@@ -8,7 +8,6 @@ the weights.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from dataclasses import replace
 
@@ -41,9 +40,14 @@ _NATIVE_SUMS = {
 _TINY = 1e-38
 
 
-def needs_peak(stats: frozenset[Stat]) -> bool:
-    """Whether the largest entry of each row is asked for."""
+def asks_peak(stats: frozenset[Stat]) -> bool:
+    """Whether `Block.peak` is read."""
     return bool(stats & _FROM_PEAK)
+
+
+def asks_norm(stats: frozenset[Stat]) -> bool:
+    """Whether the log-sum-exp is read, if it is not known beforehand."""
+    return bool(stats & _FROM_NORM)
 
 
 def reads_logits(stats: frozenset[Stat]) -> bool:
@@ -92,6 +96,8 @@ class Accumulator:
         self._columns = None
         if groups is not None and Stat.GROUP_MASS in want.stats:
             self._columns = groups.columns(self._heads)
+        # First and last of the rows of each.
+        self._reach = {stat: _reach(rows.any(0)) for stat, rows in self._picked.items()}
         self._raw: dict[str, list[Tensor]] = defaultdict(list)
         self._heights: list[int] = []
         device = call.query.device
@@ -123,7 +129,7 @@ class Accumulator:
             self._add_sum(Stat.RECEIVED_SQUARED, block, weight.square(), square)
         if Stat.RECEIVED_MAX in stats:
             into = self.into[Stat.RECEIVED_MAX][:, :, block.keys]
-            plain = not block.scales and self._live is None
+            plain = block.scale is None and self._live is None
             found = block.weights if plain else torch.mul(block.weights, weight[..., None], out=block.logits)
             torch.maximum(into, found.amax(2), out=into)
         if Stat.GROUP_OUTPUT in stats and self.groups is not None:
@@ -136,9 +142,10 @@ class Accumulator:
         if Stat.RECEIVED in stats:
             self._add_sum(Stat.RECEIVED, block, weight, block.weights)
         for stat, rows in self._picked.items():
-            some = rows[:, None, block.rows]
-            if bool(some.any()):
-                self._add_sum(stat, block, torch.where(some, weight, 0.0), block.weights)
+            first, last = self._reach[stat]
+            if first < block.rows.stop and block.rows.start <= last:
+                some = torch.where(rows[:, None, block.rows], weight, 0.0)
+                self._add_sum(stat, block, some, block.weights)
         for stat in stats.intersection(_BANDS):
             scale = weight if stat is Stat.RECEIVED_BAND else self._over_rest(block, weight)
             where = (block.rows, block.keys, self._offset, self.want.band)
@@ -165,7 +172,8 @@ class Accumulator:
 
     def _take_peak(self, peak: Peak, first: int) -> None:
         self._raw["index"].append(peak.index + first)
-        self._raw["top"].append(peak.weight)
+        if peak.weight is not None:
+            self._raw["top"].append(peak.weight)
         if peak.logit is not None:
             self._raw["logit"].append(peak.logit)
 
@@ -229,7 +237,7 @@ class Accumulator:
             known=known,
             keep=keep,
             place=rows.start + self._offset - keys.start,
-            peak=needs_peak(stats) or (not known and bool(stats & _FROM_NORM)) or sinks is not None,
+            peak=asks_peak(stats) or (not known and asks_norm(stats)) or sinks is not None,
             product=bool(stats & _ENTROPIES),
             own=Stat.DIAGONAL in stats,
             window=self._window if Stat.DISTANCE_WINDOWED in stats else None,
@@ -275,8 +283,11 @@ class Accumulator:
 
     def _row_weights(self, block: Block) -> Float[Tensor, "b h r"]:
         """`A / weights` of the rows that count, 0 of the others."""
-        factors = block.scales if self._weight is None else [self._weight[:, :, block.rows], *block.scales]
-        return math.prod(factors[1:], start=factors[0]) if factors else torch.ones_like(block.weights[..., 0])
+        scale = block.scale
+        if self._weight is None:
+            return torch.ones_like(block.weights[..., 0]) if scale is None else scale
+        weight = self._weight[:, :, block.rows]
+        return weight if scale is None else weight * scale
 
     def _add_sum(self, stat: Stat, block: Block, weight: Tensor, matrix: Tensor, scale: float = 1.0) -> None:
         """Add `sum_r weight[r] matrix[r, k]`. A product with a vector is faster than a reduction."""
@@ -309,10 +320,12 @@ class Accumulator:
         if -r < shift < k:
             line, skipped = block.weights.diagonal(shift, 2, 3), max(0, -shift)
             here = slice(skipped, skipped + line.shape[-1])
-            if block.inverse is not None:
-                line = line * block.inverse[:, :, here]
             first = block.rows.start + skipped
-            self.into[Stat.DIAGONAL][:, :, first : first + line.shape[-1]] = line
+            into = self.into[Stat.DIAGONAL][:, :, first : first + line.shape[-1]]
+            if block.inverse is None:
+                into.copy_(line)
+            else:
+                torch.mul(line, block.inverse[:, :, here], out=into)
 
     def _back(self, rows: slice, keys: slice) -> Float[Tensor, " k"]:
         """The first row's position less each key's."""
@@ -336,7 +349,9 @@ class Accumulator:
         for stat, found in self._logarithmic(raw).items():
             self.into[stat].copy_(found)
         if Stat.TOP1 in self.want.stats:
-            votes = torch.ones_like(raw["top"]) if self._weight is None else self._weight
+            votes = self._weight
+            if votes is None:
+                votes = torch.ones_like(raw["index"], dtype=self._dtype)
             self.into[Stat.TOP1].scatter_add_(-1, raw["index"], votes)
         if Stat.RECEIVED_BAND_REST in self.want.stats and self._other is not None:
             self.into[Stat.RECEIVED_BAND_REST].mul_(self._other)
@@ -401,3 +416,9 @@ def _times(
 ) -> Float[Tensor, "b h r *rest"]:
     """A factor for each row; None for 1."""
     return numbers if scale is None else numbers * scale[(..., *(None,) * (numbers.ndim - 3))]
+
+
+def _reach(rows: Bool[Tensor, " q"]) -> tuple[int, int]:
+    """First and last row that is True; an empty range without one."""
+    found = rows.nonzero()
+    return (int(found[0]), int(found[-1])) if len(found) else (len(rows), -1)
