@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .parts import is_norm
 from .spec import Anatomy, Block, Tower
 from .sums import find_sums
+from .watched import FEEDERS, Seen, feed_forward_of, first_of, input_of, norms_of, observe
 
-FEEDERS = ("down_proj", "shared_down_proj", "experts")
 WRITERS = ("attention_output", *FEEDERS)
 CAUSAL_LIMIT = 1e-6
 """Relative change of earlier rows. Masked keys have weight exactly 0, so exact kernels give 0."""
@@ -37,19 +36,6 @@ class AnatomyCheck(NamedTuple):
     detail: str
 
 
-@dataclass
-class Seen:
-    """One forward pass: which block ran when, what went in and out, and the tensors' identities.
-
-    `values` are copies, because some models add in place; `tensors` are kept so that no address is used twice.
-    """
-
-    order: list[str] = field(default_factory=list)
-    values: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    identities: dict[str, tuple[Any, Any]] = field(default_factory=dict)
-    tensors: list[Any] = field(default_factory=list)
-
-
 @torch.no_grad()
 def verify_anatomy(model: nn.Module, anatomy: Anatomy, run: Callable[[], Any]) -> list[AnatomyCheck]:
     """Runs the model once, and up to six times more per tower; fills in the norm roles and sums of `anatomy`.
@@ -62,7 +48,7 @@ def verify_anatomy(model: nn.Module, anatomy: Anatomy, run: Callable[[], Any]) -
         Checks for every tower that `run` reaches; the main tower must be reached. Nothing stays on the model.
     """
     checks: list[AnatomyCheck] = []
-    seen = _observe(model, anatomy, run)
+    seen = observe(model, anatomy, run)
     for tower in anatomy.towers:
         reached = any(block.path in seen.order for block in tower.blocks)
         if not reached and tower is not anatomy.main:
@@ -80,88 +66,8 @@ def verify_anatomy(model: nn.Module, anatomy: Anatomy, run: Callable[[], Any]) -
     return checks
 
 
-def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, tuple) else value
-
-
-def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """The states a module is given: the first tensor by position, `hidden_states`, or the first by name."""
-    named = [kwargs.get("hidden_states"), *kwargs.values()]
-    return next((value for value in [*args, *named] if isinstance(value, Tensor)), None)
-
-
-def _identity(value: Any) -> Any:
-    return (value.data_ptr(), value.numel()) if isinstance(value, Tensor) else None
-
-
 def _replaced(output: Any, tensor: Tensor) -> Any:
     return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
-
-
-def _norms(model: nn.Module, block: Block) -> list[str]:
-    """Norms of a block outside its attention (query and key norms have no role in the residual stream)."""
-    found = [
-        f"{block.path}.{name}"
-        for name, part in model.get_submodule(block.path).named_modules()
-        if is_norm(part)
-    ]
-    return [name for name in found if not (block.attention and name.startswith(f"{block.attention}."))]
-
-
-def _feed_forward(model: nn.Module, block: Block) -> list[str]:
-    """Modules whose input is the feed-forward input: the module, or the maps of blocks that have none."""
-    if block.mlp:
-        return [block.mlp]
-    own = (block.attention or "", block.attention_output or "", block.down_proj or "")
-    names = (f"{block.path}.{name}" for name, _ in model.get_submodule(block.path).named_modules() if name)
-    return [
-        name
-        for name in names
-        if hasattr(model.get_submodule(name), "in_features")
-        and not any(name == part or (part and name.startswith(f"{part}.")) for part in own)
-    ]
-
-
-def _observe(model: nn.Module, anatomy: Anatomy, run: Callable[[], Any]) -> Seen:
-    """One pass, watching blocks (values and order) and their parts (identities)."""
-    seen = Seen()
-    watched: dict[str, None] = {}
-    blocks = {block.path for tower in anatomy.towers for block in tower.blocks}
-    for tower in anatomy.towers:
-        for block in tower.blocks:
-            parts = [block.path, block.attention, *(getattr(block, role) for role in FEEDERS)]
-            parts += _feed_forward(model, block)
-            watched.update(dict.fromkeys(part for part in [*parts, *_norms(model, block)] if part))
-    roles = ("path", "attention", "residual_norm", *FEEDERS)
-    kept = {getattr(block, role) for tower in anatomy.towers for block in tower.blocks for role in roles}
-
-    def watch(name: str) -> Callable[..., None]:
-        def before(_: nn.Module, args: Any, kwargs: Any) -> None:
-            given = _input(args, kwargs)
-            if name in kept and given is not None:
-                seen.values[name] = (given.clone(), given)
-            seen.identities[name] = (_identity(given), None)
-            seen.tensors.append(given)
-
-        def after(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            made = _first(output)
-            if name in blocks:
-                seen.order.append(name)
-            if name in kept and isinstance(made, Tensor):
-                seen.values[name] = (seen.values.get(name, (made,))[0], made.clone())
-            seen.identities[name] = (seen.identities[name][0], _identity(made))
-            seen.tensors.append(made)
-
-        module = model.get_submodule(name)
-        stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
-        stack.callback(module.register_forward_hook(after, with_kwargs=True).remove)
-        return after
-
-    with ExitStack() as stack:
-        for name in watched:
-            watch(name)
-        run()
-    return seen
 
 
 def _order(tower: Tower, seen: Seen) -> AnatomyCheck:
@@ -208,7 +114,7 @@ class _Nudged:
         return _with_input(args, kwargs, self.seen.values[self.block.path][0])
 
     def nudge(self, _: nn.Module, args: Any, output: Any) -> Any:
-        made: Tensor = _first(output)
+        made: Tensor = first_of(output)
         rows = self.seen.values[self.block.path][1].float().square().mean(-1).sqrt()
         noise = torch.randn(made.shape, generator=torch.Generator().manual_seed(self.block.index))
         self.noise = noise.to(made.device) * rows.median()
@@ -216,12 +122,12 @@ class _Nudged:
 
     def before_norm(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         """Post-LayerNorm blocks are compared before their last norm, where the sum is still a sum."""
-        self.measure(self.seen.values[self.block.residual_norm or ""][0], _input(args, kwargs))
+        self.measure(self.seen.values[self.block.residual_norm or ""][0], input_of(args, kwargs))
 
     def after_block(self, _: nn.Module, args: Any, output: Any) -> Any:
         usual = self.seen.values[self.block.path][1]
         if self.block.residual_norm is None:
-            self.measure(usual, _first(output))
+            self.measure(usual, first_of(output))
         return _replaced(output, usual)
 
     def measure(self, usual: Tensor, now: Tensor | None) -> None:
@@ -279,7 +185,7 @@ def _writes(
 
 
 def _with_input(args: tuple[Any, ...], kwargs: dict[str, Any], tensor: Tensor) -> tuple[Any, Any]:
-    """The call with its states replaced, wherever `_input` found them."""
+    """The call with its states replaced, wherever `input_of` found them."""
     for i, value in enumerate(args):
         if isinstance(value, Tensor):
             return (*args[:i], tensor, *args[i + 1 :]), kwargs
@@ -295,7 +201,7 @@ def _norm_roles(model: nn.Module, tower: Tower, seen: Seen) -> AnatomyCheck:
         found = _roles(model, block, seen)
         block.norms.clear()
         block.norms.update(found)
-        if _norms(model, block) and not found:
+        if norms_of(model, block) and not found:
             without.append(block.index)
     names = sorted({role for block in tower.blocks for role in block.norms})
     return AnatomyCheck(
@@ -311,11 +217,11 @@ def _roles(model: nn.Module, block: Block, seen: Seen) -> dict[str, str]:
     roles: dict[str, str] = {}
     nothing = (None, None)
     attention = seen.identities.get(block.attention or "", nothing)
-    parts = [seen.identities.get(name, nothing) for name in _feed_forward(model, block)]
+    parts = [seen.identities.get(name, nothing) for name in feed_forward_of(model, block)]
     ends = [part[1] for part in parts if block.mlp] or [
         seen.identities.get(block.down_proj or "", nothing)[1]
     ]
-    for name in _norms(model, block):
+    for name in norms_of(model, block):
         read, made = seen.identities.get(name, nothing)
         if made and made == attention[0]:
             roles.setdefault("pre_attention", name)
@@ -334,7 +240,7 @@ def _residual(model: nn.Module, tower: Tower, seen: Seen) -> AnatomyCheck:
     for block in tower.blocks:
         returned = seen.identities[block.path][1]
         makers = [
-            name for name in _norms(model, block) if seen.identities.get(name, (None, None))[1] == returned
+            name for name in norms_of(model, block) if seen.identities.get(name, (None, None))[1] == returned
         ]
         if makers != ([block.residual_norm] if block.residual_norm else []):
             wrong.append(block.index)
@@ -378,7 +284,7 @@ def _direction(model: nn.Module, tower: Tower, seen: Seen, run: Callable[[], Any
     measured: list[float] = []
 
     def hook(_: nn.Module, args: Any, output: Any) -> None:
-        made = _first(output)
+        made = first_of(output)
         measured.append(float((made - usual)[0, :-1].abs().max() / usual[0].abs().max().clamp_min(1e-30)))
 
     def put(_: nn.Module, args: Any, kwargs: Any) -> Any:

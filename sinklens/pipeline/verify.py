@@ -7,7 +7,6 @@ compared within a prompt. The result is plain JSON for `trace.manifest["experime
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from sinklens.evaluation.effects import (
     share,
     share_of_later,
 )
-from sinklens.evaluation.paired import mean_interval, paired_difference
+from sinklens.evaluation.paired import mean_interval
 from sinklens.evaluation.predictions import next_token_loss
 from sinklens.inputs.cutting import cut_prompt
 from sinklens.inputs.spec import Prompt, PromptSet
@@ -41,6 +40,7 @@ from sinklens.tracers.interventions import EntriesSet, Intervention, MedianEntri
 from sinklens.tracers.trace import Trace
 
 from .matched import Experiment, Matched, match, sink_position
+from .measured_effects import QUANTITIES, Measured, control_json, effect_json, left_json, mean_known
 
 PROMPTS, TOKENS = 8, 256
 BEHIND = 64
@@ -49,10 +49,8 @@ LOGITS = 64_000_000
 """Logits of one batch that are kept for comparison."""
 HEEDED = 1e-4
 """Attention that a blocked key may still get: masks are finite numbers in some families."""
-QUANTITIES = ("sink_share", "sink_rate", "sink_lost", "d_sink", "d_sink_of_means", "kl", "loss_change")
 
 Progress = Callable[[int, int], None]
-Values = dict[str, np.ndarray]
 
 
 def verify(
@@ -146,22 +144,6 @@ def _interventions(matched: Matched) -> list[Intervention]:
     return list(found)
 
 
-@dataclass
-class _Measured:
-    """What one intervention did, one entry per prompt in every list; NaN for prompts that lack what is changed."""
-
-    values: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in QUANTITIES})
-    by_layer: list[np.ndarray] = field(default_factory=list)
-    left: dict[int, list[dict[str, float]]] = field(default_factory=dict)
-    faint: int = 0
-    edited: int = 0
-    largest: float = 0.0
-    output: float = 0.0
-
-    def array(self, name: str) -> np.ndarray:
-        return np.array(self.values[name], dtype=np.float64)
-
-
 class _Runner:
     """Runs the passes batch by batch: the unchanged one first, then every intervention against it."""
 
@@ -177,7 +159,7 @@ class _Runner:
         watched = () if matched.watched is None else (matched.watched[0],)
         self.look = Look.at(matched.position, watched, plan)
         self.interventions = _interventions(matched)
-        self.measured = {intervention: _Measured() for intervention in self.interventions}
+        self.measured = {intervention: Measured() for intervention in self.interventions}
         self.behind = {e.intervention: e.after_block for e in matched.experiments}
         self.failed: dict[Intervention, str] = {}
         self.base: dict[str, list[float]] = {
@@ -287,7 +269,7 @@ class _Runner:
                 found.values[name].append(row[name])
             self._note_left(intervention, before, after)
 
-    def _decay(self, found: _Measured, before: Seen, after: Seen) -> dict[str, float]:
+    def _decay(self, found: Measured, before: Seen, after: Seen) -> dict[str, float]:
         at = self.matched.position
         p = None if at is None or not self.matched.sink_found else share_of_later(before, before, at)
         if at is None or p is None:
@@ -298,7 +280,10 @@ class _Runner:
         found.by_layer.append(lost.by_layer)
         found.faint += lost.faint
         layers = list(self.matched.sink_layers) or list(range(len(p)))
-        return {"d_sink": _mean(lost.by_layer[layers]), "d_sink_of_means": _mean(lost.of_means[layers])}
+        return {
+            "d_sink": mean_known(lost.by_layer[layers]),
+            "d_sink_of_means": mean_known(lost.of_means[layers]),
+        }
 
     def _note_left(self, intervention: Intervention, before: Seen, after: Seen) -> None:
         layer = self.behind.get(intervention)
@@ -327,35 +312,8 @@ class _Runner:
         for control in experiment.controls:
             draws = [self.measured[draw] for draw in control.draws if draw not in self.failed]
             if draws:
-                controls.append(self._control_json(control.what, found, draws))
-        return {**head, **self._effect_json(found), "controls": controls, "remaining": _left_json(found)}
-
-    def _effect_json(self, found: _Measured) -> dict[str, Any]:
-        by_layer = np.array(found.by_layer)
-        return {
-            "acted": {"edited": found.edited, "largest_change": found.largest, "output_change": found.output},
-            "effect": {name: mean_interval(found.array(name)).to_json() for name in QUANTITIES},
-            "change": {
-                name: paired_difference(found.array(name), np.array(self.base[name])).to_json()
-                for name in ("sink_share", "sink_rate")
-            },
-            "d_sink_by_layer": [_plain(_mean(column)) for column in by_layer.T] if by_layer.size else [],
-            "faint_heads": found.faint,
-        }
-
-    def _control_json(self, what: str, found: _Measured, draws: list[_Measured]) -> dict[str, Any]:
-        pooled: Values = {name: np.mean([draw.array(name) for draw in draws], axis=0) for name in QUANTITIES}
-        return {
-            "what": what,
-            "draws": len(draws),
-            "edited": sum(draw.edited for draw in draws),
-            "output_change": max(draw.output for draw in draws),
-            "effect": {name: mean_interval(pooled[name]).to_json() for name in QUANTITIES},
-            # Within each prompt: what the intervention does beyond its control.
-            "beyond": {
-                name: paired_difference(found.array(name), pooled[name]).to_json() for name in QUANTITIES
-            },
-        }
+                controls.append(control_json(control.what, found, draws))
+        return {**head, **effect_json(found, self.base), "controls": controls, "remaining": left_json(found)}
 
 
 def _touches(intervention: Intervention, prompt: int) -> bool:
@@ -365,17 +323,6 @@ def _touches(intervention: Intervention, prompt: int) -> bool:
     if isinstance(intervention, MedianEntriesZeroed):
         return any(at == prompt for at, *_ in intervention.counts)
     return True
-
-
-def _left_json(found: _Measured) -> dict[str, Any] | None:
-    """What is left of the massive entries behind the change, mean over prompts."""
-    if not found.left:
-        return None
-    (layer, rows), *_ = found.left.items()
-    return {
-        "behind_block": layer,
-        **{name: _plain(_mean(np.array([row[name] for row in rows]))) for name in rows[0]},
-    }
 
 
 def _said(matched: Matched, intervention: Intervention) -> str:
@@ -390,12 +337,3 @@ def _said(matched: Matched, intervention: Intervention) -> str:
 
 def _token(prompts: Sequence[Prompt], position: int | None) -> str | None:
     return None if position is None else prompts[0].pieces[position]
-
-
-def _mean(values: np.ndarray) -> float:
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else float("nan")
-
-
-def _plain(value: float) -> float | None:
-    return None if np.isnan(value) else value
