@@ -52,60 +52,74 @@ PROFILED = ("prompts", "images", "question", "n", "seq_len", "bos", "chat_templa
             "dtype", "device", "device_map", "revision", "trust_remote_code", "seed")  # fmt: skip
 
 
+RunFolder = Annotated[
+    str | None, typer.Argument(help="Run folder of `sinklens profile`: its model and prompts are taken.")
+]
+Methods = Annotated[
+    str | None,
+    typer.Option(
+        "--with", help="Mitigations: name:parameter=value, comma-separated. See: sinklens ls mitigations"
+    ),
+]
+RecipeFiles = Annotated[
+    list[str] | None, typer.Option("--recipe", help="A recipe file, put on as it is; may be repeated.")
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--task",
+        help="A name, task:FILE.jsonl, hf:dataset[:config[:split]] or lm-eval:NAME, with :setting=value; may be "
+        "repeated. See: sinklens ls tasks",
+    ),
+]
+Calibrate = Annotated[
+    bool, typer.Option("--calibrate", help="Choose parameters on a part of the first task.")
+]
+CalibrationTask = Annotated[
+    str | None,
+    typer.Option("--calibration", help="Choose them on this task instead; it must not overlap."),
+]
+CalibrationItems = Annotated[
+    float, typer.Option("--calibration-items", help="Items to choose on: a count, or a share below 1.")
+]
+ReportItems = Annotated[int | None, typer.Option("--report-items", help="Most items to report on.")]
+ItemCount = Annotated[
+    int | None, typer.Option("--n-items", help="Items taken of each task before it is split.")
+]
+Controls = Annotated[
+    int,
+    typer.Option(
+        "--controls",
+        help="Random draws per control of a structural method (pruning, protection); 0: none.",
+    ),
+]
+SearchSettings = Annotated[
+    str | None,
+    typer.Option(
+        "--search",
+        help="How to choose: objective=unsupervised, units=shared, keep=surely-better, share=0.5, ...",
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of the splits, the resampling and the prompt sample.")]
+Out = Annotated[Path | None, typer.Option(help="Run folder. [default: runs/MODEL-mitigate-TIME]")]
+Resume = Annotated[Path | None, typer.Option(help="Continue an interrupted run folder.")]
+
+
 def command(
     context: typer.Context,
-    run: Annotated[
-        str | None, typer.Argument(help="Run folder of `sinklens profile`: its model and prompts are taken.")
-    ] = None,
+    run: RunFolder = None,
     model: Model = None,
-    methods: Annotated[
-        str | None,
-        typer.Option(
-            "--with", help="Mitigations: name:parameter=value, comma-separated. See: sinklens ls mitigations"
-        ),
-    ] = None,
-    recipe: Annotated[
-        list[str] | None, typer.Option("--recipe", help="A recipe file, put on as it is; may be repeated.")
-    ] = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--task",
-            help="A name, task:FILE.jsonl, hf:dataset[:config[:split]] or lm-eval:NAME, with :setting=value; may be "
-            "repeated. See: sinklens ls tasks",
-        ),
-    ] = None,
-    calibrate: Annotated[
-        bool, typer.Option("--calibrate", help="Choose parameters on a part of the first task.")
-    ] = False,
-    calibration: Annotated[
-        str | None,
-        typer.Option("--calibration", help="Choose them on this task instead; it must not overlap."),
-    ] = None,
-    calibration_items: Annotated[
-        float, typer.Option("--calibration-items", help="Items to choose on: a count, or a share below 1.")
-    ] = 0.4,
-    report_items: Annotated[
-        int | None, typer.Option("--report-items", help="Most items to report on.")
-    ] = None,
-    n_items: Annotated[
-        int | None, typer.Option("--n-items", help="Items taken of each task before it is split.")
-    ] = None,
-    controls: Annotated[
-        int,
-        typer.Option(
-            "--controls",
-            help="Random draws per control of a structural method (pruning, protection); 0: none.",
-        ),
-    ] = 2,
-    search: Annotated[
-        str | None,
-        typer.Option(
-            "--search",
-            help="How to choose: objective=unsupervised, units=shared, keep=surely-better, share=0.5, ...",
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the splits, the resampling and the prompt sample.")] = 0,
+    methods: Methods = None,
+    recipe: RecipeFiles = None,
+    task: Tasks = None,
+    calibrate: Calibrate = False,
+    calibration: CalibrationTask = None,
+    calibration_items: CalibrationItems = 0.4,
+    report_items: ReportItems = None,
+    n_items: ItemCount = None,
+    controls: Controls = 2,
+    search: SearchSettings = None,
+    seed: Seed = 0,
     prompts: Prompts = None,
     images: Images = None,
     question: Question = None,
@@ -123,9 +137,9 @@ def command(
     revision: Revision = None,
     trust_remote_code: Trust = False,
     offline: Offline = False,
-    out: Annotated[Path | None, typer.Option(help="Run folder. [default: runs/MODEL-mitigate-TIME]")] = None,
+    out: Out = None,
     force: Force = False,
-    resume: Annotated[Path | None, typer.Option(help="Continue an interrupted run folder.")] = None,
+    resume: Resume = None,
     as_json: AsJson = False,
     fail_if: FailIf = None,
     dry_run: DryRun = False,

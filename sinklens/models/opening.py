@@ -33,7 +33,7 @@ from .quantised import dequantising, format_of, planned_shapes, refuse_ragged, s
 from .spec import Anatomy, ModelInfo, OpenedModel
 from .spread import refuse_spread, refuse_unspreadable, spread_of
 from .streamable import refuse_unstreamable
-from .streaming import open_streamed
+from .streaming import StreamedBlocks, open_streamed
 
 PROMPTS = "sinklens_prompts.jsonl"
 PICTURES = "sinklens_pictures.jsonl"
@@ -113,6 +113,8 @@ def open_model(
         return _in_memory(spec, tokenizer, processor, spread is not None)
     source = locate(_name(spec), revision)
     wanted, where, quantised = parse_dtype(dtype), placement(device, device_map), quantisation(quantization)
+    if stream:
+        refuse_unstreamable(device_map, quantised)
     config = load_config(source, trust_remote_code)
     unpacks = None if quantised is not None else dequantising(source, config, wanted)
     anatomy = _refuse_early(source, config, trust_remote_code, unpacks, spread, quantised)
@@ -120,18 +122,7 @@ def open_model(
     options: dict[str, Any] = {"dtype": wanted, "trust_remote_code": trust_remote_code}
     if spread is not None:
         where, options["spread"] = None, spread  # transformers puts each process on its own device
-    blocks = None
-    if stream:
-        refuse_unstreamable(device_map, quantised)
-        module, blocks, missing = open_streamed(
-            source, config, device=where and where[""], dequantising=unpacks, **options
-        )
-    else:
-        module, missing = load_weights(
-            source, config, device_map=where, quantization=quantised or unpacks, **options
-        )
-    anatomy = find_anatomy(module)
-    check_complete(source, anatomy, missing)
+    module, anatomy, blocks = _loaded(source, config, stream, where, quantised or unpacks, options)
     over = spread_of(module)
     check_finite(module, source.id, over)
     commit = commit_of(source)
@@ -148,6 +139,28 @@ def open_model(
         dequantised=None if unpacks is None else format_of(config),
         spread=over,
     )
+
+
+def _loaded(
+    source: Source, config: Any, stream: bool, where: Any, stored_as: Any, options: dict[str, Any]
+) -> tuple[nn.Module, Anatomy, StreamedBlocks | None]:
+    """The model with its weights, none of which are missing; with its blocks, where those stay on disk.
+
+    Args:
+        where: As `placement` says.
+        stored_as: How weights are quantised while they are loaded, or were and are dequantised.
+    """
+    blocks = None
+    if stream:
+        device = where and where[""]
+        module, blocks, missing = open_streamed(
+            source, config, device=device, dequantising=stored_as, **options
+        )
+    else:
+        module, missing = load_weights(source, config, device_map=where, quantization=stored_as, **options)
+    anatomy = find_anatomy(module)
+    check_complete(source, anatomy, missing)
+    return module, anatomy, blocks
 
 
 def own_prompts(source: Source) -> str | None:

@@ -39,7 +39,7 @@ from .causes import (
     watched_place,
     writers,
 )
-from .controls import DRAWS, Control, Draw, Pair, Spike
+from .controls import DRAWS, Control, Draw, Instead, Pair, Spike
 
 LARGEST, WRITERS, HEADS, KEYS = 6, 3, 3, 2
 """Experts by magnitude and by routing of the sink token per block, strongest heads, and further keys that are tried."""
@@ -137,56 +137,74 @@ def _massive(
         return [], {}
     means, prompts_behind, held_out = calibrated(everywhere, mine, lengths)
     last = len(opened.anatomy.main.blocks)
-    zero = tuple(Entry(s.prompt, s.layer, s.position, s.dim) for s in mine)
-    held = followed(trace, mine, last)
-    mean = tuple(Entry(s.prompt, s.layer, s.position, s.dim, means[_bucket(s)]) for s in mine)
     said, block = _entries_said(places, massive), min(places.values())
     target = {
         "positions": sorted({p for p, _ in places}),
         "dims": sorted({d for _, d in places}),
         "layer": block,
     }
+    chosen = draw.dims_instead(mine, set(target["dims"]))
+    found = [_zeroed(mine, said, target, draw, chosen)]
+    if any(s.layer < last - 1 for s in mine):
+        found.append(_held_at_zero(followed(trace, mine, last), said, target, draw, chosen))
+    whose = "other prompts" if held_out else "all prompts, the tried ones among them"
+    found.append(_set_to_mean(mine, means, f"{said} set to the signed mean of {whose}", target, draw))
     kept = {_bucket(s) for s in mine}
     calibration = {
         "prompts": prompts_behind,
         "held_out": held_out,
         "means": [[*key, value] for key, value in sorted(means.items()) if key in kept],
     }
-    sized = [(s, abs(s.value)) for s in mine]
-    ordinary = Control("as many entries of median magnitude zeroed", (_median_zeroed(mine),))
-    chosen = draw.dims_instead(mine, set(target["dims"]))
-    found = [
-        Experiment(
-            "massive-zero",
-            "massive",
-            f"{said} set to zero",
-            EntriesSet(zero),
-            (*draw.shifted(sized, chosen), ordinary),
-            target,
-            block,
-        ),
-    ]
-    if any(s.layer < last - 1 for s in mine):
-        found.append(
-            Experiment(
-                "massive-held", "massive", f"{said} held at zero in every later block too",
-                EntriesSet(tuple(Entry(s.prompt, s.layer, s.position, s.dim) for s in held)),
-                (
-                    *draw.held(held, chosen),
-                    Control(f"{ordinary.what}, in every later block too", (_median_zeroed(held),)),
-                ),
-                target, block,
-            )
-        )  # fmt: skip
-    sized = [(s, abs(means[_bucket(s)] - s.value)) for s in mine]
-    whose = "other prompts" if held_out else "all prompts, the tried ones among them"
-    found.append(
-        Experiment(
-            "massive-mean", "massive-mean", f"{said} set to the signed mean of {whose}", EntriesSet(mean),
-            draw.shifted(sized, draw.dims_instead(mine, set(target["dims"]))), target, block,
-        )
-    )  # fmt: skip
     return found, calibration
+
+
+ORDINARY = "as many entries of median magnitude zeroed"
+"""The control of entries set to zero that says whether it matters which entries they are."""
+
+
+def _zeroed(
+    mine: Sequence[Spike], said: str, target: dict[str, Any], draw: Draw, instead: Sequence[Instead]
+) -> Experiment:
+    """Massive entries set to zero once, where they begin."""
+    zero = tuple(Entry(s.prompt, s.layer, s.position, s.dim) for s in mine)
+    sized = [(s, abs(s.value)) for s in mine]
+    controls = (*draw.shifted(sized, instead), Control(ORDINARY, (_median_zeroed(mine),)))
+    return Experiment(
+        "massive-zero", "massive", f"{said} set to zero", EntriesSet(zero), controls, target, target["layer"]
+    )
+
+
+def _held_at_zero(
+    held: Sequence[Spike], said: str, target: dict[str, Any], draw: Draw, instead: Sequence[Instead]
+) -> Experiment:
+    """The same after every block from there on: what later blocks write there is taken away too."""
+    zero = tuple(Entry(s.prompt, s.layer, s.position, s.dim) for s in held)
+    ordinary = Control(f"{ORDINARY}, in every later block too", (_median_zeroed(held),))
+    return Experiment(
+        "massive-held",
+        "massive",
+        f"{said} held at zero in every later block too",
+        EntriesSet(zero),
+        (*draw.held(held, instead), ordinary),
+        target,
+        target["layer"],
+    )
+
+
+def _set_to_mean(
+    mine: Sequence[Spike],
+    means: Mapping[tuple[int, bool, int], float],
+    what: str,
+    target: dict[str, Any],
+    draw: Draw,
+) -> Experiment:
+    """Massive entries set to their signed mean: what they do beyond being there in every prompt."""
+    mean = tuple(Entry(s.prompt, s.layer, s.position, s.dim, means[_bucket(s)]) for s in mine)
+    sized = [(s, abs(means[_bucket(s)] - s.value)) for s in mine]
+    controls = draw.shifted(sized, draw.dims_instead(mine, set(target["dims"])))
+    return Experiment(
+        "massive-mean", "massive-mean", what, EntriesSet(mean), controls, target, target["layer"]
+    )
 
 
 def calibrated(

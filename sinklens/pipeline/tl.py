@@ -148,36 +148,50 @@ def patch_sink(
     held = opened.handle
     if held.seam is Seam.REGISTRY:
         raise ModelError("This bridge leaves attention to transformers, so no hook shows the sink's share.")
+    position = _sink_of(run)
+    control = _control_in(tokens.shape[1], position, control)
+    count = len(opened.anatomy.main.blocks)
+    chosen = range(count - 1) if layers is None else layers
+    return [_patched_beside(held.bridge, tokens, layer, count, position, control) for layer in chosen]
+
+
+def _sink_of(run: Run) -> int:
+    """The position of the strongest primary sink."""
     rows = run.findings["primary-sinks"].rows if "primary-sinks" in run.findings else []
     if not rows:
         raise DataError(
             "This run has no primary sink to patch.", hint="See run.primary_sinks for the reason."
         )
-    position, length = int(rows[0]["position"]), tokens.shape[1]
-    control = length // 2 if control is None else control
+    return int(rows[0]["position"])
+
+
+def _control_in(length: int, position: int, asked: int | None) -> int:
+    """The position of the control, by default the middle of the prompt."""
+    control = length // 2 if asked is None else asked
     if length < position + 3 or control == position or not 0 <= control < length:
         raise DataError(
             f"Prompts of {length} tokens are too short for the sink on {position} and its control."
         )
-    count = len(opened.anatomy.main.blocks)
-    table = []
-    for layer in range(count - 1) if layers is None else layers:
-        plain, patched, other = (
-            _patched(held.bridge, tokens, layer, count, position, at) for at in (None, position, control)
-        )
-        table.append(
-            {
-                "layer": layer,
-                "position": position,
-                "share_before": plain[0],
-                "sink_share": patched[0],
-                "control_share": other[0],
-                "loss_before": plain[1],
-                "loss_change": patched[1] - plain[1],
-                "control_loss_change": other[1] - plain[1],
-            }
-        )
-    return table
+    return control
+
+
+def _patched_beside(
+    bridge: Any, tokens: Tensor, layer: int, count: int, position: int, control: int
+) -> dict[str, Any]:
+    """A row: the model as it is, with the sink's state patched, and with the control's."""
+    plain, patched, other = (
+        _patched(bridge, tokens, layer, count, position, at) for at in (None, position, control)
+    )
+    return {
+        "layer": layer,
+        "position": position,
+        "share_before": plain[0],
+        "sink_share": patched[0],
+        "control_share": other[0],
+        "loss_before": plain[1],
+        "loss_change": patched[1] - plain[1],
+        "control_loss_change": other[1] - plain[1],
+    }
 
 
 def _patched(
