@@ -53,7 +53,8 @@ def shares_of(text: str) -> tuple[float, ...]:
         shares = ()
     if not shares or not all(0 < share < 1 for share in shares):
         raise UsageError(
-            f"--keep takes shares above 0 and below 1, separated by commas, as in 0.25,0.5; got {text!r}."
+            f"--keep takes shares above 0 and below 1, each the share of the visual tokens that stay; got {text!r}.",
+            hint="For instance: --keep 0.25,0.5",
         )
     return shares
 
