@@ -138,6 +138,8 @@ def obstacle_to_streaming(model: Any, options: ProfileOptions) -> str | None:
         return "another library runs the model"
     if options.device_map is not None:
         return "a device map decides where its weights are"
+    if options.tensor_parallel:
+        return "a tensor-parallel plan spreads each of its blocks"
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from sinklens.models.loading import load_config, without_weights
 from sinklens.models.opening import describe_model, open_model
 from sinklens.models.quantised import dequantising, planned_shapes, refuse_ragged
 from sinklens.models.streaming import opening as streamed_opening
+from sinklens.pipeline.memory import can_stream
 from sinklens.pipeline.options import ProfileOptions
 from sinklens.pipeline.plan import predict
+from sinklens.pipeline.streamed_blocks import refuse_streaming
 from tests.families import build
 
 from .cases import saved
@@ -98,6 +101,10 @@ def _held(folder: Path) -> Path:
 def test_a_plan_refuses_what_is_in_the_way(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a device map decides"):
         predict(str(_held(tmp_path)), ProfileOptions(stream="on", device_map="auto", **FEW))
+    spread = ProfileOptions(stream="on", tensor_parallel=True, **FEW)
+    with pytest.raises(UsageError, match="a tensor-parallel plan spreads"):
+        refuse_streaming(str(tmp_path), spread)
+    assert not can_stream(str(tmp_path), replace(spread, stream="auto"))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "deepseek_v3"])
