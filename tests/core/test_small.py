@@ -28,6 +28,7 @@ def test_exit_codes_are_those_of_the_manual():
         "ModelError": 3,
         "DataError": 3,
         "ResourceError": 4,
+        "OutOfMemory": 4,
         "SelfCheckError": 5,
         "GateError": 6,
         "InterruptedRun": 130,
