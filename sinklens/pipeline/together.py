@@ -7,6 +7,8 @@ after the main pass, and talks.
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -265,10 +267,7 @@ def stopped(
     Args:
         number: How many processes may go on.
     """
-    try:
-        ranks = error.ranks if isinstance(error, Gone) else team.missing()
-    except RuntimeError:  # the store went with the launcher
-        ranks = ()
+    ranks = error.ranks if isinstance(error, Gone) else _gone(team, error is not None and lost(error))
     if store.manifest_path.is_file():
         total = total or store.read_manifest().get("inputs", {}).get("n_prompts")
         saved = f"{_saved(store)}/{total or '?'} prompts saved."
@@ -279,6 +278,25 @@ def stopped(
     if ranks:
         return Gone(ranks, team.size, saved, hint)
     return InterruptedRun(f"Stopped. {saved}", hint=hint)
+
+
+def _gone(team: Team, someone: bool) -> Sequence[int]:
+    """Processes that are gone without a word.
+
+    Args:
+        someone: One is for sure, because it cannot be reached; it may take the system a moment to end it.
+    """
+    until = time.monotonic() + (2.0 if someone else 0.0)
+    while True:
+        try:
+            found = team.missing()
+            if found or time.monotonic() > until:
+                return found
+            time.sleep(0.05)
+        except KeyboardInterrupt:  # the launcher stops the others meanwhile
+            continue
+        except RuntimeError:  # the store went with the launcher
+            return ()
 
 
 def _saved(store: RunStore) -> int:

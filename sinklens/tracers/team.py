@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -251,7 +252,10 @@ def _alive(pid: int) -> bool:
         return False
     except OSError:  # it is there, but another user's
         return True
-    return True
+    try:  # where the system tells it: one that has ended stays listed until the launcher has looked
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except (OSError, IndexError):
+        return True
 
 
 @contextmanager

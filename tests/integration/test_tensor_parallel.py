@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 from sinklens.cli.dry_run import print_plan
 from sinklens.cli.main import main
@@ -36,22 +37,20 @@ LIMIT = 1e-4
 an entry of 700 is erased its rounding is left over."""
 
 
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Two processes, with one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, cwd=ROOT)
+
+
 @pytest.fixture(scope="module")
 def spread(tmp_path_factory: Any) -> Path:
     """Checkpoints, and what two processes found on them."""
     folder = tmp_path_factory.mktemp("spread")
     for name, made in CASES.items():
         made().save_pretrained(folder / name)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, str(Path(__file__).with_name("spread_worker.py")), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        cwd=ROOT,
-    )
+    done = torchrun(str(Path(__file__).with_name("spread_worker.py")), str(folder))
     assert done.returncode == 0, done.stderr[-6000:]
     return folder
 
@@ -212,3 +211,28 @@ def test_heads_that_cannot_be_shared_evenly_are_refused_before_anything_is_loade
 
 def test_models_without_a_plan_or_with_attention_of_their_own_are_refused(tmp_path: Path) -> None:
     assert "no tensor-parallel plan for 'gpt2'" in refused(tmp_path / "gpt2", tiny("gpt2"), 2)
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_named_and_as_many_go_on(tmp_path: Path) -> None:
+    given = ["profile", "-q", "--tensor-parallel", "-m", "bundled:dense-ind", "-n", "5", "--batch-size", "2"]
+    given += ["--analyzers", "primary-sinks"]
+    script, whole = str(Path(__file__).with_name("one_of_spread_dies.py")), tmp_path / "whole"
+    assert torchrun("-m", "sinklens", *given, "--out", str(whole)).returncode == 0
+    for victim in ("0", "1"):
+        folder = tmp_path / victim
+        done = torchrun(script, victim, *given, "--out", str(folder))
+        assert done.returncode != 0
+        lines = done.stderr.splitlines()
+        assert [line for line in lines if "without a word" in line] == [
+            f"Process {victim} of 2 ended without a word."
+        ]
+        assert [line for line in lines if "/5 prompts saved." in line]
+        assert [line for line in lines if line.startswith("Continue, with as many processes: torchrun")]
+        assert main(["profile", "-q", "--resume", str(folder)]) == 2  # one process alone
+        again = torchrun("-m", "sinklens", "profile", "-q", "--resume", str(folder))
+        assert again.returncode == 0, again.stderr
+        found, expected = (load_file(run / "arrays.safetensors") for run in (folder, whole))
+        assert found.keys() == expected.keys()
+        for name, array in expected.items():
+            np.testing.assert_array_equal(found[name], array, err_msg=name)
