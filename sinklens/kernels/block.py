@@ -89,8 +89,8 @@ def edited_block(block: Block, call: AttentionCall) -> Block:
     total = weights.sum(-1)
     shares = torch.where((total <= 0)[..., None], 1.0 / weights.shape[3], weights / total[..., None])
     logits = torch.where(shares > 0, shares.log(), HIDDEN)
-    index, top = row_tops(shares)
-    return Block(block.rows, block.keys, shares, logits, Peak(index, top), factor=total, norm=norm, off=off)
+    peak = row_peaks(shares, shares=True)
+    return Block(block.rows, block.keys, shares, logits, peak, factor=total, norm=norm, off=off)
 
 
 def row_peaks(
