@@ -105,7 +105,7 @@ def _read(
     return record.arrays.get(signal.name, np.full(shape, np.nan)).astype(float)
 
 
-def mean_known(values: Float[np.ndarray, "prompt *rest"]) -> Float[np.ndarray, "*rest"]:
+def mean_known(values: Float[np.ndarray, "prompt *rest"]) -> Float[np.ndarray, "*rest"]:  # noqa: F821
     """Mean over prompts of what is known, NaN where nothing is."""
     known = ~np.isnan(values)
     total = np.where(known, values, 0.0).sum(0)

@@ -88,7 +88,7 @@ class MapEdit:
             own=None if self.own is None else self.own[:, rows],
         )
 
-    def at(self, columns: Int[Tensor, "batch #head column"]) -> Float[Tensor, "batch head row column"]:
+    def at(self, columns: Int[Tensor, "batch #head column"]) -> Float[Tensor, "batch head row column"]:  # noqa: F821
         """Factors at some columns, for the rows this edit has."""
         batch, heads, rows, _ = self.scale.shape
         both = max(self.sets.shape[1], columns.shape[1])

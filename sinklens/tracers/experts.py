@@ -24,6 +24,10 @@ from sinklens.models.spread import Share, distributed, own_part, share_of
 from .attention import Site
 
 NAME = "sinklens_experts"
+# In half precision on the CPU, experts are given multiples of this many rows.
+_EVEN = 32
+# Tokens whose outputs are weighted at once.
+_TOKENS = 256
 
 _attached: dict[int, ExpertsTap] = {}
 
@@ -182,8 +186,9 @@ def routed_experts(
             continue
         rows = order[start : start + count]
         start += count
-        inner = expert_inner(module, expert, hidden[rows // slots])
-        mine = expert_outer(module, expert, inner)
+        inner = expert_inner(module, expert, _evenly(hidden[rows // slots]))
+        mine = expert_outer(module, expert, inner)[:count]
+        inner = inner[:count]
         y = mine if share is None else share.spread.summed(mine)
         dim[rows] = y.abs().argmax(-1)
         value[rows] = y.gather(-1, dim[rows, None]).squeeze(-1).float()
@@ -193,9 +198,24 @@ def routed_experts(
             neuron[rows[asked]] = found[0]
         if expert not in ablated:
             rows_out[rows] = mine
-    output = (rows_out * weights.reshape(-1, 1)).view(tokens, slots, -1).sum(1).to(hidden.dtype)
+    output = _mixed(rows_out.view(tokens, slots, -1), weights)
     weight = weights.reshape(-1).float()
     return output, Routed(n_experts, slots, flat, weight, value, dim, neuron, module, hidden, ablated, share)
+
+
+def _evenly(x: Float[Tensor, "row hidden"]) -> Float[Tensor, "padded hidden"]:
+    """With rows of zeros up to a multiple of `_EVEN`, where torch compiles for each number of rows and keeps that."""
+    if x.device.type != "cpu" or x.dtype.itemsize > 2 or len(x) % _EVEN == 0:
+        return x
+    return torch.cat([x, x.new_zeros(-len(x) % _EVEN, x.shape[1])])
+
+
+def _mixed(
+    outputs: Float[Tensor, "token slot hidden"], weights: Float[Tensor, "token slot"]
+) -> Float[Tensor, "token hidden"]:
+    """The weighted sum over slots, some tokens at a time: the products are as large as all that experts put out."""
+    parts = zip(outputs.split(_TOKENS), weights.split(_TOKENS), strict=True)
+    return torch.cat([(part * weight[..., None]).sum(1).to(outputs.dtype) for part, weight in parts])
 
 
 def expert_output(module: Any, expert: int, x: Float[Tensor, "row hidden"]) -> Float[Tensor, "row hidden"]:

@@ -13,7 +13,7 @@ from sinklens.core.errors import ModelError
 from sinklens.models.anatomy import find_anatomy
 from sinklens.tracers.batch import first_tensor, forward
 from sinklens.tracers.executor import TracePlan, sites, trace_batch
-from sinklens.tracers.experts import ExpertsTap, Routed
+from sinklens.tracers.experts import ExpertsTap, Routed, expert_output, routed_experts
 from tests.families import FAMILIES, build
 
 from .test_families import batch_of, opened
@@ -127,6 +127,28 @@ def test_rows_say_where_the_largest_entry_is() -> None:
         y = one_expert(module, int(index[token, slot]), hidden[token]).detach()
         assert int(routed.dim[row]) == int(y.abs().argmax())
         assert float(routed.value[row]) == pytest.approx(float(y[routed.dim[row]]), rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("tokens", [1, 37, 600])
+def test_rows_that_are_added_change_no_bit(dtype: torch.dtype, tokens: int) -> None:
+    """In half precision experts are given rows of zeros too, and outputs are weighted some tokens at a time."""
+    module = next(m for m in build("qwen3_moe", dtype=dtype).modules() if hasattr(m, "gate_up_proj"))
+    hidden, slots = module.gate_up_proj.shape[2], 2
+    generator = torch.Generator().manual_seed(tokens)
+    x = torch.randn(tokens, hidden, generator=generator).to(dtype)
+    index = torch.rand(tokens, module.num_experts, generator=generator).topk(slots).indices
+    weights = torch.rand(tokens, slots, generator=generator).to(dtype)
+    with torch.no_grad():
+        output, routed = routed_experts(module, x, index, weights)
+        each = torch.zeros(tokens, slots, hidden, dtype=dtype)
+        for expert in range(module.num_experts):
+            row, slot = (index == expert).nonzero().T
+            if len(row):
+                each[row, slot] = expert_output(module, expert, x[row])
+        expected = (each * weights[..., None]).sum(1)
+    assert torch.equal(output, expected)
+    assert torch.equal(routed.value.view(tokens, slots).abs(), each.abs().amax(-1).float())
 
 
 def test_experts_outside_the_interface_are_refused_by_name() -> None:
