@@ -27,10 +27,11 @@ from torch import Tensor
 
 from ..core.errors import UsageError
 from . import triton_pass
+from .asks import PER_KEY, asks_norm, asks_peak, reads_logits
 from .block import Block, Peak, edited_block, row_peaks
 from .groups import KeyGroups
 from .powers import Powers
-from .reduce import PER_KEY, Accumulator, asks_norm, asks_peak, reads_logits
+from .reduce import Accumulator
 from .rowpass import attend_serves, native_serves
 from .scores import Scores
 from .shapes import sizes_of

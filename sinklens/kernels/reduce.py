@@ -1,8 +1,8 @@
 """From blocks of attention weights to the statistics. One pass per statistic, and only for those asked for.
 
-Every formula works on weights `P` with `A = factor * P`, so that the same code serves a softmax over the
-visible keys (`sum P = 1`, `factor` carries learned sinks) and weights that are `A` already. Numbers per row
-are collected raw and turned into statistics once, at the end: a block costs few calls besides its passes over
+Every formula works on weights `P / inverse` with `A = factor * P`, so that the same code serves powers without their
+denominator (`inverse` is one over it, `factor` carries learned sinks) and weights that are `A` already. Numbers per
+row are collected raw and turned into statistics once, at the end: a block costs few calls besides its passes over
 the weights.
 """
 
@@ -16,17 +16,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from . import rowpass
+from .asks import ENTROPIES, FROM_NORM, FROM_PRODUCT, PER_KEY, SCRATCHED, asks_norm, asks_peak
 from .bands import add_band, nearness
 from .block import Block, Peak, row_products
 from .groups import KeyGroups
 from .spec import AttentionCall, Stat, Want, part_left
+from .visibility import reach
 from .workspace import workspace
 
-PER_KEY = frozenset(stat for stat in Stat if stat.startswith("received")) | {Stat.TOP1}
-_FROM_PEAK = frozenset({Stat.TOP1, Stat.ROW_MAX})
-_ENTROPIES = frozenset({Stat.ENTROPY, Stat.ENTROPY_NORMALISED})
-_FROM_NORM = _ENTROPIES | {Stat.LSE, Stat.RECEIVED_LOG, Stat.LEARNED_SINK}
-_FROM_PRODUCT = _ENTROPIES | {Stat.RECEIVED_LOG}
 _BANDS = (Stat.RECEIVED_BAND, Stat.RECEIVED_BAND_REST)
 # Sums over rows that the compiled pass makes, by its own names.
 _NATIVE_SUMS = {
@@ -38,21 +35,6 @@ _NATIVE_SUMS = {
     Stat.RECEIVED_BAND_REST: "band_rest",
 }
 _TINY = 1e-38
-
-
-def asks_peak(stats: frozenset[Stat]) -> bool:
-    """Whether `Block.peak` is read."""
-    return bool(stats & _FROM_PEAK)
-
-
-def asks_norm(stats: frozenset[Stat]) -> bool:
-    """Whether the log-sum-exp is read, if it is not known beforehand."""
-    return bool(stats & _FROM_NORM)
-
-
-def reads_logits(stats: frozenset[Stat]) -> bool:
-    """Whether `Block.logits` is read, or used as scratch beside the weights."""
-    return bool(stats & (_FROM_PRODUCT | {Stat.RECEIVED_SQUARED, Stat.RECEIVED_MAX, Stat.GROUP_OUTPUT}))
 
 
 class Accumulator:
@@ -97,7 +79,7 @@ class Accumulator:
         if groups is not None and Stat.GROUP_MASS in want.stats:
             self._columns = groups.columns(self._heads)
         # First and last of the rows of each.
-        self._reach = {stat: _reach(rows.any(0)) for stat, rows in self._picked.items()}
+        self._reach = {stat: reach(rows.any(0)) for stat, rows in self._picked.items()}
         self._raw: dict[str, list[Tensor]] = defaultdict(list)
         self._heights: list[int] = []
         device = call.query.device
@@ -121,7 +103,7 @@ class Accumulator:
         if Stat.GROUP_MASS in stats and self.groups is not None and not self._done_mass(block):
             mass = self.groups.mass(block.weights, block.keys)
             self.into[Stat.GROUP_MASS][:, :, block.rows] = _times(mass, block.inverse)
-        if not stats & {Stat.RECEIVED_SQUARED, Stat.RECEIVED_MAX, Stat.GROUP_OUTPUT}:
+        if not stats & SCRATCHED:
             return
         weight = self._row_weights(block)
         if Stat.RECEIVED_SQUARED in stats:
@@ -157,7 +139,7 @@ class Accumulator:
             self._raw["near"].append(_times(nearness(block.weights, *where), block.inverse))
         if Stat.DIAGONAL in stats:
             self._diagonal(block)
-        if stats & _FROM_PRODUCT:  # the last, for it overwrites the logits
+        if stats & FROM_PRODUCT:  # the last, for it overwrites the logits
             self._products(block, weight)
 
     def _take(self, rows: slice, done: rowpass.RowResults) -> None:
@@ -183,7 +165,7 @@ class Accumulator:
     @property
     def reads_weights(self) -> bool:
         """Whether `add` needs the weights of a block that the compiled row pass has gone over."""
-        asked = self.want.stats & {Stat.RECEIVED_SQUARED, Stat.RECEIVED_MAX, Stat.GROUP_OUTPUT}
+        asked = self.want.stats & SCRATCHED
         return bool(asked) or (Stat.GROUP_MASS in self.want.stats and self._columns is None)
 
     @property
@@ -238,7 +220,7 @@ class Accumulator:
             keep=keep,
             place=rows.start + self._offset - keys.start,
             peak=asks_peak(stats) or (not known and asks_norm(stats)) or sinks is not None,
-            product=bool(stats & _ENTROPIES),
+            product=bool(stats & ENTROPIES),
             own=Stat.DIAGONAL in stats,
             window=self._window if Stat.DISTANCE_WINDOWED in stats else None,
             back=self._back(rows, keys) if Stat.DISTANCE in stats else None,
@@ -377,7 +359,7 @@ class Accumulator:
 
     def _logarithmic(self, raw: dict[str, Tensor]) -> dict[Stat, Tensor]:
         """Per-row statistics that need the log-sum-exp."""
-        stats, found = self.want.stats & _FROM_NORM, {}
+        stats, found = self.want.stats & FROM_NORM, {}
         norm = raw.get("norm", self._lse)
         if norm is None and stats:
             norm = raw["logit"] - raw["top"].log()
@@ -391,7 +373,7 @@ class Accumulator:
         if Stat.LEARNED_SINK in stats:
             found[Stat.LEARNED_SINK] = torch.zeros_like(lse) if self._sinks is None else self._sink_mass(lse)
             found[Stat.LEARNED_SINK] = raw.get("off", found[Stat.LEARNED_SINK])
-        if stats & _ENTROPIES:
+        if stats & ENTROPIES:
             found |= self._entropies(raw)
         return found
 
@@ -416,9 +398,3 @@ def _times(
 ) -> Float[Tensor, "b h r *rest"]:
     """A factor for each row; None for 1."""
     return numbers if scale is None else numbers * scale[(..., *(None,) * (numbers.ndim - 3))]
-
-
-def _reach(rows: Bool[Tensor, " q"]) -> tuple[int, int]:
-    """First and last row that is True; an empty range without one."""
-    found = rows.nonzero()
-    return (int(found[0]), int(found[-1])) if len(found) else (len(rows), -1)

@@ -110,3 +110,9 @@ def keys_seen(
 def tail_rows(rows: Bool[Tensor, "batch query"], tail: int) -> Bool[Tensor, "batch query"]:
     """The last `tail` of the rows that count."""
     return rows & (rows.flip(1).cumsum(1).flip(1) <= tail)
+
+
+def reach(rows: Bool[Tensor, " q"]) -> tuple[int, int]:
+    """First and last row that is True; an empty range without one."""
+    found = rows.nonzero()
+    return (int(found[0]), int(found[-1])) if len(found) else (len(rows), -1)

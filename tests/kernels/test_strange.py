@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sinklens.core.errors import UsageError
+from sinklens.kernels.asks import PER_KEY
 from sinklens.kernels.blocked import attention_fused, attention_sweep
-from sinklens.kernels.reduce import PER_KEY
 from sinklens.kernels.reference import attention_reference
 from sinklens.kernels.spec import AttentionCall, BlockPlan, Stat, Want
 
