@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import wraps
 from typing import Any
 
 # Before torch or a tokenizer is imported anywhere: both read these once.
@@ -37,6 +38,7 @@ def _summaries_are_said() -> Iterator[None]:
 
     made = Analyzer.finding
 
+    @wraps(made)
     def finding(self: Analyzer, *given: Any, **named: Any) -> Finding:
         found = made(self, *given, **named)
         unsaid = [] if self.summarises is None else found.summary.keys() - {*self.summarises}

@@ -93,11 +93,11 @@ def test_a_run_is_resumed_with_the_same_bridge_only(tmp_path: Path, monkeypatch:
     settings |= {"prompts": str(tmp_path / "prompts.txt"), "batch_size": 1}
     real, done = executor.run_group, []
 
-    def stopped(*given: Any) -> Any:
+    def stopped(*given: Any, **named: Any) -> Any:
         if done:
             raise KeyboardInterrupt
         done.append(1)
-        return real(*given)
+        return real(*given, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr(executor, "run_group", stopped)
