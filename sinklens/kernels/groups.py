@@ -90,7 +90,7 @@ class KeyGroups:
 
 def _singles(groups: Tensor) -> list[tuple[int, int]] | None:
     """Group and key of each member, if they are the same for all prompts and heads and very few."""
-    if groups.shape[0] * groups.shape[1] > 1:
+    if not groups.numel() or not bool((groups == groups[:1, :1]).all()):
         return None
     members = groups[0, 0].nonzero()
     return [(group, key) for group, key in members.tolist()] if len(members) <= _MOST_SINGLE else None

@@ -25,7 +25,7 @@ from sinklens.tracers.team import Elsewhere, Team
 from .beside_plan import refuse_beside_plan
 from .listener import Listener, Silent
 from .options import ProfileOptions
-from .prepare import Prepared, checked_plan, model_request, prepare
+from .prepare import checked_plan, model_request, prepare
 from .run import Run
 from .session import Session
 
@@ -114,27 +114,21 @@ def _run(
     options = replace(options, tensor_parallel=True, stream="off")
     prepared = prepare(model, tokenizer, options, listener, spread=size)
     request = model if before is not None else model_request(model, prepared.opened)
-    return InStepSession(prepared, options, store if leads else None, listener, argv, request).run(before)
+    session = InStepSession(prepared, options, store if leads else None, listener, argv, request)
+    session.refuse_different()
+    return session.run(before)
 
 
 class InStepSession(Session):
     """The session of one process: the same as the others', of which the leader's alone has a folder."""
 
-    def __init__(
-        self,
-        prepared: Prepared,
-        options: ProfileOptions,
-        store: RunStore | None,
-        listener: Listener,
-        argv: list[str] | None,
-        request: str | None,
-    ) -> None:
-        super().__init__(prepared, options, store, listener, argv, request)
-        assert prepared.opened.spread is not None  # opened so
-        self.spread = prepared.opened.spread
-        self._refuse_different()
+    @property
+    def spread(self) -> Spread:
+        spread = self.prepared.opened.spread
+        assert spread is not None  # opened so
+        return spread
 
-    def _refuse_different(self) -> None:
+    def refuse_different(self) -> None:
         """All must have the same before they run in step.
 
         Raises:
