@@ -67,7 +67,7 @@ $(DEV_STAMP): $(RUN_STAMP)
 	$(PIP) --editable '.[dev]'
 	@touch $@
 
-bench: $(RUN_STAMP)  ## The whole benchmark suite: ratios, plot, docs/performance.md (twenty-five minutes)
+bench: $(RUN_STAMP)  ## The whole benchmark suite: ratios, plot, docs/performance.md (half an hour)
 	$(BIN)/python -m benchmarks
 
 notebooks: $(RUN_STAMP)  ## Run the notebooks in notebooks/ again and keep their results

@@ -1,6 +1,6 @@
 """The whole suite: every figure of `docs/performance.md`, as ratios measured in one run.
 
-    python -m benchmarks              # make bench; about twenty-five minutes on two cores
+    python -m benchmarks              # make bench; about half an hour on two cores
     python -m benchmarks --only cost-float32,start
     python -m benchmarks --quick      # a smoke test of a few seconds; its figures mean nothing
     python -m benchmarks --write      # table, plot and page again from the results that are there
@@ -91,7 +91,7 @@ PARTS = (
         ("--model", "small", "--lengths", "8192,32768,131072", "--ways", "plain,profile"),
         2,
     ),
-    Part("streaming", "streaming", ("--layers", "4", "--prompts", "16", "--rounds", "2"), 6),
+    Part("streaming", "streaming", ("--layers", "8", "--prompts", "16", "--rounds", "2"), 12),
     Part("start", "start", (), 1, ("--repeats", "1", "--prompts", "2")),
     Part("device", "device", (), 0.1, ()),
 )
