@@ -20,18 +20,21 @@ EXPERIMENTS = {
 }
 
 
-def print_plan(model: str | None, options: ProfileOptions, *, as_json: bool, processes: int = 1) -> None:
+def print_plan(
+    model: str | None, options: ProfileOptions, *, as_json: bool, processes: int = 1, one_memory: int = 1
+) -> None:
     """The plan of a profile.
 
     Args:
         processes: How many torchrun started.
+        one_memory: How many of them have the same memory.
     """
     from sinklens.pipeline.cost import duration, size
     from sinklens.pipeline.plan import plan_document, predict
 
     from .console import WIDTH, print_json
 
-    described, prompts, predicted = predict(model, options, processes)
+    described, prompts, predicted = predict(model, options, processes, one_memory)
     if as_json:
         print_json(plan_document(described, prompts, predicted))
         return
@@ -50,6 +53,13 @@ def print_plan(model: str | None, options: ProfileOptions, *, as_json: bool, pro
         parts = f"{size(stream.shell)} stay, 2 of {described.info.layers} blocks of {size(stream.block)} at a time"
         parts += f", {size(stream.scratch)} to dequantise" if stream.scratch else ""
         lines["Stream"] = f"on ({stream.why}): {parts}, {states}"
+    if (together := predicted.together) is not None:
+        lines["Together"] = (
+            "{processes} processes share the batches; memory is that of {one_memory} of them".format(
+                **together
+            )
+            + ("; all go through the blocks in step" if stream is not None else "")
+        )
     if predicted.spread is not None:
         lines["Parallel"] = (
             "tensor parallel: {processes} processes hold about {each} of weights each, and every one runs all prompts "

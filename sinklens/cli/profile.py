@@ -267,6 +267,7 @@ def _run_settings(given: dict[str, Any], options: ProfileOptions) -> dict[str, A
 
 def run_together(given: dict[str, Any], options: ProfileOptions) -> None:
     """The same by several processes, of which one talks."""
+    from sinklens.pipeline.streamed_blocks import sharing_memory
     from sinklens.pipeline.together import profile_together, refuse_alone
 
     from .console import ConsoleListener
@@ -278,7 +279,8 @@ def run_together(given: dict[str, Any], options: ProfileOptions) -> None:
         refuse_alone(options, team)
         if given["dry_run"]:
             if team.leads:
-                print_plan(model, options, as_json=given["as_json"], processes=team.size)
+                shared = sharing_memory(options, team.local_size)
+                print_plan(model, options, as_json=given["as_json"], processes=team.size, one_memory=shared)
             return
         listener = ConsoleListener(quiet=given["quiet"])
         try:

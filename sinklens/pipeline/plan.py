@@ -16,7 +16,7 @@ from sinklens.tracers.signals_visual import KEY_CLASSES, LEAST_ENERGY, MASS_FLOO
 
 from . import visual_experiments as visual
 from .beside_plan import refuse_beside_plan, refuse_one_process
-from .cost import available_memory, size
+from .cost import available_memory
 from .options import ProfileOptions
 from .picture_prompts import has_pictures, refuse_without_pictures
 from .prepare import (
@@ -37,6 +37,7 @@ from .streamed_blocks import (
     obstacle_to_streaming,
     refuse_streaming,
     stream_cost,
+    why_streamed,
 )
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class Prediction:
         query_blocks: Logits in flight, and query rows per block for the longest prompt.
         sampling: What is estimated from a sample of the query rows; None where all are looked at.
         spread: `processes` that hold the model together, and `weights_each`, about; None where one holds it all.
+        together: `processes` that share the batches, and those of them that have `one_memory`, for which `weights` and
+            `working` are; None for one process.
     """
 
     weights: int
@@ -81,6 +84,7 @@ class Prediction:
     query_blocks: dict[str, Any] = field(default_factory=dict)
     sampling: dict[str, Any] | None = None
     spread: dict[str, int] | None = None
+    together: dict[str, int] | None = None
 
     @property
     def fits(self) -> bool | None:
@@ -88,12 +92,13 @@ class Prediction:
 
 
 def predict(
-    model: str | None, options: ProfileOptions, processes: int = 1
+    model: str | None, options: ProfileOptions, processes: int = 1, one_memory: int = 1
 ) -> tuple[ModelDescription, PromptSet, Prediction]:
     """Plan a run of a model by name, without loading its weights.
 
     Args:
         processes: How many torchrun started.
+        one_memory: How many of them have the same memory.
     """
     from sinklens.models.catalog import locate
     from sinklens.models.loading import load_config, load_tokenizer
@@ -128,6 +133,7 @@ def predict(
     found = prediction(described, prompts, plan, on_cpu=on_cpu, device=device_of_run(options))
     if spread is not None:
         return described, prompts, spread_over(found, spread, device_of_run(options) is None)
+    found = beside_others(found, max(processes, one_memory), one_memory)
     too_large = options.stream == "auto" and found.fits is False
     if options.stream == "on" or (too_large and obstacle_to_streaming(model, options) is None):
         found = _streamed(model, options, described, prompts, plan, found)
@@ -151,12 +157,21 @@ def _streamed(
         SinklensError: As the run itself would, of a model that cannot be streamed.
     """
     refuse_streaming(model, options)
-    needed = f"{size(found.weights + found.working)} are needed to hold all blocks"
-    why = "asked for" if options.stream == "on" else f"{needed}, {size(found.available)} are free"
+    together = found.together or {"processes": 1, "one_memory": 1}
+    needed, free = found.weights + found.working, found.available
+    why = "asked for" if options.stream == "on" else why_streamed(needed, free, together["one_memory"])
     batches = partition(prompts.prompts, most=plan.batch_prompts, tokens=plan.batch_tokens)
-    cost = stream_cost(described, batches, why, budget_of(options))
-    held = min(cost.states, cost.budget)
-    return replace(found, weights=cost.weights, working=found.working + held, stream=cost)
+    cost = stream_cost(described, batches, why, budget_of(options), **together)
+    return replace(found, weights=cost.weights, working=found.working + cost.held, stream=cost)
+
+
+def beside_others(found: Prediction, processes: int, one_memory: int) -> Prediction:
+    """The cost of processes that have the same memory, each with a whole model and a batch of its own."""
+    if processes == 1:
+        return found
+    together = {"processes": processes, "one_memory": one_memory}
+    weights, working = one_memory * found.weights, one_memory * found.working
+    return replace(found, weights=weights, working=working, together=together)
 
 
 def planned_spread(options: ProfileOptions, processes: int) -> int | None:

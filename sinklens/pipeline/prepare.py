@@ -38,7 +38,7 @@ from .options import ProfileOptions
 from .picture_prompts import has_pictures, read_pictures, refuse_without_pictures, wants_pictures
 from .query_blocks import fitting_blocks
 from .sinks import with_sinks
-from .streamed_blocks import budget_of, choose, refuse_in_memory
+from .streamed_blocks import Choice, budget_of, choose, refuse_in_memory
 from .visual_experiments import EXIT, HORIZON, REMOVAL
 
 DEFAULT_PROMPTS, DEFAULT_SEQ_LEN = 32, 512
@@ -91,6 +91,7 @@ def prepare(
     processor: Any = None,
     *,
     streaming: bool = False,
+    choice: Choice | None = None,
     resumed: RunStore | None = None,
     spread: int | None = None,
 ) -> Prepared:
@@ -98,6 +99,7 @@ def prepare(
 
     Args:
         streaming: Whether blocks may stay on disk. Whoever changes weights needs them in memory.
+        choice: Whether they do, where several processes have agreed on it.
         resumed: The folder of an interrupted run that goes on.
         spread: Processes that hold the model together by its tensor-parallel plan, each of which calls this.
     """
@@ -114,7 +116,8 @@ def prepare(
         "trust_remote_code": options.trust_remote_code,
     }
     backend = chosen_backend(options)
-    choice = choose(model, options) if streaming else None
+    if streaming and choice is None:
+        choice = choose(model, options)
     if choice is not None and choice.on:
         source["stream"] = True
     if spread is not None:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from sinklens.core.canonical import plain
-from sinklens.core.errors import DataError, UsageError
+from sinklens.core.counts import counted
+from sinklens.core.errors import DataError, SinklensError, UsageError
 from sinklens.core.manifest import manifest_diff
 from sinklens.models.fingerprint import weights_hash
 from sinklens.tracers.store import RunStore
@@ -58,6 +59,21 @@ def analyzers_before(folder: Path) -> list[str]:
         DataError: It is not a run folder.
     """
     return [name for name, _ in RunStore(folder).read_manifest().get("analyzers", [])]
+
+
+def how_far(store: RunStore, total: int | None) -> str:
+    """How far an interrupted run came, as a sentence.
+
+    Args:
+        total: Prompts in all, if it is known.
+    """
+    try:
+        done = len(store.load_records())
+    except SinklensError:  # of two errors the first one is told
+        done = 0
+    half_way = store.passed_blocks() if total is None or done < total else None
+    through = f"; the others have passed {counted(half_way, 'block')} or more" if half_way else ""
+    return f"{done}/{'? prompts' if total is None else counted(total, 'prompt')} saved{through}."
 
 
 def same_run(before: dict[str, Any], prepared: Prepared, now: Trace) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from sinklens.core.counts import counted
 from sinklens.core.errors import InterruptedRun, SelfCheckError, SinklensError
 from sinklens.core.manifest import Clock, build_manifest
 from sinklens.models.fingerprint import weights_hash
@@ -22,7 +21,7 @@ from .memory import memory_told
 from .options import ProfileOptions
 from .prepare import Prepared, checked_plan, prepare
 from .query_blocks import described_blocks
-from .resuming import asked_before, same_run
+from .resuming import asked_before, how_far, same_run
 from .room import refuse_without_room
 from .run import Run, load_run, stored_manifest, write_run
 from .streamed_blocks import weights_section
@@ -31,9 +30,6 @@ from .words import note_words
 
 class Session:
     """One run from the self-check to the saved result."""
-
-    alone: ClassVar[bool] = True
-    """Whether one process runs it; of several none can stream."""
 
     def __init__(
         self,
@@ -56,7 +52,7 @@ class Session:
         Args:
             before: The manifest of the interrupted run that this one continues.
         """
-        held = self.alone and self.prepared.opened.blocks is None
+        held = self.prepared.opened.blocks is None
         with memory_told("the model was run", self.prepared.model, self.options, streams=held):
             return self._run(before)
 
@@ -108,11 +104,8 @@ class Session:
     def _interrupted(self) -> SinklensError:
         if self.store is None:
             return InterruptedRun("Stopped. Nothing was saved, because the run has no folder.")
-        done, total = len(self.store.load_records()), len(self.prepared.prompts)
-        half_way = self.store.passed_blocks() if done < total else None
-        through = f"; the others have passed {counted(half_way, 'block')} or more" if half_way else ""
         return InterruptedRun(
-            f"Stopped. {done}/{counted(total, 'prompt')} saved{through}.",
+            f"Stopped. {how_far(self.store, len(self.prepared.prompts))}",
             hint=f"Continue: sinklens profile --resume {self.store.folder}",
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -41,11 +41,13 @@ class StreamCost:
 
     Attributes:
         shell: Everything outside the blocks, in memory throughout.
-        block: The largest block; two are in memory at a time.
+        block: The largest block; two are in memory at a time, in each process.
         scratch: What dequantising the largest parameter takes beside it; 0 for weights stored as they are used.
         states: The states of all prompts between two blocks.
-        budget: How many of them may be in memory.
-        spilled: What is on disk beyond that, while the run lasts.
+        budget: How many of them each process may hold in memory.
+        processes: Processes that go through the blocks in step, each with its share of the batches.
+        one_memory: How many of them have the same memory.
+        spilled: What is on disk beyond all budgets, while the run lasts.
     """
 
     why: str
@@ -54,28 +56,37 @@ class StreamCost:
     states: int
     budget: int
     scratch: int = 0
+    processes: int = 1
+    one_memory: int = 1
 
     @property
     def weights(self) -> int:
-        return self.shell + AT_A_TIME * self.block + self.scratch
+        """In one memory, of all processes that have it."""
+        return self.one_memory * (self.shell + AT_A_TIME * self.block + self.scratch)
+
+    @property
+    def held(self) -> int:
+        """States in one memory."""
+        each = min(self.states / self.processes, self.budget)
+        return round(self.one_memory * each)
 
     @property
     def spilled(self) -> int:
-        return max(0, self.states - self.budget)
+        return max(0, self.states - self.processes * self.budget)
 
     def to_json(self) -> dict[str, Any]:
-        named = {
-            name: getattr(self, name) for name in ("why", "shell", "block", "states", "budget", "scratch")
-        }
-        return {**named, "spilled": self.spilled}
+        return {**asdict(self), "spilled": self.spilled}
 
 
 def budget_of(options: ProfileOptions) -> int:
     return BUDGET if options.stream_budget is None else parse_size(options.stream_budget, "--stream-budget")
 
 
-def choose(model: Any, options: ProfileOptions) -> Choice:
+def choose(model: Any, options: ProfileOptions, one_memory: int = 1) -> Choice:
     """Whether to stream: as asked for, else where the model is predicted not to fit into memory.
+
+    Args:
+        one_memory: Processes that would hold it in the same memory each.
 
     Raises:
         SinklensError: As `refuse_streaming`, if it was asked for.
@@ -86,15 +97,20 @@ def choose(model: Any, options: ProfileOptions) -> Choice:
         refuse_streaming(model, options)
         return Choice(True, "asked for")
     obstacle = obstacle_to_streaming(model, options)
-    if obstacle is not None or _small(model, options):
+    if obstacle is not None or _small(model, options, one_memory):
         return Choice(False, obstacle or "small")
     from .plan import predict
 
-    predicted = predict(model, replace(options, stream="off"))[2]
+    predicted = predict(model, replace(options, stream="off"), one_memory=one_memory)[2]
     if predicted.fits is not False:
         return Choice(False, "fits into memory")
-    needed, free = size(predicted.weights + predicted.working), size(predicted.available)
-    return Choice(True, f"{needed} are needed to hold all blocks, {free} are free")
+    return Choice(True, why_streamed(predicted.weights + predicted.working, predicted.available, one_memory))
+
+
+def why_streamed(needed: int, free: int | None, one_memory: int = 1) -> str:
+    """In a few words, why not all blocks are held."""
+    each = f" in {one_memory} processes" if one_memory > 1 else ""
+    return f"{size(needed)} are needed to hold all blocks{each}, {size(free)} are free"
 
 
 def refuse_streaming(model: Any, options: ProfileOptions) -> None:
@@ -149,14 +165,14 @@ def _path(model: Any) -> bool:
     return isinstance(model, PathLike)
 
 
-def _small(model: Any, options: ProfileOptions) -> bool:
+def _small(model: Any, options: ProfileOptions, one_memory: int) -> bool:
     """Whether the files are so small that nothing needs to be predicted."""
     from sinklens.models.opening import stored_bytes
 
     from .cost import available_memory
 
     free, stored = available_memory(device_of_run(options)), stored_bytes(model, options.revision)
-    return free is None or (stored is not None and stored * MARGIN < free)
+    return free is None or (stored is not None and stored * MARGIN * one_memory < free)
 
 
 def device_of_run(options: ProfileOptions) -> str | None:
@@ -166,15 +182,33 @@ def device_of_run(options: ProfileOptions) -> str | None:
     return options.device or ("cuda" if torch.cuda.is_available() else None)
 
 
+def sharing_memory(options: ProfileOptions, here: int) -> int:
+    """How many of the processes on a machine have the same memory: all, or those that have the same accelerator.
+
+    Args:
+        here: Processes on the machine.
+    """
+    import torch
+
+    if options.device not in (None, "cuda") or not torch.cuda.is_available():
+        return here
+    return -(-here // torch.cuda.device_count())
+
+
 def stream_cost(
-    described: ModelDescription, batches: Iterable[list[Prompt]], why: str, budget: int
+    described: ModelDescription,
+    batches: Iterable[list[Prompt]],
+    why: str,
+    budget: int,
+    processes: int = 1,
+    one_memory: int = 1,
 ) -> StreamCost:
     """The cost of streaming these batches."""
     tokens = sum(len(batch) * len(batch[0]) for batch in batches)
     itemsize = described.loaded_bytes / max(1, described.info.parameters)
     states = round(tokens * described.anatomy.main.hidden_size * itemsize)
     parts = described.shell_bytes, described.block_bytes, states, budget, described.scratch_bytes
-    return StreamCost(why, *parts)
+    return StreamCost(why, *parts, processes, one_memory)
 
 
 def weights_section(opened: OpenedModel) -> dict[str, Any]:

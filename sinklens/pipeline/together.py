@@ -1,8 +1,9 @@
 """One run by several processes (`torchrun -m sinklens profile`): who does what.
 
 Every process opens the model, reads the prompts and checks itself, since a device may be broken while the others are
-not. Batches are shared out. Process 0 leads: it alone owns the run folder's manifest and result, runs the experiments
-after the main pass, and talks.
+not. Batches are shared out; where the model's blocks are on disk, all processes go through the blocks in step, so that
+the disk is read once where the system keeps what was read. Process 0 leads: it alone owns the run folder's manifest and
+result, runs the experiments after the main pass, and talks.
 """
 
 from __future__ import annotations
@@ -29,9 +30,11 @@ from .in_step import profile_spread
 from .listener import Listener, Silent
 from .options import ProfileOptions
 from .prepare import Prepared, checked_plan, model_request, prepare
-from .resuming import asked_before
+from .reads import Reads
+from .resuming import asked_before, how_far
 from .run import Run, load_run
 from .session import Session
+from .streamed_blocks import Choice, choose, sharing_memory
 
 
 def profile_together(
@@ -99,11 +102,6 @@ def refuse_alone(options: ProfileOptions, team: Team) -> None:
             "processes would do so.",
             hint="Leave out either --device-map or torchrun.",
         )
-    if options.stream == "on":
-        raise UsageError(
-            "Each process would read all blocks of the streamed model from disk by itself.",
-            hint="Leave out either --stream on or torchrun.",
-        )
     if options.remote:
         raise UsageError(
             "A remote model is run by NDIF, not here: several processes would only wait for it.",
@@ -127,6 +125,7 @@ class _Task:
         self.model, self.team, self.store, self.options = model, team, store, options
         self.listener, self.argv, self.before = listener, argv, before
         self.total: int | None = None
+        self.reads = Reads()
 
     def lead(self) -> Run:
         """Everything a run of one process does, with the others' help in the main pass."""
@@ -134,7 +133,7 @@ class _Task:
             prepared = self.prepared()
             request = self.model if self.before is not None else model_request(self.model, prepared.opened)
             session = TogetherSession(
-                prepared, self.options, self.store, self.listener, self.argv, request, self.team
+                prepared, self.options, self.store, self.listener, self.argv, request, self.team, self.reads
             )
             return session.run(self.before)
         except (KeyboardInterrupt, Gone) as error:
@@ -151,22 +150,27 @@ class _Task:
             self.team.told("tracing begins")
             self._sees_folder()
             trace_together(prepared.opened, prepared.prompts, plan, self.team, store=self.store)
+            self.reads.agreed(prepared.opened, self.team)
         except (KeyboardInterrupt, Gone) as error:
             raise stopped(self.team, self.store, self.total, error) from None
 
     def prepared(self) -> Prepared:
         options = self.options
-        device = own_device(options.device, self.team.local_rank)
-        prepared = prepare(self.model, None, replace(options, device=device), self.listener, streaming=True)
+        own = replace(options, device=own_device(options.device, self.team.local_rank))
+        choice = self._choice(own, sharing_memory(options, self.team.local_size))
+        resumed = None if self.before is None else self.store
+        prepared = prepare(
+            self.model, None, own, self.listener, streaming=True, choice=choice, resumed=resumed
+        )
         self.total = len(prepared.prompts)
-        if prepared.opened.blocks is not None:
-            raise ResourceError(
-                f"The model does not fit into memory ({prepared.opened.blocks.why}), so that each process would read "
-                "all its blocks from disk by itself.",
-                hint="Start it without torchrun: its blocks then pass by once for all prompts. Or use --stream off "
-                "where the memory holds one copy per process.",
-            )
         return prepared
+
+    def _choice(self, options: ProfileOptions, processes: int) -> Choice:
+        """Whether blocks are streamed: everywhere, if one process has no memory for all of them."""
+        mine = choose(self.model, options, processes)
+        said = self.team.agree("streams", [mine.on, mine.why])
+        on, why = next((theirs for theirs in said if theirs[0]), said[0])
+        return Choice(on, why)
 
     def _sees_folder(self) -> None:
         if not self.store.manifest_path.is_file():
@@ -180,8 +184,6 @@ class _Task:
 class TogetherSession(Session):
     """The leader's session: checks of all processes, the main pass by all, everything else as in one process."""
 
-    alone = False
-
     def __init__(
         self,
         prepared: Prepared,
@@ -191,9 +193,10 @@ class TogetherSession(Session):
         argv: list[str] | None,
         request: str | None,
         team: Team,
+        reads: Reads,
     ) -> None:
         super().__init__(prepared, options, store, listener, argv, request)
-        self.team = team
+        self.team, self.reads = team, reads
 
     def _checked(self) -> tuple[TracePlan, list[Check]]:
         return agreed_plan(self.prepared, self.team)
@@ -205,10 +208,12 @@ class TogetherSession(Session):
             opened, prompts, plan, self.team, store=self.store, progress=self.listener.progress
         )
         assert found is not None  # the leader's
+        self.reads.agreed(opened, self.team)
         return found
 
     def _sections(self) -> dict[str, Any]:
-        return {**super()._sections(), "processes": {"count": self.team.size, "transport": "gloo"}}
+        processes = {"count": self.team.size, "transport": "gloo", **self.reads.section}
+        return {**super()._sections(), "processes": processes}
 
     def _interrupted(self) -> SinklensError:
         assert self.store is not None  # a run by several processes has a folder
@@ -270,7 +275,7 @@ def stopped(
     ranks = error.ranks if isinstance(error, Gone) else _gone(team, error is not None and lost(error))
     if store.manifest_path.is_file():
         total = total or store.read_manifest().get("inputs", {}).get("n_prompts")
-        saved = f"{_saved(store)}/{total or '?'} prompts saved."
+        saved = how_far(store, total)
         again = f"torchrun --nproc-per-node {team.size} -m sinklens profile --resume {store.folder}"
         hint = f"Continue, with {number}: {again}"
     else:
@@ -297,10 +302,3 @@ def _gone(team: Team, someone: bool) -> Sequence[int]:
             continue
         except RuntimeError:  # the store went with the launcher
             return ()
-
-
-def _saved(store: RunStore) -> int:
-    try:
-        return len(store.load_records())
-    except SinklensError:  # of two errors the first one is told
-        return 0

@@ -68,6 +68,7 @@ class Team:
         rank: This process, from 0; process 0 leads: it alone writes the run's result and says what came out.
         size: Number of processes.
         local_rank: Which of the processes of its machine it is.
+        local_size: How many its machine has; all of them unless it is said.
         beating: A connection of its own to the store, for the thread that lets the heart beat.
         patience: Seconds without a heartbeat until a process counts as gone.
     """
@@ -79,9 +80,11 @@ class Team:
         size: int,
         local_rank: int = 0,
         *,
+        local_size: int | None = None,
         beating: Store | None = None,
         patience: float = PATIENCE,
     ) -> None:
+        self.local_size = size if local_size is None else local_size
         self.rank, self.size, self.local_rank, self.patience = rank, size, local_rank, patience
         self._store, self._beating = store, beating or store
         self._quiet = threading.Event()
@@ -118,11 +121,15 @@ class Team:
 
     # word -------------------------------------------------------------------------------------------------------
 
-    def agree(self, name: str, said: Any) -> list[Any]:
-        """What every process says to a question, as JSON, in order of rank. All of them must ask it."""
+    def agree(self, name: str, said: Any, *, among: int | None = None) -> list[Any]:
+        """What every process says to a question, as JSON, in order of rank. All of them must ask it.
+
+        Args:
+            among: Only the first so many are asked, of which this is one.
+        """
         with self._reaching():
             self._store.set(f"{name}/{self.rank}", json.dumps(said))
-        return [self.word(f"{name}/{rank}") for rank in range(self.size)]
+        return [self.word(f"{name}/{rank}") for rank in range(self.size if among is None else among)]
 
     def told(self, name: str, said: Any = None) -> Any:
         """What the leader says; the others wait for it."""
@@ -291,7 +298,8 @@ def joined(*, patience: float = PATIENCE, on_devices: bool = False) -> Iterator[
     beating = dist.PrefixStore("sinklens", store.clone())
     try:
         local = int(os.environ.get("LOCAL_RANK", "0"))
-        with Team(ours, rank, size, local, beating=beating, patience=patience) as team:
+        here = int(os.environ.get("LOCAL_WORLD_SIZE") or size)
+        with Team(ours, rank, size, local, local_size=here, beating=beating, patience=patience) as team:
             yield team
     finally:
         if dist.is_initialized():

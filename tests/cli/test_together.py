@@ -119,25 +119,3 @@ def test_other_commands_are_refused_beside_torchrun(monkeypatch: Any, capsys: An
     monkeypatch.setenv("RANK", "1")
     assert main(["mitigate", "-m", "x"]) == 2
     assert capsys.readouterr().err == ""
-
-
-def test_a_model_that_only_fits_block_by_block_is_a_matter_of_memory(
-    monkeypatch: Any, tmp_path: Path
-) -> None:
-    """Asking for `--stream on` is wrong usage; being too large is not."""
-    from types import SimpleNamespace
-
-    from sinklens.core.errors import ResourceError
-    from sinklens.pipeline import together
-    from sinklens.pipeline.listener import Silent
-    from sinklens.pipeline.options import ProfileOptions
-    from sinklens.tracers.store import RunStore
-
-    opened = SimpleNamespace(blocks=SimpleNamespace(why="it needs 61 GB, 20 GB are free"))
-    prepared = SimpleNamespace(opened=opened, prompts=[1, 2])
-    monkeypatch.setattr(together, "prepare", lambda *given, **named: prepared)
-    team: Any = SimpleNamespace(local_rank=0)
-    task = together._Task("m", team, RunStore(tmp_path), ProfileOptions(), Silent(), None, None)
-    with pytest.raises(ResourceError, match=r"does not fit into memory \(it needs 61 GB") as caught:
-        task.prepared()
-    assert caught.value.exit_code == 4

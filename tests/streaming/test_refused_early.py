@@ -175,7 +175,7 @@ def test_several_processes_refuse_to_plan_what_they_would_refuse_to_run(
     monkeypatch.setattr(profile, "several", lambda: True)
     monkeypatch.setattr(together, "one_voice", lambda **_: nullcontext(SimpleNamespace(size=2, leads=True)))
     for more in ((), ("--dry-run",)):
-        assert main(["profile", "--stream", "on", *more]) == 2
+        assert main(["profile", "--device-map", "auto", *more]) == 2
         said = capsys.readouterr().err
-        assert "Each process would read all blocks" in said
-        assert "Leave out either --stream on or torchrun." in said
+        assert "each of the 2 processes would do so" in said
+        assert "Leave out either --device-map or torchrun." in said

@@ -28,7 +28,7 @@ def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, np.generic):
         return {"item": _named(torch.from_numpy(np.asarray(value)), tensors)}
     if isinstance(value, Tensor):
-        return {"tensor": _named(value.detach().cpu(), tensors), "device": str(value.device)}
+        return {"tensor": _named(value.detach().cpu(), tensors), "device": value.device.type}
     if isinstance(value, np.ndarray):
         return {"array": _named(torch.from_numpy(np.asarray(value, order="C")), tensors)}
     if isinstance(value, list | tuple):
@@ -41,23 +41,27 @@ def pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be carried from one process to another")
 
 
-def unpack(packed: Any, tensors: dict[str, Tensor]) -> Any:
-    """The value again, equal to the last bit."""
+def unpack(packed: Any, tensors: dict[str, Tensor], device: torch.device) -> Any:
+    """The value again, equal to the last bit.
+
+    Args:
+        device: Where the model runs now: of several processes another one may go on with a batch.
+    """
     if not isinstance(packed, dict):
         return packed
     if "tensor" in packed:
-        return tensors[packed["tensor"]].to(packed["device"])
+        return tensors[packed["tensor"]].to("cpu" if packed["device"] == "cpu" else device)
     if "array" in packed:
         return tensors[packed["array"]].numpy()
     if "item" in packed:
         return tensors[packed["item"]].numpy()[()]
     if "class" in packed:
-        items = {name: unpack(item, tensors) for name, item in packed["fields"].items()}
+        items = {name: unpack(item, tensors, device) for name, item in packed["fields"].items()}
         return _CLASSES[packed["class"]](**items)
     if "dict" in packed:
-        return {unpack(key, tensors): unpack(item, tensors) for key, item in packed["dict"]}
+        return {unpack(key, tensors, device): unpack(item, tensors, device) for key, item in packed["dict"]}
     (kind, items), *_ = packed.items()
-    values = (unpack(item, tensors) for item in items)
+    values = (unpack(item, tensors, device) for item in items)
     return tuple(values) if kind == "tuple" else list(values)
 
 

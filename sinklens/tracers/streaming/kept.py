@@ -20,6 +20,7 @@ from sinklens.models.streaming import StreamedBlocks
 from ..ledger import Arrays
 from ..store import STREAMING, RunStore
 from .carried import carried_by, give_back, pack, unpack
+from .steps import Alone
 
 if TYPE_CHECKING:
     from .sweep import Journey
@@ -32,13 +33,20 @@ class Kept:
 
     Attributes:
         folder: Where they are written; None if they stay in memory.
-        probe: The state of the probe where an interrupted sweep stopped.
+        first: The first block that some batch of any process still has to pass.
+        probe: The state of the probe before it.
         spilled: Bytes of the states that are not held in memory.
     """
 
     def __init__(
-        self, opened: OpenedModel, journeys: Sequence[Journey], store: RunStore | None, budget: int
+        self,
+        opened: OpenedModel,
+        journeys: Sequence[Journey],
+        store: RunStore | None,
+        budget: int,
+        steps: Alone,
     ) -> None:
+        self.steps, self.first = steps, 0
         self.opened, self.journeys, self.store, self.budget = opened, journeys, store, budget
         assert opened.blocks is not None
         self.form_of = opened.blocks
@@ -68,6 +76,7 @@ class Kept:
         if self._temporary is None:
             for journey in self.journeys:
                 self._take_up(journey)
+            self.first = self.steps.least("first", min(journey.done for journey in self.journeys))
             self._take_up_probe()
         self._refuse_full_disk()
 
@@ -79,7 +88,10 @@ class Kept:
             else {n: self.sizes[n] for n in self.sizes.keys() - self.in_memory}
         )
         needed = sum(writes.values()) + max(writes.values(), default=0)
-        needed -= sum(path.stat().st_size for path in self.folder.iterdir())
+        if self._temporary is None:
+            # The others write there as soon as all have asked for room.
+            written = sum(path.stat().st_size for path in self.folder.iterdir())
+            needed = self.steps.total("states", needed) - written
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             place = "the run folder" if self._temporary is None else str(self.folder.parent)
@@ -194,8 +206,8 @@ class Kept:
             for key, array in self._piece(journey.name, layer).items():
                 row, _, name = key.partition("/")
                 journey.recorder.ledger.seen[int(row)].setdefault(name, {})[layer] = array
-        give_back(journey.recorder, unpack(about["carried"], tensors))
-        journey.vision = unpack(about["vision"], tensors)
+        give_back(journey.recorder, unpack(about["carried"], tensors, self.form_of.device))
+        journey.vision = unpack(about["vision"], tensors, self.form_of.device)
         journey.done, self.form_of.form = about["done"], about["form"]
         if journey.name in self.in_memory:
             journey.state = tensors["state"].to(self.form_of.device)
@@ -205,7 +217,7 @@ class Kept:
 
     def _take_up_probe(self) -> None:
         assert self.folder is not None
-        name = _probe_at(min(journey.done for journey in self.journeys))
+        name = _probe_at(self.first)
         if (self.folder / f"{name}.safetensors").is_file():
             self.probe = self._read(name)[0]["state"].to(self.form_of.device)
 

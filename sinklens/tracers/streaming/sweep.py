@@ -28,6 +28,7 @@ from ..recorder import Recorder
 from ..store import RunStore
 from ..trace import PromptRecord
 from .kept import Kept
+from .steps import Alone
 from .walks import OrdinaryPass, Remembered, Replay, same
 
 Progress = Callable[[int, int], None]
@@ -63,18 +64,20 @@ def trace_streamed(
     *,
     store: RunStore | None = None,
     progress: Progress | None = None,
+    steps: Alone | None = None,
 ) -> list[PromptRecord]:
     """Trace batches of prompts through a model whose blocks are on disk.
 
     Args:
         store: Where finished batches go, and what is needed to go on after an interruption.
         progress: Called with (passed, in all), counted in prompts: one that is half way through counts half.
+        steps: Who else goes through the blocks, with which batches; those of this process are traced.
 
     Raises:
         ModelError: A file of the model cannot be used any more, or the model does not allow streaming.
         ResourceError: Memory or disk do not suffice; what was finished is kept.
     """
-    sweep = Sweep(opened, groups, plan, store, progress)
+    sweep = Sweep(opened, steps or Alone(groups), plan, store, progress)
     try:
         return sweep.run()
     finally:
@@ -87,35 +90,38 @@ class Sweep:
     def __init__(
         self,
         opened: OpenedModel,
-        groups: Sequence[list[Prompt]],
+        steps: Alone,
         plan: TracePlan,
         store: RunStore | None,
         progress: Progress | None,
     ) -> None:
         assert opened.blocks is not None
+        self.steps = steps
         self.opened, self.plan, self.store, self.progress = opened, plan, store, progress
         self.blocks: StreamedBlocks = opened.blocks
         self.tower = opened.anatomy.main
-        self.journeys = [self._journey(list(group)) for group in groups]
-        self.kept = Kept(opened, self.journeys, store, self.blocks.budget)
+        self.journeys = [self._journey(group) for group in steps.mine]
+        self.kept = Kept(opened, self.journeys, store, self.blocks.budget, steps)
         self.votes: Counter[Any] = Counter()
         self.probe = self._probe()
         self._ordinary: OrdinaryPass | None = None
         self._replayed: Tensor | None = None
         self._towers = Remembered(opened.module, opened.anatomy)
 
-    def _journey(self, group: list[Prompt]) -> Journey:
+    def _batch(self, group: list[Prompt]) -> Batch:
         pad = getattr(self.opened.tokenizer, "pad_token_id", None) or 0
-        batch = collate(group, pad_id=pad, device=device_of(self.opened))
-        plan = self.plan
+        return collate(group, pad_id=pad, device=device_of(self.opened))
+
+    def _journey(self, group: list[Prompt]) -> Journey:
+        batch, plan = self._batch(group), self.plan
         recorder = Recorder(batch, len(self.tower.blocks), plan.signals, plan.limits, plan.sinks)
         return Journey(group, batch, recorder, Remembered(self.opened.module, self.opened.anatomy))
 
     def _probe(self) -> Batch:
         """A short batch that is passed through ordinarily too: with pictures if any prompt has some."""
-        pictured = [j.batch for j in self.journeys if any(p.visual is not None for p in j.group)]
-        chosen = min(pictured, key=lambda batch: len(batch.prompts[0]), default=self.journeys[0].batch)
-        return shortened(chosen)
+        groups = self.steps.batches
+        pictured = [group for group in groups if any(prompt.visual is not None for prompt in group)]
+        return shortened(self._batch(list(min(pictured, key=lambda group: len(group[0]), default=groups[0]))))
 
     def close(self) -> None:
         if self._ordinary is not None:
@@ -125,8 +131,9 @@ class Sweep:
 
     def run(self) -> list[PromptRecord]:
         self.kept.open()
-        first = min(journey.done for journey in self.journeys)
+        first = self.kept.first
         for index in range(first, len(self.blocks)):
+            self.steps.reached(index)
             with self.blocks.loaded(index):
                 # Without mitigations: some know of one pass at a time, and this one waits while others run.
                 with unedited(sites(self.opened.module, self.tower, "attention")):
@@ -137,14 +144,15 @@ class Sweep:
                         self.kept.keep(journey)
                         self._tell()
         records = [record for journey in self.journeys for record in self._records(journey)]
-        self.kept.discard()
+        self.steps.reached(len(self.blocks))
+        if self.steps.leads:
+            self.kept.discard()
         return records
 
     def _tell(self) -> None:
         if self.progress is not None:
-            total = sum(len(journey.group) for journey in self.journeys)
-            passed = sum(len(journey.group) * journey.done for journey in self.journeys)
-            self.progress(passed // len(self.blocks), total)
+            mine = sum(len(journey.group) * journey.done for journey in self.journeys)
+            self.progress(self.steps.passed(mine) // len(self.blocks), self.steps.prompts)
 
     def _only(self, index: int) -> OpenedModel:
         """The model as if it had one block: taps are put on that one."""
@@ -207,7 +215,8 @@ class Sweep:
         if not same(replay.entering, entering) or not same(replay.left, left):
             raise shares_more(self.opened.anatomy.family, index)
         self._replayed = replay.left
-        self.kept.keep_probe(index + 1, self._replayed)
+        if self.steps.leads:
+            self.kept.keep_probe(index + 1, self._replayed)
 
     def _records(self, journey: Journey) -> list[PromptRecord]:
         records = journey.recorder.records()
