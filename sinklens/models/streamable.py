@@ -28,10 +28,9 @@ def refuse_unstreamable_source(source: Source, config: Any) -> None:
 
     Raises:
         ModelError: The weights are in a format that is not undone block by block, or in files that are only read
-            whole; or late blocks read keys of earlier ones.
+            whole.
     """
     refuse_unstreamable_format(source, config)
-    refuse_sharing(config)
     for path in () if source.folder is None else weight_files(source.folder, source.id):
         refuse_pickle(path, source.id)
 
@@ -54,22 +53,10 @@ def refuse_unstreamable_format(source: Source, config: Any) -> None:
     )
 
 
-def refuse_sharing(config: Any) -> None:
-    """Refuse models whose config says that late blocks read keys of earlier ones.
-
-    Raises:
-        ModelError: The first such block is named.
-    """
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    shared = getattr(text, "num_kv_shared_layers", None) or 0
-    if shared:
-        raise shares_more(config.model_type, text.num_hidden_layers - shared)
-
-
 def shares_more(family: str, index: int) -> ModelError:
-    """The refusal of a model whose block `index` is the first that needs more than the state before it."""
+    """The refusal of a model whose block `index` is the first that needs more than what is carried to it."""
     return ModelError(
-        f"{family} cannot be streamed: its blocks pass on more than their state.",
+        f"{family} cannot be streamed: its blocks pass on more than can be carried from one to the next.",
         detail=f"Block {index} does not do what it does in an ordinary pass when it is run on its own.",
         hint="Use --stream off, on a machine whose memory holds it.",
     )

@@ -114,9 +114,19 @@ def forward_inputs(model: nn.Module, batch: Batch, *, logits: bool = True) -> di
     inputs = {k: v for k, v in batch.inputs.items() if k in accepted or k not in ("position_ids",)}
     if "use_cache" in accepted:
         inputs["use_cache"] = False
-    if not logits and "logits_to_keep" in accepted:
+    if not logits and "logits_to_keep" in accepted and not _slices_states(model):
         inputs["logits_to_keep"] = 1
     return inputs
+
+
+def _slices_states(model: nn.Module) -> bool:
+    """Whether a part without a head is told how many logits to keep: then states of late blocks are left out, too."""
+    parts = (part for part in model.modules() if part is not model and hasattr(part, "get_output_embeddings"))
+    return any(
+        "logits_to_keep" in inspect.signature(type(part).forward).parameters
+        and part.get_output_embeddings() is None  # pyright: ignore[reportCallIssue]
+        for part in parts
+    )
 
 
 def device_of(opened: OpenedModel) -> torch.device:

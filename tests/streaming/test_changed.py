@@ -6,15 +6,10 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 import pytest
-import torch
 
-from sinklens.core.errors import ModelError
-from sinklens.models import streamable
-from sinklens.models.opening import open_model
 from sinklens.tracers.batch import collate
 from sinklens.tracers.executor import trace
 from sinklens.tracers.interventions import EntriesSet, Entry
-from tests.families import GQA, HEAD_DIM, redraw, tokenizer
 
 from .cases import PLAN, differences, opened, prompts, saved
 
@@ -61,33 +56,3 @@ def test_states_that_are_set(folder):
         stack.callback(lambda: pytest.fail("nothing was set") if not acted.edited else None)
 
     _both(folder, change)
-
-
-def test_blocks_that_share_keys_and_values_are_refused(tmp_path, monkeypatch):
-    """Later blocks of Gemma 3n read the keys of earlier ones, which a replay does not have."""
-    import transformers
-
-    config = transformers.Gemma3nTextConfig(
-        **{**GQA, "intermediate_size": [96] * 4, "head_dim": HEAD_DIM, "sliding_window": 8},
-        layer_types=["sliding_attention", "full_attention"] * 2,
-        num_kv_shared_layers=2,
-        hidden_size_per_layer_input=8,
-        vocab_size_per_layer_input=320,
-        activation_sparsity_pattern=None,
-    )
-    torch.manual_seed(0)
-    model = transformers.Gemma3nForCausalLM(config)
-    redraw(model, torch.Generator().manual_seed(0))
-    model.save_pretrained(tmp_path)
-    tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="pass on more than their state") as caught:
-        open_model(str(tmp_path), stream=True)
-    assert "Block 2" in str(caught.value)
-    # Where no config says so, the pass that replays are held against finds out.
-    monkeypatch.setattr(streamable, "refuse_sharing", lambda *_: None)
-    streamed = open_model(str(tmp_path), stream=True)
-    with pytest.raises(ModelError, match="pass on more than their state") as caught:
-        trace(streamed, prompts((23, 17)), PLAN)
-    assert "Block 2" in str(caught.value)
-    assert streamed.blocks is not None
-    assert streamed.blocks.loads == [1, 1, 1, 0]

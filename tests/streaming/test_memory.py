@@ -45,7 +45,7 @@ def test_streaming_is_named_where_memory_is_short(where: str, tmp_path: Path, mo
     assert ("saved" in str(caught.value)) is False  # there is no folder
     # Not for what cannot be streamed, or is already.
     monkeypatch.setattr(
-        streamable, "refuse_sharing", lambda _: (_ for _ in ()).throw(ModelError("it shares"))
+        streamable, "refuse_unstreamable_format", lambda *_: (_ for _ in ()).throw(ModelError("packed"))
     )
     with pytest.raises(OutOfMemory) as caught:
         sinklens.profile(str(tmp_path / "a"), **FEW)

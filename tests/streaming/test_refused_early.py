@@ -37,12 +37,6 @@ def _gptq(folder: Path) -> Path:
     return folder
 
 
-def _sharing(folder: Path) -> Path:
-    saved("llama", folder)
-    edit(folder, num_kv_shared_layers=2)
-    return folder
-
-
 def _pickled(folder: Path) -> Path:
     saved("llama", folder)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
@@ -61,13 +55,12 @@ def _ragged(folder: Path) -> Path:
 
 CASES = [
     (_gptq, "cannot be streamed block by block"),
-    (_sharing, "Block 2 does not do"),
     (_pickled, "pytorch_model.bin, which cannot be read block by block"),
     (_ragged, "the blocks of model.layers.2.mlp.up_proj.weight are not all of one size"),
 ]
 
 
-@pytest.mark.parametrize(("made", "said"), CASES, ids=["format", "sharing", "pickles", "ragged"])
+@pytest.mark.parametrize(("made", "said"), CASES, ids=["format", "pickles", "ragged"])
 def test_plan_and_run_refuse_in_the_same_words(
     made: Any, said: str, tmp_path: Path, monkeypatch: Any, capsys: Any
 ) -> None:

@@ -8,18 +8,18 @@ that is under way decides otherwise (`Walk.at`): that is how many prompts pass t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..spec import Anatomy, Block, Sum
-from ..sums import states_of
+from ..spec import Block
+from .passed import Entries, Passed
 from .recipe import Recipes, put
 from .tensors import Spare
 
@@ -89,6 +89,11 @@ class StreamedBlocks:
         return len(self.blocks)
 
     @property
+    def resident(self) -> tuple[int, ...]:
+        """The blocks that are in memory."""
+        return tuple(sorted(self._resident))
+
+    @property
     def sizes(self) -> Sizes:
         held = sum(p.numel() * p.element_size() for p in self.module.parameters() if not p.is_meta)
         by_block = [self._bytes(index) for index in range(len(self))]
@@ -107,14 +112,23 @@ class StreamedBlocks:
         with self.loaded(index):
             return call(*args, **kwargs)
 
-    def stubbed(self, state: Tensor) -> Any:
-        """A state as a block of this model hands it on."""
-        return state if self.form is None else (state, *[None] * (self.form - 1))
+    def stubbed(self, state: Tensor, others: Mapping[int, Tensor] | None = None) -> Any:
+        """A state, and what else there is, as a block of this model hands it on."""
+        if self.form is None:
+            return state
+        return (state, *((others or {}).get(place) for place in range(1, self.form)))
 
-    def ran(self, output: Any) -> Tensor:
-        """The state in what a block has put out; how it is handed on is remembered."""
+    def ran(self, output: Any, entries: Entries | None = None) -> Passed:
+        """What a block hands on, by what it has put out; in what form is remembered.
+
+        Args:
+            entries: What it and blocks before it wrote for later ones.
+        """
         self.form = len(output) if isinstance(output, tuple) else None
-        return output[0] if isinstance(output, tuple) else output
+        if not isinstance(output, tuple):
+            return Passed(output, {}, entries or {})
+        others = {place: one for place, one in enumerate(output) if place and isinstance(one, Tensor)}
+        return Passed(output[0], others, entries or {})
 
     @contextmanager
     def loaded(self, index: int) -> Iterator[None]:
@@ -207,71 +221,6 @@ class _Reading(threading.Thread):
         if self._error is not None:
             raise self._error
         return made
-
-
-class _Sample:
-    """A pass through some blocks only: the others hand on what they are given."""
-
-    def __init__(self, blocks: StreamedBlocks, chosen: Sequence[int]) -> None:
-        self.blocks, self.chosen = blocks, frozenset(chosen)
-
-    def at(self, index: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if index in self.chosen:
-            output = call(*args, **kwargs)
-            self.blocks.ran(output)
-            return output
-        given = states_of(args, kwargs)
-        assert given is not None
-        return self.blocks.stubbed(given)
-
-
-@contextmanager
-def sampled(
-    blocks: StreamedBlocks, anatomy: Anatomy, chosen: Sequence[int] | None = None
-) -> Iterator[Anatomy]:
-    """The model with a few of its blocks, for questions that need many short passes: the others are skipped.
-
-    The chosen ones stay in memory, so that those which are needed next need not be read again.
-
-    Args:
-        chosen: By default the first two that are needed. The very first must be among them, unless a run goes on:
-            it tells how blocks hand on their state.
-
-    Yields:
-        The anatomy of what is left, its blocks numbered anew.
-    """
-    tower = anatomy.main
-    chosen = first_two(blocks) if chosen is None else chosen
-    kept = tuple(replace(tower.blocks[index], index=place, sum=Sum()) for place, index in enumerate(chosen))
-    alone = replace(tower, blocks=kept)
-    blocks.keep_only(chosen)
-    for index in chosen:
-        blocks.load(index)
-    with walking(_Sample(blocks, chosen)):
-        yield replace(anatomy, towers=tuple(alone if one is tower else one for one in anatomy.towers))
-
-
-def first_two(blocks: StreamedBlocks) -> tuple[int, ...]:
-    """The first two blocks that are needed."""
-    return tuple(range(blocks.start, len(blocks)))[:2]
-
-
-def samples(blocks: StreamedBlocks) -> list[tuple[int, ...]]:
-    """Pairs of blocks in which every kind that is needed is found, the first two last.
-
-    Blocks are of one kind if they have the same class, parts of the same shapes, and the same kind of attention.
-    """
-    config: Any = getattr(blocks.module, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    types = getattr(config, "layer_types", None) or getattr(config, "attention_layers", None) or []
-    first: dict[Any, int] = {}
-    for block in blocks.blocks[blocks.start :]:
-        part = blocks.module.get_submodule(block.path)
-        shapes = tuple((name, tuple(p.shape)) for name, p in part.named_parameters())
-        kind = types[block.index] if block.index < len(types) else None
-        first.setdefault((type(part), shapes, kind), block.index)
-    pair = first_two(blocks)
-    return [*((pair[0], index) for index in first.values() if index > pair[-1]), pair]
 
 
 @cache

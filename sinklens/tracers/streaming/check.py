@@ -22,13 +22,15 @@ def check_streamed(opened: OpenedModel, prompts: Iterable[Prompt], plan: TracePl
     blocks = opened.blocks
     assert blocks is not None
     few, found = list(prompts), []
+    checked: set[int] = set()
     pairs = samples(blocks)
     for chosen in pairs:
         with sampled(blocks, opened.anatomy, chosen) as anatomy:
+            checked.update(blocks.resident)
             checks = self_check(replace(opened, anatomy=anatomy, blocks=None), few, plan)
         if chosen != pairs[-1]:
             checks = [replace(check, name=f"{check.name} (block {chosen[-1]})") for check in checks]
         found = [*checks, *found]
-    names = ", ".join(map(str, sorted({index for chosen in pairs for index in chosen})))
+    names = ", ".join(map(str, sorted(checked)))
     detail = f"streamed: the checks ran on blocks {names} of {len(blocks)}, at least one of every kind"
     return [*found, Check("every kind of block checked", True, float(len(pairs) + 1), None, detail)]

@@ -1,4 +1,4 @@
-"""States between two blocks: in memory within a budget, on disk beyond it, and in a run folder so that runs go on."""
+"""What is handed on between two blocks: in memory within a budget, on disk beyond it, in a run folder to go on from."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from sinklens.core.errors import ResourceError
 from sinklens.models.spec import OpenedModel
 from sinklens.models.streaming import StreamedBlocks
+from sinklens.models.streaming.passed import Passed
 
 from ..ledger import Arrays
 from ..store import STREAMING, RunStore
@@ -29,13 +30,13 @@ PROBE = "probe"
 
 
 class Kept:
-    """The states of all batches of a sweep.
+    """What the last block handed on of all batches of a sweep: "states" for short.
 
     Attributes:
         folder: Where they are written; None if they stay in memory.
         first: The first block that some batch of any process still has to pass.
-        probe: The state of the probe before it.
-        spilled: Bytes of the states that are not held in memory.
+        probe: What the last block before it handed on of the probe.
+        sizes: Bytes by batch: expected before the first block, found after each.
     """
 
     def __init__(
@@ -50,10 +51,9 @@ class Kept:
         self.opened, self.journeys, self.store, self.budget = opened, journeys, store, budget
         assert opened.blocks is not None
         self.form_of = opened.blocks
-        self.probe: Tensor | None = None
+        self.probe: Passed | None = None
         self.sizes = {journey.name: self._size(journey) for journey in journeys}
         self.in_memory = _within(self.sizes, budget)
-        self.spilled = sum(size for name, size in self.sizes.items() if name not in self.in_memory)
         self.folder: Path | None = None if store is None else store.folder / STREAMING
         self._temporary: Path | None = None
 
@@ -68,8 +68,8 @@ class Kept:
         Raises:
             ResourceError: The states do not fit on the disk.
         """
-        if self.folder is None and self.spilled:
-            self._temporary = self.folder = Path(tempfile.mkdtemp(prefix="sinklens-states-"))
+        if self.folder is None and len(self.in_memory) < len(self.sizes):
+            self._make_room()
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -79,6 +79,9 @@ class Kept:
             self.first = self.steps.least("first", min(journey.done for journey in self.journeys))
             self._take_up_probe()
         self._refuse_full_disk()
+
+    def _make_room(self) -> None:
+        self._temporary = self.folder = Path(tempfile.mkdtemp(prefix="sinklens-states-"))
 
     def _refuse_full_disk(self) -> None:
         assert self.folder is not None
@@ -101,34 +104,38 @@ class Kept:
                 hint="Free some space, choose another --out, or take fewer or shorter prompts (-n, --seq-len).",
             )
 
-    def state(self, journey: Journey) -> Tensor | None:
-        """What left the last block."""
-        if journey.done == 0 or journey.state is not None:
-            return journey.state
-        return self._read(journey.name)[0]["state"].to(self.form_of.device)
+    def passed(self, journey: Journey) -> Passed | None:
+        """What the last block handed on."""
+        if journey.done == 0 or journey.passed is not None:
+            return journey.passed
+        return self._unpacked(*self._read(journey.name))
 
     def keep(self, journey: Journey) -> None:
         """A batch has passed a block."""
-        assert journey.state is not None
+        assert journey.passed is not None
+        self.sizes[journey.name] = journey.passed.nbytes
+        self.in_memory = _within(self.sizes, self.budget)
         held = journey.name in self.in_memory and journey.towers.nbytes + self._held() <= self.budget
         if not held:
             journey.towers.forget()
-        writes = self.folder is not None and (self.store is not None or journey.name not in self.in_memory)
-        if writes:
+        if self.store is not None:
             self._write(journey)
-        if journey.name not in self.in_memory:
-            journey.state = None
+        for other in self.journeys:  # those that had room before this one grew, too
+            if other.passed is not None and other.name not in self.in_memory:
+                if self.store is None:
+                    self._write(other)
+                other.passed = None
 
     def _held(self) -> int:
         """Bytes of all states that may be in memory, and of what other towers gave."""
         states = sum(self.sizes[name] for name in self.in_memory)
         return states + sum(journey.towers.nbytes for journey in self.journeys)
 
-    def keep_probe(self, done: int, state: Tensor | None) -> None:
-        """The probe has passed a block; its state before that is kept until all batches have passed, too."""
-        if self.store is not None and self.folder is not None and state is not None:
-            about = {"form": self.form_of.form}
-            self._save(_probe_at(done), {"state": state.detach().cpu()}, about)
+    def keep_probe(self, done: int, passed: Passed | None) -> None:
+        """The probe has passed a block; what it was before that is kept until all batches have passed, too."""
+        if self.store is not None and self.folder is not None and passed is not None:
+            tensors, packed = self._packed(passed)
+            self._save(_probe_at(done), tensors, {"form": self.form_of.form, "passed": packed})
             (self.folder / f"{_probe_at(done - 2)}.safetensors").unlink(missing_ok=True)
 
     def discard(self) -> None:
@@ -145,8 +152,10 @@ class Kept:
 
     def _write(self, journey: Journey) -> None:
         """What the block just passed showed, in a file of its own; then the state and what the recorder carries."""
-        assert journey.state is not None
-        tensors: dict[str, Tensor] = {}
+        assert journey.passed is not None
+        if self.folder is None:
+            self._make_room()
+        tensors, packed = self._packed(journey.passed)
         if self.store is not None:
             piece = {
                 f"{row}/{name}": torch.from_numpy(np.array(by_layer[journey.done - 1], order="C"))
@@ -159,15 +168,24 @@ class Kept:
             vision = pack(journey.vision, tensors)
         else:
             carried = vision = None
-        tensors["state"] = journey.state.detach().cpu().contiguous()
         about = {
             "prompts": [prompt.index for prompt in journey.group],
             "done": journey.done,
             "form": self.form_of.form,
+            "passed": packed,
             "carried": carried,
             "vision": vision,
         }
         self._save(journey.name, tensors, about)
+
+    def _packed(self, passed: Passed) -> tuple[dict[str, Tensor], Any]:
+        """Tensors to be written, and how what was handed on is put together from them."""
+        tensors: dict[str, Tensor] = {}
+        parts = {"state": passed.state, "others": dict(passed.others), "entries": passed.entries}
+        return tensors, pack(parts, tensors, home=self.form_of.device)
+
+    def _unpacked(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> Passed:
+        return Passed(**unpack(about["passed"], tensors, self.form_of.device))
 
     def _save(self, name: str, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
         from safetensors.torch import save
@@ -200,7 +218,7 @@ class Kept:
         if not (self.folder / f"{journey.name}.safetensors").is_file():
             return
         tensors, about = self._read(journey.name)
-        if about.get("prompts") != [prompt.index for prompt in journey.group]:
+        if about.get("prompts") != [prompt.index for prompt in journey.group] or "passed" not in about:
             return
         for layer in range(about["done"]):
             for key, array in self._piece(journey.name, layer).items():
@@ -209,8 +227,10 @@ class Kept:
         give_back(journey.recorder, unpack(about["carried"], tensors, self.form_of.device))
         journey.vision = unpack(about["vision"], tensors, self.form_of.device)
         journey.done, self.form_of.form = about["done"], about["form"]
-        if journey.name in self.in_memory:
-            journey.state = tensors["state"].to(self.form_of.device)
+        passed = self._unpacked(tensors, about)
+        self.sizes[journey.name] = passed.nbytes
+        self.in_memory = _within(self.sizes, self.budget)
+        journey.passed = passed if journey.name in self.in_memory else None
 
     def _piece(self, name: str, layer: int) -> Arrays:
         return {key: value.numpy() for key, value in self._read(f"{name}-{layer:04d}")[0].items()}
@@ -219,7 +239,7 @@ class Kept:
         assert self.folder is not None
         name = _probe_at(self.first)
         if (self.folder / f"{name}.safetensors").is_file():
-            self.probe = self._read(name)[0]["state"].to(self.form_of.device)
+            self.probe = self._unpacked(*self._read(name))
 
 
 def take_up(blocks: StreamedBlocks, store: RunStore) -> None:

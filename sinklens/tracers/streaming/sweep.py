@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from sinklens.core.errors import ResourceError, SinklensError
 from sinklens.inputs.spec import Prompt
 from sinklens.models.spec import OpenedModel
 from sinklens.models.streamable import shares_more
 from sinklens.models.streaming import StreamedBlocks
+from sinklens.models.streaming.passed import Passed, Uncarried, same, same_passed
 from sinklens.models.sums import find_sums
 
 from ..attention import sites, unedited
@@ -29,7 +29,7 @@ from ..store import RunStore
 from ..trace import PromptRecord
 from .kept import Kept
 from .steps import Alone
-from .walks import OrdinaryPass, Remembered, Replay, same
+from .walks import OrdinaryPass, Remembered, Replay
 
 Progress = Callable[[int, int], None]
 
@@ -40,7 +40,7 @@ class Journey:
 
     Attributes:
         done: Blocks it has passed.
-        state: What left the last of them; None where it is on disk, or before the first.
+        passed: What the last of them handed on; None where it is on disk, or before the first.
         vision: Arrays of the vision tower, of a prompt with pictures.
     """
 
@@ -49,7 +49,7 @@ class Journey:
     recorder: Recorder
     towers: Remembered
     done: int = 0
-    state: Tensor | None = None
+    passed: Passed | None = None
     vision: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -105,7 +105,8 @@ class Sweep:
         self.votes: Counter[Any] = Counter()
         self.probe = self._probe()
         self._ordinary: OrdinaryPass | None = None
-        self._replayed: Tensor | None = None
+        self._replayed: Passed | None = None
+        self._handed: Collection[int] | None = None
         self._towers = Remembered(opened.module, opened.anatomy)
 
     def _batch(self, group: list[Prompt]) -> Batch:
@@ -134,20 +135,27 @@ class Sweep:
         first = self.kept.first
         for index in range(first, len(self.blocks)):
             self.steps.reached(index)
-            with self.blocks.loaded(index):
-                # Without mitigations: some know of one pass at a time, and this one waits while others run.
-                with unedited(sites(self.opened.module, self.tower, "attention")):
-                    self._check(index, first)
-                for journey in self.journeys:
-                    if journey.done <= index:
-                        self._step(journey, index)
-                        self.kept.keep(journey)
-                        self._tell()
+            try:
+                with self.blocks.loaded(index):
+                    self._pass(index, first)
+            except Uncarried as error:
+                raise shares_more(self.opened.anatomy.family, index) from error
         records = [record for journey in self.journeys for record in self._records(journey)]
         self.steps.reached(len(self.blocks))
         if self.steps.leads:
             self.kept.discard()
         return records
+
+    def _pass(self, index: int, first: int) -> None:
+        """All batches through one block, which is in memory."""
+        # Without mitigations: some know of one pass at a time, and this one waits while others run.
+        with unedited(sites(self.opened.module, self.tower, "attention")):
+            self._check(index, first)
+        for journey in self.journeys:
+            if journey.done <= index:
+                self._step(journey, index)
+                self.kept.keep(journey)
+                self._tell()
 
     def _tell(self) -> None:
         if self.progress is not None:
@@ -164,7 +172,7 @@ class Sweep:
     def _step(self, journey: Journey, index: int) -> None:
         """Pass one batch through one block, recording."""
         opened, plan, batch = self._only(index), self.plan, journey.batch
-        replay = Replay(self.blocks, index, self.kept.state(journey))
+        replay = Replay(self.blocks, index, self.kept.passed(journey))
         try:
             with ExitStack() as stack:
                 stack.enter_context(recording(opened, batch, plan, journey.recorder))
@@ -177,7 +185,9 @@ class Sweep:
         if vision is not None:
             visual = batch.prompts[0].visual
             journey.vision = vision.arrays(None if visual is None else visual.objects)
-        journey.state, journey.done = left, index + 1
+        journey.done = index + 1
+        last = journey.done == len(self.blocks)
+        journey.passed = Passed(left.state) if last else left.with_others(self._handed)
 
     def _out_of_memory(self, journey: Journey, index: int) -> ResourceError:
         longest = max(len(prompt) for prompt in journey.group)
@@ -208,13 +218,15 @@ class Sweep:
                     find_sums(module, alone, lambda: replay.run(run), self.votes)
                 else:
                     replay.run(run)
-        except (SinklensError, torch.OutOfMemoryError, MemoryError):
+        except (SinklensError, Uncarried, torch.OutOfMemoryError, MemoryError):
             raise
         except Exception as error:  # the ordinary pass went through, so this is for want of something it has
             raise shares_more(self.opened.anatomy.family, index) from error
-        if not same(replay.entering, entering) or not same(replay.left, left):
+        self._handed = left.others.keys()
+        replayed = replay.left and replay.left.with_others(self._handed)
+        if not same(replay.entering, entering) or not same_passed(replayed, left):
             raise shares_more(self.opened.anatomy.family, index)
-        self._replayed = replay.left
+        self._replayed = replayed
         if self.steps.leads:
             self.kept.keep_probe(index + 1, self._replayed)
 

@@ -1,8 +1,9 @@
 """Passes that stop at a block: one that begins again for every block, and one that waits before each.
 
 *Replay*: the model's own forward pass, begun anew for one block. Earlier blocks hand on what they are given, the last
-of them hands on the state that was kept, the block itself runs, and the pass ends there. Whatever the model does
-before, between and around its blocks (embedding, masks, rotary angles, pictures added between blocks) it does itself.
+of them hands on what was kept, the block itself runs among what earlier ones wrote for it, and the pass ends there.
+Whatever the model does before, between and around its blocks (embedding, masks, rotary angles, pictures added between
+blocks) it does itself.
 
 *Ordinary pass*: the same forward pass from beginning to end, on a thread that waits before each block until that block
 is in memory. It is what replays are held against.
@@ -14,6 +15,7 @@ import contextvars
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from sinklens.core.errors import ModelError
 from sinklens.models.spec import Anatomy
 from sinklens.models.streaming import StreamedBlocks, walking
+from sinklens.models.streaming.passed import Passed, handed_on, passing, put_in
 from sinklens.models.sums import states_of
 
 Call = Callable[..., Any]
@@ -35,30 +38,34 @@ class _Reached(Exception):
 class Replay:
     """A pass that runs one block.
 
+    Args:
+        passed: What the blocks before it handed on; None for the first.
+
     Attributes:
-        entering, left: The state before and after the block, once it ran.
+        entering, left: The state before the block, and what it hands on, once it ran.
     """
 
     def __init__(
-        self, blocks: StreamedBlocks, index: int, state: Tensor | None, *, copied: bool = False
+        self, blocks: StreamedBlocks, index: int, passed: Passed | None, *, copied: bool = False
     ) -> None:
-        self.blocks, self.index, self.state, self.copied = blocks, index, state, copied
+        self.blocks, self.index, self.passed, self.copied = blocks, index, passed, copied
         self.entering: Tensor | None = None
-        self.left: Tensor | None = None
+        self.left: Passed | None = None
 
     def at(self, index: int, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = states_of(args, kwargs)
         assert given is not None
         if index < self.index:
-            kept = self.state if index == self.index - 1 else given
-            assert kept is not None
-            return self.blocks.stubbed(kept)
+            return _skipped(self.blocks, given, self.passed if index == self.index - 1 else None)
         self.entering = given.clone() if self.copied else given
-        self.left = self.blocks.ran(call(*args, **kwargs))
+        known = self.passed.entries if self.passed else {}
+        put_in(known, args, kwargs)
+        output, entries = passing(known, call, args, kwargs)
+        self.left = self.blocks.ran(output, entries)
         raise _Reached
 
-    def run(self, forward: Run) -> Tensor:
-        """The state after the block.
+    def run(self, forward: Run) -> Passed:
+        """What the block hands on.
 
         Raises:
             ModelError: The pass never came to it.
@@ -79,16 +86,20 @@ class OrdinaryPass:
     It and whoever leads it never run at the same time.
 
     Args:
-        start, state: Of a pass that begins in the middle: the first block that runs, and the state before it.
+        start, passed: Of a pass that begins in the middle: the first block that runs, and what those before it
+            handed on.
     """
 
     def __init__(
-        self, blocks: StreamedBlocks, forward: Run, start: int = 0, state: Tensor | None = None
+        self, blocks: StreamedBlocks, forward: Run, start: int = 0, passed: Passed | None = None
     ) -> None:
-        self.blocks, self.forward, self.start, self.state = blocks, forward, start, state
+        self.blocks, self.forward, self.start = blocks, forward, start
+        self.passed = (
+            passed and passed.copied()
+        )  # replays are given the same, and blocks may change it in place
         self._arrived, self._go = threading.Semaphore(0), threading.Semaphore(0)
         self._entering: Tensor | None = None
-        self._left: Tensor | None = None
+        self._left: Passed | None = None
         self._place = -1
         self._ended = False
         self._error: BaseException | None = None
@@ -97,8 +108,8 @@ class OrdinaryPass:
             target=lambda: context.run(self._run), name="sinklens-ordinary-pass", daemon=True
         )
 
-    def advance(self, index: int) -> tuple[Tensor, Tensor]:
-        """Let it pass through block `index`, which is in memory: the states before and after.
+    def advance(self, index: int) -> tuple[Tensor, Passed]:
+        """Let it pass through block `index`, which is in memory: the state before, and what the block hands on.
 
         Raises:
             ModelError: It came to another block.
@@ -143,26 +154,31 @@ class OrdinaryPass:
         given = states_of(args, kwargs)
         assert given is not None
         if index < self.start:
-            kept = self.state if index == self.start - 1 else given
-            assert kept is not None
-            return self.blocks.stubbed(kept)
+            return _skipped(self.blocks, given, self.passed if index == self.start - 1 else None)
+        if self._left is not None:
+            self._left = self._left.with_others(handed_on(self._left.others, args, kwargs))
         self._entering, self._place = given.clone(), index
         self._arrived.release()
         self._go.acquire()
         if self._ended:
             raise _Reached
-        output = call(*args, **kwargs)
-        self._left = self.blocks.ran(output).clone()
+        if self.passed is not None and index == self.start:
+            put_in(self.passed.entries, args, kwargs)
+        before = self.passed if index == self.start else self._left
+        output, entries = passing(before.entries if before else {}, call, args, kwargs)
+        left = self.blocks.ran(output, entries)
+        self._left = replace(left, state=left.state.clone())
         if index == len(self.blocks) - 1:
+            self._left = self._left.with_others(())
             raise _Reached
         return output
 
 
-def same(a: Tensor | None, b: Tensor | None) -> bool:
-    """Equal to the last bit; NaN equals NaN."""
-    if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    return bool(((a == b) | ((a != a) & (b != b))).all())
+def _skipped(blocks: StreamedBlocks, given: Tensor, passed: Passed | None) -> Any:
+    """What a block that does not run hands on: what it was given, or, the last of them, what was kept."""
+    if passed is None:
+        return blocks.stubbed(given)
+    return blocks.stubbed(passed.state, passed.others)
 
 
 class Remembered:
