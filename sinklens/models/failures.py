@@ -8,15 +8,26 @@ from sinklens.core.errors import ModelError, OutOfMemory, SinklensError
 
 from .catalog import Source
 
+UNPACKED = (
+    "--stream on (profile) dequantises the stored weights as they are read, and needs no library for it."
+)
 
-def explain(error: BaseException, source: Source, part: str) -> SinklensError:
+
+def explain(error: BaseException, source: Source, part: str, packed: str | None = None) -> SinklensError:
     """The error to raise instead of `error`, which transformers or the hub raised while reading `part`.
 
     Args:
         part: `config`, `weights` or `tokenizer`.
+        packed: The format of the weights, if streaming needs no library for it.
     """
     chain = list(_chain(error))
-    known = _hub(chain, source, part) or _memory(chain, source) or _library(chain, source)
+    known = _hub(chain, source, part) or _memory(chain, source) or _library(chain, source, packed)
+    if packed is not None and known is None:
+        return ModelError(
+            f"The {part} of {source.id!r} ({packed}) cannot be used in memory: {_in_a_line(error)}",
+            detail=f"transformers raised {type(error).__name__}.",
+            hint=UNPACKED,
+        )
     return known or ModelError(
         f"The {part} of {source.id!r} cannot be used: {_in_a_line(error)}",
         detail=f"transformers raised {type(error).__name__}.",
@@ -100,11 +111,14 @@ def _memory(chain: list[BaseException], source: Source) -> OutOfMemory | None:
     )
 
 
-def _library(chain: list[BaseException], source: Source) -> ModelError | None:
+def _library(chain: list[BaseException], source: Source, packed: str | None) -> ModelError | None:
     missing = next((error for error in chain if isinstance(error, ImportError)), None)
     if missing is None:
         return None
+    where = "" if packed is None else " in memory"
     return ModelError(
-        f"{source.id!r} needs a library that is not installed: {_in_a_line(missing)}",
-        hint="Install it in this environment, or use an unquantised version of the model.",
+        f"{source.id!r} needs a library that is not installed{where}: {_in_a_line(missing)}",
+        hint="Install it in this environment, or use an unquantised version of the model."
+        if packed is None
+        else UNPACKED,
     )

@@ -18,6 +18,7 @@ from .anatomy import READS
 from .catalog import Source
 from .checkpoint import check_tokenizer, check_weights, read_config
 from .failures import explain
+from .quantised import packed_format
 from .spec import Anatomy
 from .spread import Spread, bad_anywhere, own_part, spreading
 
@@ -218,7 +219,7 @@ def load_weights(
     except SinklensError:
         raise
     except Exception as error:
-        raise explain(error, source, "weights") from error
+        raise explain(error, source, "weights", packed_format(config)) from error
     return model.eval(), set(report["missing_keys"])
 
 

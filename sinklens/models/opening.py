@@ -29,7 +29,14 @@ from .loading import (
     without_weights,
 )
 from .processors import load_processor
-from .quantised import dequantising, format_of, planned_shapes, refuse_ragged, scratch_bytes
+from .quantised import (
+    dequantising,
+    format_of,
+    packed_format,
+    planned_shapes,
+    refuse_ragged,
+    scratch_bytes,
+)
 from .spec import Anatomy, ModelInfo, OpenedModel
 from .spread import refuse_spread, refuse_unspreadable, spread_of
 from .streamable import refuse_unstreamable
@@ -51,6 +58,7 @@ class ModelDescription:
         block_bytes, shell_bytes: The largest block of the main tower and everything outside its blocks, in memory.
         dequantised: The format that the weights are stored in and dequantised from; None for all others.
         scratch_bytes: What dequantising the largest parameter takes beside it.
+        packed: The format of packed weights, which only streaming dequantises; None for all others.
     """
 
     info: ModelInfo
@@ -62,6 +70,7 @@ class ModelDescription:
     shell_bytes: int = 0
     dequantised: str | None = None
     scratch_bytes: int = 0
+    packed: str | None = None
 
 
 def open_model(
@@ -136,7 +145,7 @@ def open_model(
         processor=processor,
         load_processor=lambda: load_processor(source, trust_remote_code),
         blocks=blocks,
-        dequantised=None if unpacks is None else format_of(config),
+        dequantised=format_of(config) if unpacks is not None else packed_format(config) if stream else None,
         spread=over,
     )
 
@@ -209,10 +218,18 @@ def describe_model(
         block_bytes=max(by_block),
         shell_bytes=info.parameters * kept.itemsize - sum(by_block),
         dequantised=None if unpacks is None else format_of(config),
-        scratch_bytes=scratch_bytes(config, (tuple(p.shape) for p in shell.parameters()), kept.itemsize),
+        scratch_bytes=scratch_bytes(config, _dequantised_shapes(config, shell, anatomy), kept.itemsize),
+        packed=packed_format(config),
     )
     _refuse_ragged(source, config, shell, unpacks)
     return found
+
+
+def _dequantised_shapes(config: Any, shell: nn.Module, anatomy: Anatomy) -> Iterable[tuple[int, ...]]:
+    """The shapes of the parameters that may be stored quantised. Packed formats leave tables as they are."""
+    parts = [shell.get_submodule(block.path) for tower in anatomy.towers for block in tower.blocks]
+    within = parts if packed_format(config) else [shell]
+    return (tuple(p.shape) for part in within for p in part.parameters())
 
 
 def stored_bytes(spec: Any, revision: str | None = None) -> int | None:

@@ -4,6 +4,9 @@ transformers can undo two formats with its own operations, on the CPU and withou
 blocks of float8 with a scale each (`fp8`, DeepSeek and Qwen) and microscaled four-bit floats (`mxfp4`, GPT-OSS). Models
 of these formats are opened dequantised wherever they run, in memory or streamed: what is traced are the values that the
 stored weights stand for, rounded to the dtype of the config. Activations are not quantised.
+
+Packed weights of other formats (`sinklens.models.packed`) are dequantised where a model is streamed, without their
+libraries. In memory they are left to transformers and its libraries, as all other formats are.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -20,6 +25,7 @@ from torch import nn
 from sinklens.core.errors import ModelError
 
 from .catalog import Source
+from .packed import PACKED
 
 SCRATCH = 9
 """Bytes per value while a tensor is dequantised, beside the values that come out: measured 7.6 to 8.6, and what is
@@ -44,6 +50,11 @@ def _mxfp4_scratch(shape: tuple[int, ...], itemsize: int) -> int:
     """A chunk at a time; all values are then transposed, into a second copy."""
     values = math.prod(shape)
     return values + max((SCRATCH - 1) * min(values, MXFP4_CHUNK), itemsize * values)
+
+
+def _packed_scratch(per_value: int, shape: tuple[int, ...], itemsize: int) -> int:
+    """One stored weight at a time, read into its place."""
+    return per_value * math.prod(shape[-2:])
 
 
 @dataclass(frozen=True)
@@ -114,9 +125,8 @@ def dequantising(source: Source, config: Any, dtype: torch.dtype | str) -> Any:
         )
     if method not in FORMATS:
         return None
-    _check_dtype(source, config, method, dtype)
-    found = _stored(config)
-    found = dict(found if isinstance(found, dict) else found.to_dict())
+    check_dtype(source, config, dtype)
+    found = _settings(config)
     if found.get("modules_to_convert"):
         raise ModelError(
             f"{source.id!r} keeps {', '.join(map(str, found['modules_to_convert']))} quantised in memory ({method}).",
@@ -126,23 +136,54 @@ def dequantising(source: Source, config: Any, dtype: torch.dtype | str) -> Any:
     return AutoQuantizationConfig.from_dict({**found, "dequantize": True})
 
 
-def _check_dtype(source: Source, config: Any, method: str, dtype: torch.dtype | str) -> None:
+def _settings(config: Any) -> dict[str, Any]:
+    found = _stored(config)
+    return dict(found if isinstance(found, dict) else found.to_dict())
+
+
+def settings_of(config: Any, name: str) -> Any:
+    """What the config says of packed weights, as their format takes it.
+
+    Raises:
+        ModelError: It says something that is not known.
+    """
+    return PACKED[format_of(config) or ""].settings(_settings(config), name)
+
+
+def check_dtype(source: Source, config: Any, dtype: torch.dtype | str) -> None:
+    """Refuse a dtype that weights cannot be dequantised to.
+
+    Raises:
+        ModelError: It is another than the config's, or neither is known.
+    """
+    method = str(format_of(config))
+    any_dtype = method in PACKED or FORMATS[method].any_dtype
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     own = getattr(config, "dtype", None) or getattr(text, "dtype", None)
     if own is None and dtype == "auto":
         raise ModelError(
             f"The config.json of {source.id!r} does not say which dtype its weights ({method}) had.",
-            hint="Say it: --dtype bf16"
-            if FORMATS[method].any_dtype
-            else 'Add "dtype": "bfloat16" to config.json.',
+            hint="Say it: --dtype bf16" if any_dtype else 'Add "dtype": "bfloat16" to config.json.',
         )
-    if dtype not in ("auto", own) and not FORMATS[method].any_dtype:
+    if dtype not in ("auto", own) and not any_dtype:
         name = str(own).removeprefix("torch.")
         raise ModelError(
             f"{source.id!r} is stored as {method} and can be dequantised to {name} alone.",
             detail="transformers leaves weights that were not quantised as they are stored, and two dtypes do not mix.",
             hint="Leave --dtype out.",
         )
+
+
+def packed_format(config: Any) -> str | None:
+    """The format, if it is one that only streaming dequantises."""
+    method = format_of(config)
+    return method if method in PACKED else None
+
+
+def lacking_library(config: Any) -> str | None:
+    """What is not installed of the libraries that transformers needs in memory for a packed format, as pip calls it."""
+    needed = LIBRARIES.get(packed_format(config) or "", "").split()
+    return " ".join(name for name in needed if find_spec(name.replace("-", "_")) is None) or None
 
 
 def refuse_ragged(name: str, shapes: Mapping[str, tuple[int, ...]], config: Any) -> None:
@@ -202,7 +243,11 @@ def planned_shapes(shell: nn.Module, config: Any, unpacks: Any) -> dict[str, tup
 
 def scratch_bytes(config: Any, shapes: Iterable[tuple[int, ...]], itemsize: int) -> int:
     """Bytes beside the parameters of these shapes while the largest is dequantised; 0 if none is."""
-    found = FORMATS.get(format_of(config) or "")
-    if found is None:
+    method = format_of(config) or ""
+    if method in FORMATS:
+        scratch = FORMATS[method].scratch
+    elif method in PACKED:
+        scratch = partial(_packed_scratch, PACKED[method].scratch)
+    else:
         return 0
-    return max((found.scratch(shape, itemsize) for shape in shapes if len(shape) > 1), default=0)
+    return max((scratch(shape, itemsize) for shape in shapes if len(shape) > 1), default=0)

@@ -9,7 +9,8 @@ from sinklens.core.errors import ModelError, UsageError
 
 from .catalog import Source
 from .checkpoint import weight_files
-from .quantised import FORMATS, LIBRARIES, format_of
+from .packed import PACKED
+from .quantised import FORMATS, LIBRARIES, format_of, settings_of
 
 
 def refuse_unstreamable(device_map: Any, quantization: Any) -> None:
@@ -36,19 +37,22 @@ def refuse_unstreamable_source(source: Source, config: Any) -> None:
 
 
 def refuse_unstreamable_format(source: Source, config: Any) -> None:
-    """Refuse formats that no operation of transformers undoes block by block.
+    """Refuse formats that are not undone block by block, and settings that are not known.
 
     Raises:
-        ModelError: The format is named, and what can be done.
+        ModelError: The format or setting is named, and what can be done.
     """
     method = format_of(config)
     if method is None or method in FORMATS:
+        return
+    if method in PACKED:
+        settings_of(config, source.id)
         return
     library = LIBRARIES.get(method)
     needs = f" (in memory; transformers needs: pip install {library})" if library else ""
     raise ModelError(
         f"{source.id!r} is quantised ({method}), which cannot be streamed block by block.",
-        detail=f"Dequantised while they are read: {' and '.join(FORMATS)}.",
+        detail=f"Dequantised while they are read: {', '.join((*FORMATS, *PACKED))}.",
         hint=f"Use --stream off{needs}, or stream the unquantised checkpoint.",
     )
 

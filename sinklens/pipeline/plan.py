@@ -34,6 +34,7 @@ from .streamed_blocks import (
     StreamCost,
     budget_of,
     device_of_run,
+    lacks_library,
     obstacle_to_streaming,
     refuse_streaming,
     stream_cost,
@@ -134,9 +135,11 @@ def predict(
     if spread is not None:
         return described, prompts, spread_over(found, spread, device_of_run(options) is None)
     found = beside_others(found, max(processes, one_memory), one_memory)
-    too_large = options.stream == "auto" and found.fits is False
+    lacking = lacks_library(config, options)
+    too_large = options.stream == "auto" and (found.fits is False or lacking is not None)
     if options.stream == "on" or (too_large and obstacle_to_streaming(model, options) is None):
-        found = _streamed(model, options, described, prompts, plan, found)
+        found = _streamed(model, options, described, prompts, plan, found, lacking)
+        described = replace(described, dequantised=described.dequantised or described.packed)
     asked = experiments_of(options, analyzers, prompts, described.info.layers)
     for cost in asked.values():
         cost["seconds"] = seconds_for(described, cost["tokens"]) if on_cpu else None
@@ -150,8 +153,12 @@ def _streamed(
     prompts: PromptSet,
     plan: TracePlan,
     found: Prediction,
+    lacking: str | None,
 ) -> Prediction:
     """The prediction with blocks streamed.
+
+    Args:
+        lacking: As `lacks_library`.
 
     Raises:
         SinklensError: As the run itself would, of a model that cannot be streamed.
@@ -159,7 +166,8 @@ def _streamed(
     refuse_streaming(model, options)
     together = found.together or {"processes": 1, "one_memory": 1}
     needed, free = found.weights + found.working, found.available
-    why = "asked for" if options.stream == "on" else why_streamed(needed, free, together["one_memory"])
+    why = lacking or why_streamed(needed, free, together["one_memory"])
+    why = "asked for" if options.stream == "on" else why
     batches = partition(prompts.prompts, most=plan.batch_prompts, tokens=plan.batch_tokens)
     cost = stream_cost(described, batches, why, budget_of(options), **together)
     return replace(found, weights=cost.weights, working=found.working + cost.held, stream=cost)

@@ -12,6 +12,7 @@ from sinklens.core.errors import UsageError
 from sinklens.models.spec import OpenedModel
 from sinklens.models.streamable import refuse_unstreamable_source
 from sinklens.models.streaming import BUDGET
+from sinklens.models.streaming.opening import stored_tensors
 
 from .cost import parse_size, size
 
@@ -97,8 +98,14 @@ def choose(model: Any, options: ProfileOptions, one_memory: int = 1) -> Choice:
         refuse_streaming(model, options)
         return Choice(True, "asked for")
     obstacle = obstacle_to_streaming(model, options)
-    if obstacle is not None or _small(model, options, one_memory):
-        return Choice(False, obstacle or "small")
+    if obstacle is not None:
+        return Choice(False, obstacle)
+    lacking = lacks_library(_config(model, options), options)
+    if lacking is not None:
+        refuse_streaming(model, options)
+        return Choice(True, lacking)
+    if _small(model, options, one_memory):
+        return Choice(False, "small")
     from .plan import predict
 
     predicted = predict(model, replace(options, stream="off"), one_memory=one_memory)[2]
@@ -121,13 +128,35 @@ def refuse_streaming(model: Any, options: ProfileOptions) -> None:
         ModelError: The model cannot be read block by block.
     """
     from sinklens.models.catalog import locate
-    from sinklens.models.loading import load_config
+    from sinklens.models.loading import parse_dtype
+    from sinklens.models.quantised import check_dtype, packed_format
 
     obstacle = obstacle_to_streaming(model, options)
     if obstacle is not None:
         raise UsageError(f"--stream on was asked for, but {obstacle}.", hint="Leave it out.")
-    source = locate(model, options.revision)
-    refuse_unstreamable_source(source, load_config(source, options.trust_remote_code))
+    source, config = locate(model, options.revision), _config(model, options)
+    refuse_unstreamable_source(source, config)
+    if packed_format(config) is None:
+        return
+    dtype = parse_dtype(options.dtype)
+    check_dtype(source, config, dtype)
+    if source.folder is not None:
+        stored_tensors(source, config, dtype)
+
+
+def _config(model: Any, options: ProfileOptions) -> Any:
+    from sinklens.models.catalog import locate
+    from sinklens.models.loading import load_config
+
+    return load_config(locate(model, options.revision), options.trust_remote_code)
+
+
+def lacks_library(config: Any, options: ProfileOptions) -> str | None:
+    """Why packed weights are streamed where nobody asked: what transformers needs for them is not here."""
+    from sinklens.models.quantised import lacking_library, packed_format
+
+    lacking = lacking_library(config) if options.stream == "auto" else None
+    return lacking and f"{packed_format(config)} needs {lacking} in memory, which is not installed"
 
 
 def refuse_in_memory(options: ProfileOptions) -> None:

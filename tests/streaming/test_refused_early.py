@@ -31,9 +31,9 @@ from .test_quantised import edit, quantise
 FEW: dict[str, Any] = {"n": 2, "seq_len": 16, "analyzers": ("massive-activations",), "verify": False}
 
 
-def _gptq(folder: Path) -> Path:
+def _hqq(folder: Path) -> Path:
     saved("llama", folder)
-    edit(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    edit(folder, quantization_config={"quant_method": "hqq"})
     return folder
 
 
@@ -54,7 +54,7 @@ def _ragged(folder: Path) -> Path:
 
 
 CASES = [
-    (_gptq, "cannot be streamed block by block"),
+    (_hqq, "cannot be streamed block by block"),
     (_pickled, "pytorch_model.bin, which cannot be read block by block"),
     (_ragged, "the blocks of model.layers.2.mlp.up_proj.weight are not all of one size"),
 ]
@@ -79,7 +79,7 @@ def test_plan_and_run_refuse_in_the_same_words(
 def test_a_plan_that_would_stream_by_itself_is_refused_too(tmp_path: Path, monkeypatch: Any) -> None:
     from sinklens.pipeline import plan
 
-    folder = str(_gptq(tmp_path))
+    folder = str(_hqq(tmp_path))
     monkeypatch.setattr(plan, "available_memory", lambda *_: 50_000_000)
     with pytest.raises(ModelError, match="cannot be streamed block by block"):
         predict(folder, ProfileOptions(**FEW))

@@ -21,6 +21,7 @@ from ..streamable import refuse_unstreamable_source
 from .blocks import SHELL, StreamedBlocks
 from .recipe import Recipes, put
 from .tensors import NUMBERS, StoredTensors
+from .unpacked import turn_inputs_first, unpacked, unquantised
 
 
 def open_streamed(
@@ -46,7 +47,8 @@ def open_streamed(
         ModelError: The files cannot be read block by block, or something is wrong with them.
     """
     refuse_unstreamable_source(source, config)
-    stored = StoredTensors.of(checkpoint_files(source), source.id)
+    stored = stored_tensors(source, config, dtype)
+    config = unquantised(config)
     if dequantising is not None:
         refuse_ragged(source.id, {key: stored.shape_of(key) for key in stored.where}, config)
     try:
@@ -63,6 +65,7 @@ def open_streamed(
         return next((index for start, index in starts.items() if name.startswith(start)), SHELL)
 
     recipes = Recipes(module, stored, kept, group_of, quantizer)
+    turn_inputs_first(module, recipes)
     put(module, recipes.make(SHELL))
     missing = _missing(module, recipes)
     _complete_shell(module, missing, group_of)
@@ -72,6 +75,18 @@ def open_streamed(
     if place.type != "cpu":
         _move_shell(module, place)
     return module.eval(), StreamedBlocks(module, blocks, recipes, place), missing
+
+
+def stored_tensors(source: Source, config: Any, dtype: Any) -> StoredTensors:
+    """The tensors of a model by name; packed weights are dequantised when they are read.
+
+    Args:
+        dtype: The dtype asked for, or `auto`.
+
+    Raises:
+        ModelError: The files cannot be read block by block, or something is wrong with them.
+    """
+    return unpacked(StoredTensors.of(checkpoint_files(source), source.id), source, config, dtype)
 
 
 def checkpoint_files(source: Source) -> list[Path]:
