@@ -10,7 +10,6 @@ from typing import Any
 import torch
 
 from sinklens.core.errors import OutOfMemory
-from sinklens.core.garbage import new_garbage_only
 from sinklens.inputs.spec import Prompt, PromptSet
 from sinklens.kernels.choice import statistics_kernel
 from sinklens.kernels.spec import BlockPlan
@@ -94,7 +93,6 @@ class Pass:
     vision_blocks: int | None = None
 
 
-@new_garbage_only()
 def trace_batch(opened: OpenedModel, batch: Batch, plan: TracePlan, *, logits: bool = True) -> Pass:
     """Trace one batch through the main tower. Nothing stays on the model, also after an error."""
     tower, backend = opened.anatomy.main, backend_of(opened)
@@ -171,7 +169,6 @@ def partition(prompts: Sequence[Prompt], *, most: int, tokens: int) -> list[list
     return batches
 
 
-@new_garbage_only()
 def trace(
     model: Any,
     prompts: PromptSet | Iterable[Prompt],
