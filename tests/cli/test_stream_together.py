@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from sinklens.cli.main import main
 from sinklens.inputs.spec import Prompt
@@ -20,6 +22,7 @@ from sinklens.pipeline.streamed_blocks import AT_A_TIME, Choice, choose
 from sinklens.tracers.store import RunStore
 from sinklens.tracers.streaming.steps import shared_out
 from sinklens.tracers.team import Team
+from tests.families import save_with_tokenizer
 
 from .test_together import OPTIONS, same_arrays, told, torchrun
 
@@ -70,6 +73,42 @@ def test_a_killed_process_is_named_and_the_run_goes_on_at_its_block(
     loaded = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["stream"]["times_loaded"]
     assert loaded[:2] == [0, 0]
     assert set(loaded[2:]) == {1}
+
+
+@pytest.mark.slow
+def test_the_disk_is_read_once_by_all_processes_together(tmp_path: Path) -> None:
+    """Although the page cache keeps no block that one of them is done with: the others are no block behind.
+
+    One process has two batches, the other one: without steps between the blocks it would be far ahead, and what it was
+    done with had to be fetched again.
+    """
+    folder = _large_blocks(tmp_path / "model")
+    script, out = str(Path(__file__).with_name("forgetful.py")), tmp_path / "run"
+    asked = ("--stream", "on", "-n", "6", "--seq-len", "200", "--batch-size", "2", "--no-verify")
+    only = ("--analyzers", "primary-sinks", "-q", "--out", str(out))
+    done = torchrun(script, "profile", "-m", str(folder), *asked, *only)
+    assert done.returncode == 0, done.stderr
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    stored, processes = manifest["stream"]["bytes_stored"], manifest["processes"]
+    assert processes["bytes_read"] == [stored] * 2
+    if None in processes["bytes_from_disk"] or not sum(processes["bytes_from_disk"]):
+        pytest.skip("this system does not tell what it fetches from the disk")
+    assert 0.98 < sum(processes["bytes_from_disk"]) / stored < 1.05
+
+
+def _large_blocks(folder: Path) -> Path:
+    """A random model of 24 MB, of which no process has read anything."""
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    save_with_tokenizer(LlamaForCausalLM(config), str(folder))
+    for path in folder.glob("*.safetensors"):
+        file = os.open(path, os.O_RDONLY)
+        os.fsync(file)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+    return folder
 
 
 def test_the_plan_counts_every_process_that_has_the_same_memory() -> None:
