@@ -96,6 +96,8 @@ class Finding:
 
 FINDING_FIELDS = ("title", "status", "reason", "verdict", "rows", "notes")
 """What can be asked of every finding, besides its summary."""
+TRUTH = ("true", "false")
+"""How yes and no are written in conditions."""
 
 
 class Analyzer(ABC):
@@ -115,6 +117,9 @@ class Analyzer(ABC):
     reference: ClassVar[Reference]
     summarises: ClassVar[tuple[str, ...] | None] = None
     """Every name that its summary may have: what `--fail-if` can ask of it. None where that is not said."""
+
+    answers: ClassVar[tuple[tuple[str, tuple[str, ...]], ...]] = ()
+    """Of these names, all words that the value may be, where they are known before a run; `TRUTH` for yes and no."""
 
     optional: ClassVar[frozenset[Signal]] = frozenset()
     """Of `needs`, signals without which it still answers, with less."""

@@ -13,7 +13,7 @@ from sinklens.core.figures import Estimate, Figure, Intervals, Lines, Series, Ti
 from sinklens.core.papers import MASSIVE_ACTIVATIONS
 from sinklens.tracers.trace import Trace
 
-from .base import Analyzer, Finding, Status, registry
+from .base import TRUTH, Analyzer, Finding, Status, registry
 from .causal_rules import (
     CARRIES,
     CHANGE,
@@ -82,6 +82,7 @@ class CausalEffects(Analyzer):
         "position", "sink_share", "uniform_share", "sink_rate", "base_loss", "carriers", "interventions",
         "n_prompts", "tokens", "seed", "faint_heads", "calibration_prompts", "held_out",
     )  # fmt: skip
+    answers = (("held_out", TRUTH),)
     reference = MASSIVE_ACTIVATIONS.at(
         "3, massive activations set to zero and to their mean; D_sink: arXiv 2507.23279, equations 7 and 9"
     )

@@ -24,6 +24,7 @@ KEYS = tuple(group.replace(" ", "_").replace("-", "") for group in GROUPS)
 """The same as keys of results."""
 TEXT_SINK, VISUAL_SINK, VISUAL_REST, OTHER = range(len(GROUPS))
 STATES, ATTENTION = "states", "attention"
+AFTER_PICTURES, EVERY_TOKEN = "the text after the pictures", "all tokens"
 
 Group = Int[np.ndarray, "layer pos"]
 PerPosition = Float[np.ndarray, "layer pos"]
@@ -73,7 +74,7 @@ def grouped(trace: Trace, rule: str = "auto") -> Grouped | str:
         if isinstance(found, str):
             return found
         sinks, how = found, ATTENTION
-    queries = "the text after the pictures" if pictured else "all tokens"
+    queries = AFTER_PICTURES if pictured else EVERY_TOKEN
     members = {record.index: _members(record, sinks[record.index]) for record in records}
     return Grouped(members, how, queries, bool(pictured), len(trace) - len(records))
 

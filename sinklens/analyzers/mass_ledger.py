@@ -17,7 +17,9 @@ from sinklens.tracers.trace import Trace
 
 from .base import Analyzer, Finding, Status, registry
 from .key_groups import (
+    AFTER_PICTURES,
     ATTENTION,
+    EVERY_TOKEN,
     GROUPS,
     KEYS,
     STATES,
@@ -77,6 +79,7 @@ class MassLedger(Analyzer):
         "text_sink", "other", "text_sinks", "unaccounted", "rule", "queries", "n_prompts", "learned_sink",
         "visual_sink", "visual_nonsink", "visual_sinks",
     )  # fmt: skip
+    answers = (("rule", (STATES, ATTENTION)), ("queries", (AFTER_PICTURES, EVERY_TOKEN)))
     reference = VISUAL_SINKS.at("text sinks, visual sinks and the attention on them")
 
     def __post_init__(self) -> None:

@@ -61,6 +61,7 @@ class MeanMaps(Analyzer):
     needs = frozenset({sig.PREFIX_MAP, sig.PREFIX_LOGITS})
     optional = frozenset({sig.PREFIX_LOGITS})
     summarises = ("n_prompts", "drawn", "largest_first_share", "layer", "uniform_share")
+    answers = (("drawn", ("logits", "probabilities")),)
     reference = Reference(
         key="xiao2023efficient",
         title="Efficient Streaming Language Models with Attention Sinks",

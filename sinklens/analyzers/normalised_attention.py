@@ -58,6 +58,7 @@ class NormalisedAttention(Analyzer):
     )
     needs = frozenset({sig.PROBE_RECEIVED, sig.PROBE_VISIBLE})
     summarises = ("n_prompts", "recipe", "lift", "position", "salient_in_both")
+    answers = (("recipe", ("paper", "code")),)
     reference = Reference(
         key="he2024zipcache",
         title="ZipCache: Accurate and Efficient KV Cache Quantization with Salient Token Identification",

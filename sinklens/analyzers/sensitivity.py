@@ -13,7 +13,7 @@ from sinklens.core.figures import Estimate, Intervals, Tile
 from sinklens.core.papers import WHEN_SINKS_EMERGE
 from sinklens.tracers.trace import Trace
 
-from .base import Analyzer, Finding, Status, registry
+from .base import TRUTH, Analyzer, Finding, Status, registry
 
 DTYPE, LENGTH, REPEATED = "dtype", "length", "with one token repeated"
 STRUCTURAL, DEPENDS, ABSENT = "structural", "prompt-dependent", "no sink"
@@ -70,6 +70,7 @@ class Sensitivity(Analyzer):
         "n_prompts", "seq_len", "epsilon", "dtype", "variants", "variants_run", "depends_on",
         "appears_with", "strength_depends_on",
     )  # fmt: skip
+    answers = (("found", TRUTH), ("kind", (STRUCTURAL, DEPENDS, ABSENT, NUMERIC, BY_LENGTH)))
     reference = WHEN_SINKS_EMERGE.at("3, attention sink under different inputs")
 
     def analyze(self, trace: Trace) -> Finding:

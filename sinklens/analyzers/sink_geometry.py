@@ -14,7 +14,7 @@ from sinklens.core.papers import WHEN_SINKS_EMERGE
 from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
 
-from .base import Analyzer, Finding, Status, registry
+from .base import TRUTH, Analyzer, Finding, Status, registry
 from .heads import PerHead, Sink, find_sinks, mean, middle, n_heads, norm_ratio, number, reference_slots
 from .primary_sinks import PrimarySinks
 
@@ -110,6 +110,7 @@ class SinkGeometry(Analyzer):
         "value_out_ratio_all_heads", "n_heads_compared", "n_drained", "n_drain_known", "angle_effect",
         "length_effect", "other_sinks",
     )  # fmt: skip
+    answers = (("angle_effect", TRUTH), ("length_effect", TRUTH))
     reference = WHEN_SINKS_EMERGE.at("cosine similarity and norms of keys and values at the first token")
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from sinklens.tracers import signals as sig
 from sinklens.tracers.trace import PromptRecord, Trace
 
 from .adjustable import of_experts
-from .base import Analyzer, Finding, Status, registry
+from .base import TRUTH, Analyzer, Finding, Status, registry
 from .expert_effects import (
     add_causes,
     carrier_sentence,
@@ -123,6 +123,7 @@ class SuperExperts(Analyzer):
         "sink_rate_with_all", "share_with_all", "sink_rate_without_them", "share_without_them",
         "sink_rate_without_others", "share_without_others",
     )  # fmt: skip
+    answers = (("percentile_used", TRUTH),)
     reference = SUPER_EXPERTS.at("3, equations 6 to 8")
 
     def __post_init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from sinklens.core.errors import UsageError
 from sinklens.core.figures import Tile
 from sinklens.core.papers import VISUAL_SINKS
 from sinklens.tracers import signals as sig
-from sinklens.tracers.sink_dims import TAU, Cut, SinkRule, cut_for, published
+from sinklens.tracers.sink_dims import TAU, Cut, Provenance, SinkRule, cut_for, published
 from sinklens.tracers.trace import Trace
 
 from .adjustable import of_visual
@@ -89,6 +89,7 @@ class VisualSinks(Analyzer):
         "largest_by_chance", "part_of_visual", "part_of_attention", "text_sinks_per_prompt", "largest_phi",
         "largest_phi_layer", "published", "searched_on",
     )  # fmt: skip
+    answers = (("provenance", get_args(Provenance)),)
     reference = VISUAL_SINKS.at("visual attention sink: sink dims and φ; Figure of sink tokens per layer")
 
     def __post_init__(self) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, get_args
 
 from sinklens.analyzers import registry
-from sinklens.analyzers.base import FINDING_FIELDS
+from sinklens.analyzers.base import FINDING_FIELDS, TRUTH, Status
 from sinklens.core.errors import GateError, UsageError
 from sinklens.core.suggest import did_you_mean
 
 from .run import MODEL_FIELDS
-from .verdict import Verdict
+from .verdict import State, Verdict
 
 _FORM = re.compile(r"^\s*([\w.\-]+)\s*(>=|<=|==|!=|>|<)\s*(\S.*?)\s*$")
 _COMPARE = {
@@ -54,22 +54,29 @@ def check_gate(expression: str, document: dict[str, Any]) -> None:
         raise GateError(f"--fail-if: {path} is {value}, and the condition is {path} {sign} {wanted}.")
 
 
-def check_paths(expressions: Iterable[str], analyzers: Iterable[str], others: Collection[str] = ()) -> None:
+def check_paths(
+    expressions: Iterable[str],
+    analyzers: Iterable[str],
+    others: Mapping[str, Mapping[str, Collection[str]]] | None = None,
+) -> None:
     """Refuse conditions that no outcome of this run can meet, before anything is run.
 
     Args:
         analyzers: Names of the analyzers that will run.
-        others: Names of further findings, of which the fields are not known before.
+        others: Names of further findings, of which the fields are not known before, with the words that some of them
+            may be.
 
     Raises:
-        UsageError: An expression cannot be read, or its finding or field will not be there.
+        UsageError: An expression cannot be read, its finding or field will not be there, or never be what it says.
     """
     found = {name: _fields_of(name) for name in ("verdict", "model", *analyzers)}
+    others = others or {}
     for expression in expressions:
-        path = parse_gate(expression)[0]
+        path, sign, wanted = parse_gate(expression)
         head, _, field = path.partition(".")
         head = head.replace("_", "-")
         if head in others:
+            _refuse_never(path, sign, wanted, others[head].get(field))
             continue
         if head not in found:
             known = [*found, *others]
@@ -78,6 +85,40 @@ def check_paths(expressions: Iterable[str], analyzers: Iterable[str], others: Co
         known = found[head]
         if known is not None and field not in known:
             raise _no_field(head, field, known)
+        _refuse_never(path, sign, wanted, _words_of(head).get(field))
+
+
+def _words_of(head: str) -> Mapping[str, Collection[str]]:
+    """Fields of a part of the document that are one of a few words, with all of them."""
+    if head == "verdict":
+        return {"status": get_args(State)}
+    return (
+        {}
+        if head == "model"
+        else {"status": [str(status) for status in Status], **dict(registry[head].answers)}
+    )
+
+
+def _refuse_never(path: str, sign: str, wanted: str, words: Collection[str] | None) -> None:
+    """Refuse to wait for a word that a field never is.
+
+    Args:
+        words: What the field may be; None where that is not known.
+    """
+    if words is None:
+        return
+    one_of = f"It is {' or '.join(words)}."
+    if sign not in ("==", "!="):
+        raise UsageError(
+            f"--fail-if: {path} is a word, neither larger nor smaller than {wanted}.",
+            detail=one_of,
+            hint="Compare it with == or !=.",
+        )
+    word = wanted.strip("\"'")
+    if (word.lower() if words == TRUTH else word) not in words:
+        raise UsageError(
+            f"--fail-if: {path} is never {word!r}.", detail=did_you_mean(word, words), hint=one_of
+        )
 
 
 def _fields_of(head: str) -> list[str] | None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+from sinklens.analyzers.base import TRUTH
 from sinklens.core.counts import counted
 from sinklens.core.errors import SelfCheckError
+from sinklens.evaluation.judgement import Judgement
 
 from .gate import check_paths
 from .mitigate_options import MitigateOptions
@@ -28,7 +30,9 @@ def check_conditions(expressions: Collection[str], options: MitigateOptions) -> 
         return
     wanted = jobs(options)
     analyzers = analyzers_for(with_finders(options, wanted).profile)
-    check_paths(expressions, [analyzer.name for analyzer in analyzers], {job.method.name for job in wanted})
+    words = {"judgement": [str(judgement) for judgement in Judgement], "acted": TRUTH}
+    others = {job.method.name: words for job in wanted}
+    check_paths(expressions, [analyzer.name for analyzer in analyzers], others)
 
 
 def gate_document(run: MitigationRun) -> dict[str, Any]:

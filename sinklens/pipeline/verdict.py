@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
 
 from sinklens.analyzers.base import Finding, Status, registry
 from sinklens.analyzers.estimates import estimated
@@ -25,11 +25,14 @@ class Line:
     text: str
 
 
+State = Literal["sink", "no-sink", "untrusted", "unknown"]
+
+
 @dataclass(frozen=True)
 class Verdict:
     """`status` is `sink`, `no-sink`, `untrusted` (a check failed) or `unknown` (primary sinks were not measured)."""
 
-    status: str
+    status: State
     text: str
     rule: str
     lines: tuple[Line, ...] = ()

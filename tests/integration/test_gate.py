@@ -44,6 +44,12 @@ def _no_model(monkeypatch: Any) -> None:
         ("primary-sinks.parameters == 1", "has no 'parameters'"),
         ("super-expert.rows > 1", "this run will have no 'super-expert'"),
         ("fai.n_anchors > 1", "this run will have no 'fai'"),
+        ("verdict.status == sinks", "verdict.status is never 'sinks'.\nDid you mean 'sink'"),
+        ("verdict.status == Sink", "verdict.status is never 'Sink'.\nDid you mean 'sink'"),
+        ("verdict.status != 1", "It is sink or no-sink or untrusted or unknown."),
+        ("primary-sinks.status == 'fond'", "Did you mean 'found'"),
+        ("primary-sinks.status > found", "is a word, neither larger nor smaller than found"),
+        ("super_experts.percentile_used == yess", "It is true or false."),
     ],
 )
 def test_what_cannot_be_is_refused_before_the_run(
@@ -52,7 +58,7 @@ def test_what_cannot_be_is_refused_before_the_run(
     out = tmp_path / "run"
     assert says in refused(capsys, "profile", "--out", str(out), "--fail-if", condition)
     assert says in refused(capsys, "profile", "--dry-run", "--fail-if", condition)
-    if "super-expert" not in condition:  # `mitigate` does not ask for them
+    if "super" not in condition:  # `mitigate` does not ask for them
         asked = ("mitigate", "--with", "act", "--out", str(out), "--fail-if", condition)
         assert says in refused(capsys, *asked)
     assert not out.exists()
@@ -75,7 +81,10 @@ def test_every_field_of_every_finding_is_let_through(monkeypatch: Any) -> None:
         summarised = registry[name].summarises
         assert summarised is not None
         assert len(set(summarised)) == len(summarised)
-        check_paths([f"{name}.{field} > 1" for field in (*summarised, *FINDING_FIELDS)], EVERY)
+        words = {"status": ("found",), **dict(registry[name].answers)}
+        assert words.keys() <= {*summarised, *FINDING_FIELDS}
+        fields = {field: words.get(field, ("1",)) for field in (*summarised, *FINDING_FIELDS)}
+        check_paths([f"{name}.{field} == {word}" for field in fields for word in fields[field]], EVERY)
     finding = Finding("x", "X", Status.FOUND, "")
     assert {*FINDING_FIELDS} == {
         key for key, value in finding.to_json().items() if not isinstance(value, dict)
@@ -84,10 +93,11 @@ def test_every_field_of_every_finding_is_let_through(monkeypatch: Any) -> None:
     check_paths(["writers.whatever > 1"], EVERY)
     run = sinklens.profile("bundled:moe-ind", n=4, verify=False)
     for part in ("verdict", "model"):
-        check_paths([f"{part}.{field} == 1" for field in run.document[part]], ())
+        check_paths([f"{part}.{field} == {value}" for field, value in run.document[part].items()], ())
     for name, found in run.document["findings"].items():
-        for field in (*found["summary"], *FINDING_FIELDS):
-            check_paths([f"{name}.{field} == 1"], [name])
+        for field, value in {**{field: found[field] for field in FINDING_FIELDS}, **found["summary"]}.items():
+            check_paths([f"{name}.{field} == {value if value != '' else 'x'}"], [name])
+            assert not isinstance(value, bool) or field in dict(registry[name].answers)
     with pytest.raises(GateError):
         check_gate("primary-sinks.rows > 0", run.document)
 
@@ -106,3 +116,16 @@ def test_a_resumed_run_is_asked_for_what_it_began_with(tmp_path: Path, capsys: A
 def test_an_expression_without_operator() -> None:
     with pytest.raises(UsageError, match="path operator value"):
         check_paths(["verdict.status"], ())
+
+
+def test_yes_and_no_may_be_written_in_capitals_and_quotes() -> None:
+    for word in ("True", "FALSE", "'true'"):
+        check_paths([f"super-experts.percentile_used == {word}"], EVERY)
+
+
+def test_what_is_said_of_a_mitigation_in_words_is_known_before(capsys: Any) -> None:
+    for condition, says in (
+        ("act.judgement == harmfull", "act.judgement is never 'harmfull'.\nDid you mean 'harmful'"),
+        ("act.acted == yes", "It is true or false."),
+    ):
+        assert says in refused(capsys, "mitigate", "--with", "act", "--fail-if", condition)
