@@ -30,11 +30,13 @@ def print_plan(
         one_memory: How many of them have the same memory.
     """
     from sinklens.pipeline.cost import duration, size
+    from sinklens.pipeline.picture_prompts import refuse_unread_dims
     from sinklens.pipeline.plan import plan_document, predict
 
     from .console import WIDTH, print_json
 
     described, prompts, predicted = predict(model, options, processes, one_memory)
+    refuse_unread_dims(options.sink_dims, prompts)
     if as_json:
         print_json(plan_document(described, prompts, predicted))
         return

@@ -20,6 +20,7 @@ def refuse_beside_plan(options: ProfileOptions) -> None:
         "--remote": options.remote,
         f"--backend {options.backend}": options.backend not in (None, "hf"),
         "--images": options.images is not None,
+        "--sink-dims": options.sink_dims is not None,
     }
     for flag, used in given.items():
         if used:

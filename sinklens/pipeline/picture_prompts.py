@@ -75,3 +75,16 @@ def refuse_without_pictures(asked: Any, prompts: PromptSet) -> None:
             f"{visual[0]} reads prompts with pictures; these are texts.",
             hint="Give pictures with --images PATH, or leave out what asks for them.",
         )
+
+
+def refuse_unread_dims(asked: str | None, prompts: PromptSet) -> None:
+    """Refuse sink dims for a profile of texts, where nothing reads them.
+
+    Raises:
+        UsageError: Before anything is run.
+    """
+    if asked is not None and not has_pictures(prompts):
+        raise UsageError(
+            "--sink-dims says in which dims sinks of prompts with pictures are large, and the prompts have none.",
+            hint="Give pictures with --images PATH, or leave it out.",
+        )

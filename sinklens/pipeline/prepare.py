@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,8 +14,7 @@ from torch import nn
 
 from sinklens.analyzers import Analyzer, chosen_analyzers, registry
 from sinklens.core.errors import DataError, ModelError, UsageError
-from sinklens.inputs.spans import Kind
-from sinklens.inputs.spec import Prompt, PromptSet
+from sinklens.inputs.spec import PromptSet
 from sinklens.models.spec import OpenedModel
 from sinklens.models.streaming import sampled
 from sinklens.tracers.announced import announced_on
@@ -35,15 +34,20 @@ from .beside_plan import refuse_one_process
 from .listener import Listener
 from .memory import memory_told
 from .options import ProfileOptions
-from .picture_prompts import has_pictures, read_pictures, refuse_without_pictures, wants_pictures
+from .picture_prompts import (
+    has_pictures,
+    read_pictures,
+    refuse_unread_dims,
+    refuse_without_pictures,
+    wants_pictures,
+)
 from .query_blocks import fitting_blocks
+from .reach import default_length, refuse_beyond_reach
 from .sinks import with_sinks
 from .streamed_blocks import Choice, budget_of, choose, refuse_in_memory
 from .visual_experiments import EXIT, HORIZON, REMOVAL
 
-DEFAULT_PROMPTS, DEFAULT_SEQ_LEN = 32, 512
-RESERVED_POSITIONS = 2
-"""RoBERTa and OPT keep the first two entries of their position table for padding."""
+DEFAULT_PROMPTS = 32
 
 EFFECTS, SENSITIVITY = "effects", "sensitivity"
 READERS = {
@@ -107,36 +111,17 @@ def prepare(
     analyzers = analyzers_for(options)
     if not streaming:
         refuse_in_memory(options)
-    source = {
-        "tokenizer": tokenizer,
-        "processor": processor,
-        "revision": options.revision,
-        "device": options.device,
-        "device_map": options.device_map,
-        "trust_remote_code": options.trust_remote_code,
-    }
-    backend = chosen_backend(options)
-    if streaming and choice is None:
-        choice = choose(model, options)
-    if choice is not None and choice.on:
-        source["stream"] = True
-    if spread is not None:
-        source["spread"] = spread
+    else:
+        choice = choice or choose(model, options)
     held = choice is not None and not choice.on
+    source = _source(options, tokenizer, processor, choice, spread)
     with memory_told("the model was opened", model, options, streams=held):
-        opened = open_with(model, backend=backend, dtype=options.dtype, **source)
+        opened = open_with(model, dtype=options.dtype, **source)
     if opened.blocks is not None and choice is not None:
         opened.blocks.budget, opened.blocks.why = budget_of(options), choice.why
         if resumed is not None:
             take_up(opened.blocks, resumed)
     refuse_lacking(options, opened)
-
-    def reopen(dtype: str) -> OpenedModel:
-        if opened.backend != "hf" or isinstance(model, OpenedModel | nn.Module):
-            changed = backend_of(opened).for_experiments(opened)
-            return copied(opened if isinstance(changed, str) else changed, dtype)
-        return open_with(model, backend=backend, dtype=dtype, **source)
-
     listener.opened(opened)
     if not wants_pictures(options, opened.default_prompts):
         with (
@@ -145,15 +130,65 @@ def prepare(
         ):
             _reads_text(opened)
     prompts = prompts_for(options, opened)
+    if streaming:  # a profile: other runs have tasks with pictures besides
+        refuse_unread_dims(options.sink_dims, prompts)
+    analyzers, plan = _planned(options, analyzers, opened, prompts, listener)
+    return Prepared(opened, prompts, analyzers, plan, _reopening(model, opened, source), model)
+
+
+def _source(
+    options: ProfileOptions, tokenizer: Any, processor: Any, choice: Choice | None, spread: int | None
+) -> dict[str, Any]:
+    """What `open_with` takes besides the model and the dtype."""
+    source: dict[str, Any] = {
+        "backend": chosen_backend(options),
+        "tokenizer": tokenizer,
+        "processor": processor,
+        "revision": options.revision,
+        "device": options.device,
+        "device_map": options.device_map,
+        "trust_remote_code": options.trust_remote_code,
+    }
+    if choice is not None and choice.on:
+        source["stream"] = True
+    if spread is not None:
+        source["spread"] = spread
+    return source
+
+
+def _reopening(model: Any, opened: OpenedModel, source: dict[str, Any]) -> Callable[[str], OpenedModel]:
+    """Gives the same model in another dtype."""
+
+    def reopen(dtype: str) -> OpenedModel:
+        if opened.backend != "hf" or isinstance(model, OpenedModel | nn.Module):
+            changed = backend_of(opened).for_experiments(opened)
+            return copied(opened if isinstance(changed, str) else changed, dtype)
+        return open_with(model, dtype=dtype, **source)
+
+    return reopen
+
+
+def _planned(
+    options: ProfileOptions,
+    analyzers: tuple[Analyzer, ...],
+    opened: OpenedModel,
+    prompts: PromptSet,
+    listener: Listener,
+) -> tuple[tuple[Analyzer, ...], TracePlan]:
+    """The analyzers that apply to these prompts, and what is recorded for them.
+
+    Raises:
+        SinklensError: What was asked for does not go with the prompts, or the prompts not with the model.
+    """
     refuse_without_pictures(options.analyzers, prompts)
     analyzers = those_that_apply(options, analyzers, prompts)
     refuse_short(options, analyzers, prompts)
-    _within_reach(opened, prompts)
+    refuse_beyond_reach(opened, prompts)
     plan = reading(plan_for(options, analyzers), options, prompts)
     listener.planned(prompts, analyzers)
     plan = with_sinks(plan, options, opened, prompts, analyzers)
     refuse_sampling(plan, opened, prompts)
-    return Prepared(opened, prompts, analyzers, recordable(opened, plan), reopen, model)
+    return analyzers, recordable(opened, plan)
 
 
 def _whole(opened: OpenedModel) -> AbstractContextManager[Any]:
@@ -313,62 +348,6 @@ def refuse_short(options: ProfileOptions, analyzers: tuple[Analyzer, ...], promp
             f"{refused[0].name} needs prompts of at least {needed} tokens; the longest has {longest}.",
             hint="Give longer prompts, join short ones with --pack, or leave this analyzer out with --analyzers.",
         )
-
-
-def _within_reach(opened: OpenedModel, prompts: PromptSet) -> None:
-    """Refuse prompts with tokens or positions that the model has no embedding for, before it fails on them."""
-    module: Any = opened.plain
-    tokens = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
-    largest = max(max(looked_up(prompt)) for prompt in prompts.prompts)
-    if isinstance(tokens, nn.Embedding) and largest >= tokens.num_embeddings:
-        raise DataError(
-            f"The prompts have token id {largest}, but the model has embeddings for {tokens.num_embeddings} tokens.",
-            detail="The tokenizer does not belong to this model, or the token ids do not.",
-            hint="Give the model's own tokenizer.",
-        )
-    limit = position_limit(opened.plain.config)
-    longest = max(len(prompt) for prompt in prompts.prompts)
-    if limit is not None and longest > limit and _learns_positions(opened.plain, tokens, limit):
-        raise DataError(
-            f"The longest prompt has {longest} tokens; this model has learned positions for {limit}.",
-            hint=f"Cut the prompts: --seq-len {limit - RESERVED_POSITIONS}",
-        )
-
-
-def looked_up(prompt: Prompt) -> Sequence[int]:
-    """The ids that a model looks up: those that stand for pictures are replaced, and may lie beyond its table."""
-    if prompt.visual is None:
-        return prompt.token_ids
-    pairs = zip(prompt.token_ids, prompt.visual.spans.kinds, strict=True)
-    return [token_id for token_id, kind in pairs if kind not in (Kind.VISUAL, Kind.DELIMITER)] or [0]
-
-
-def _learns_positions(model: nn.Module, tokens: Any, limit: int) -> bool:
-    """Whether the model looks positions up in a table (rotary models compute them and go on beyond their limit)."""
-    tables = (m for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens)
-    return any(limit <= table.num_embeddings <= limit + RESERVED_POSITIONS for table in tables)
-
-
-def position_limit(config: Any) -> int | None:
-    """The longest input the config allows, None if it names none."""
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    return limit if isinstance(limit, int) and limit > RESERVED_POSITIONS else None
-
-
-def longest_input(opened: OpenedModel) -> int | None:
-    """The longest prompt the model is made for, None if its config names none."""
-    module: Any = opened.plain
-    limit = position_limit(module.config)
-    tokens = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
-    learned = limit is not None and _learns_positions(module, tokens, limit)
-    return limit - RESERVED_POSITIONS if limit is not None and learned else limit
-
-
-def default_length(config: Any) -> int:
-    """The default sequence length, or the longest the model's learned positions allow."""
-    limit = position_limit(config)
-    return DEFAULT_SEQ_LEN if limit is None else min(DEFAULT_SEQ_LEN, limit - RESERVED_POSITIONS)
 
 
 def plan_for(options: ProfileOptions, analyzers: tuple[Analyzer, ...]) -> TracePlan:

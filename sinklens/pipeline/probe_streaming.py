@@ -21,8 +21,8 @@ from sinklens.tracers.backends import open_with
 
 from .listener import Listener, Silent
 from .options import ProfileOptions
-from .prepare import position_limit
 from .probe import Probe, at_least, finished, probe_folder
+from .reach import position_limit
 
 START, RECENT, TOKENS, TEXTS = 4, 508, 2048, 8
 """The default cache, the length of a text, and how many of them."""

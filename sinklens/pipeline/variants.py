@@ -16,7 +16,8 @@ from sinklens.models.spec import OpenedModel
 
 from .cost import available_memory, size
 from .options import ProfileOptions
-from .prepare import Prepared, longest_input, prompts_for
+from .prepare import Prepared, prompts_for
+from .reach import longest_input
 
 LENGTHS = (64, 128, 256, 512, 1024, 2048)
 DTYPES = ("float32", "bfloat16", "float16")
