@@ -16,6 +16,8 @@ from torch import Tensor
 from tests.streaming.cases import saved
 
 from . import bitsandbytes_writer as bnb
+from .compressed_writer import compressed
+from .gptq_writer import awq, gptq
 
 Writer = Callable[[tuple[int, ...], torch.Generator], tuple[dict[str, Tensor], Tensor]]
 
@@ -40,6 +42,52 @@ def _bnb(**more: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _gptq(bits: int, size: int, **more: Any) -> dict[str, Any]:
+    return {
+        "quant_method": "gptq", "bits": bits, "group_size": size, "desc_act": False, "sym": True, "damp_percent": 0.01,
+        "true_sequential": True, "model_name_or_path": None, "model_file_base_name": None, **more,
+    }  # fmt: skip
+
+
+AWQ = {
+    "quant_method": "awq", "bits": 4, "group_size": 8, "zero_point": True, "version": "gemm", "backend": "autoawq",
+    "modules_to_not_convert": None,
+}  # fmt: skip
+
+
+def _scheme(bits: int, strategy: str, **more: Any) -> dict[str, Any]:
+    return {
+        "num_bits": bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": strategy,
+        "dynamic": False,
+        **more,
+    }
+
+
+def _compressed(
+    layout: str, *weights: dict[str, Any], targets: tuple[str, ...] = ("Linear",)
+) -> dict[str, Any]:
+    groups = {
+        f"group_{i}": {
+            "targets": [target],
+            "weights": scheme,
+            "format": "pack-quantized" if layout == "mixed-precision" else None,
+            "input_activations": None,
+            "output_activations": None,
+        }
+        for i, (target, scheme) in enumerate(zip(targets, weights, strict=True))
+    }
+    return {
+        "quant_method": "compressed-tensors", "format": layout, "quantization_status": "compressed",
+        "config_groups": groups, "ignore": ["lm_head"], "kv_cache_scheme": None, "sparsity_config": {},
+        "transform_config": {}, "global_compression_ratio": None, "version": "0.20.1",
+    }  # fmt: skip
+
+
+PACKED_GROUPS = _scheme(4, "group", group_size=8, actorder=None, observer="minmax")
+FP8 = _scheme(8, "block", type="float", block_structure=[24, 36])
 NF4 = _bnb(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=False)
 FP4 = _bnb(bnb_4bit_quant_type="fp4", bnb_4bit_use_double_quant=True)
 CASES: dict[str, Case] = {
@@ -49,6 +97,48 @@ CASES: dict[str, Case] = {
     ),
     "bnb-fp4-nested": Case(FP4, partial(bnb.four_bit, kind="fp4", nested=True)),
     "bnb-int8": Case(_bnb(load_in_4bit=False, load_in_8bit=True), bnb.eight_bit),
+    "gptq-4": Case(_gptq(4, 8), partial(gptq, bits=4, size=8), ("llama", "qwen3_moe", "gpt2")),
+    "gptq-4-act-v2": Case(
+        _gptq(4, 12, desc_act=True, sym=False, checkpoint_format="gptq_v2"),
+        partial(gptq, bits=4, size=12, less_one=False, index="shuffled"),
+    ),
+    "gptq-8-channel": Case(_gptq(8, -1), partial(gptq, bits=8, size=-1, index="absent")),
+    "gptq-3": Case(_gptq(3, 20), partial(gptq, bits=3, size=20), ("llama",)),
+    "gptq-2": Case(_gptq(2, 16), partial(gptq, bits=2, size=16), ("llama",)),
+    "awq": Case(AWQ, partial(awq, size=8)),
+    "awq-channel": Case({**AWQ, "group_size": -1}, partial(awq, size=-1), ("llama",)),
+    "ct-pack": Case(
+        _compressed("pack-quantized", PACKED_GROUPS), partial(compressed, bits=4, strategy="group", size=8)
+    ),
+    "ct-pack-asymmetric": Case(
+        _compressed("pack-quantized", {**PACKED_GROUPS, "symmetric": False, "actorder": "group"}),
+        partial(compressed, bits=4, strategy="group", size=8, symmetric=False, shuffled=True),
+    ),
+    "ct-pack-8": Case(
+        _compressed("pack-quantized", _scheme(8, "channel")), partial(compressed, bits=8, strategy="channel")
+    ),
+    "ct-int8": Case(
+        _compressed("int-quantized", _scheme(8, "channel")),
+        partial(compressed, bits=8, strategy="channel", packed=False),
+    ),
+    "ct-fp8-block": Case(
+        _compressed("float-quantized", FP8),
+        partial(compressed, bits=8, strategy="block", block=(24, 36), packed=False, kind="float"),
+    ),
+    "ct-fp8-tensor": Case(
+        _compressed("float-quantized", _scheme(8, "tensor", type="float")),
+        partial(compressed, bits=8, strategy="tensor", packed=False, kind="float"),
+    ),
+    "ct-some": Case(
+        _compressed(
+            "mixed-precision",
+            {**PACKED_GROUPS, "num_bits": 3},
+            _scheme(8, "channel"),
+            targets=("re:.*down", "Linear"),
+        ),
+        partial(compressed, bits=3, strategy="group", size=8),
+        only=("down_proj",),
+    ),
 }
 PAIRS = [(name, family) for name, case in CASES.items() for family in case.families]
 

@@ -4,11 +4,11 @@ What is traced are the values that the stored weights stand for, computed in flo
 the config (or the one asked for). Activations, keys and values are not quantised, whatever the config says of them.
 """
 
-from . import bitsandbytes
+from . import awq, bitsandbytes, compressed_tensors, gptq
 from .weights import Format as Format
 from .weights import PackedWeight as PackedWeight
 
 PACKED: dict[str, Format] = {
-    "bitsandbytes": bitsandbytes.FORMAT,
+    module.METHOD: module.FORMAT for module in (bitsandbytes, gptq, awq, compressed_tensors)
 }
 """By the config's `quant_method`."""
