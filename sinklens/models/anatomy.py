@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -31,7 +32,7 @@ from .reading import events
 from .spec import Anatomy, Block, Tower
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
-TOP_K = ("top_k", "num_experts_per_tok", "moe_topk", "num_selected_experts")
+TOP_K = ("top_k", "num_experts_per_tok", "moe_topk", "num_selected_experts", "top_k_experts")
 READS = "sinklens reads decoder-only models, encoders, vision encoders and vision-language models of transformers."
 
 
@@ -235,6 +236,8 @@ def _tower(
         blocks.append(read_block(model.get_submodule(path), path, items.index(path), attention, hidden, like))
     blocks.sort(key=lambda block: block.index)
     _same_width(model, blocks, hidden)
+    if (active := getattr(config, "altup_active_idx", None)) is not None:
+        blocks = [replace(block, stream=active) for block in blocks]
     heads, kv_heads = head_counts(model.get_submodule(paths[first]), config)
     experts = max((expert_count(model.get_submodule(b.experts)) for b in blocks if b.experts), default=0)
     if not experts and not any(block.down_proj for block in blocks):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from .spread import Spread
@@ -90,6 +90,8 @@ class Block:
             stream worth measuring. None when the block's output is the residual stream itself.
         norms: Role to module path; roles are `pre_attention, post_attention, pre_mlp, post_mlp`.
         sum: What the block adds to its input; filled in by `find_sums`, which runs the model.
+        stream: Of states that are several streams, `[stream, batch, pos, dim]` (AltUp): the one that its attention
+            and its feed-forward part read and write. It is the residual stream that is measured.
     """
 
     index: int
@@ -104,6 +106,11 @@ class Block:
     residual_norm: str | None = None
     norms: dict[str, str] = field(default_factory=dict)
     sum: Sum = field(default_factory=Sum, compare=False)
+    stream: int | None = None
+
+    def residual(self, state: Tensor) -> Tensor:
+        """The residual stream in a state that the block is given or puts out."""
+        return state if self.stream is None or state.ndim < 4 else state[self.stream]
 
 
 @dataclass(frozen=True)

@@ -121,12 +121,13 @@ def _watch(model: nn.Module, block: Block, hidden: int, stack: ExitStack) -> Ran
         given = states_of(args, kwargs)
         ran.calls.clear()
         if given is not None:
+            given = block.residual(given)
             ran.before, ran.before_kept = given.clone(), given
 
     def end(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         made = output[0] if isinstance(output, tuple) else output
         if block.residual_norm is None and isinstance(made, Tensor):
-            ran.after = made.clone()
+            ran.after = block.residual(made).clone()
         if ran.before is not None and ran.before_kept is not None:
             ran.changed_input = not torch.equal(ran.before, ran.before_kept)
         ran.changed = frozenset(

@@ -131,7 +131,10 @@ class _Nudged:
         return _replaced(output, usual)
 
     def measure(self, usual: Tensor, now: Tensor | None) -> None:
-        if now is None or self.noise is None or self.noise.numel() != now.numel():
+        if now is None or self.noise is None:
+            return
+        usual, now = self.block.residual(usual), self.block.residual(now)
+        if self.noise.numel() != now.numel():
             return
         moved, noise = (now.float() - usual.float()).flatten(), self.noise.flatten()
         cosine = float(nn.functional.cosine_similarity(moved, noise, dim=0))

@@ -33,7 +33,7 @@ from sinklens.models.parts import unwrapped
 from sinklens.models.spec import Tower
 from sinklens.models.spread import refuse_spread
 
-from .hf_attention import attention_call, attention_configs, own_kernel
+from .hf_attention import attention_call, attention_configs, own_kernel, standing_in
 from .whole_heads import Whole
 
 
@@ -271,7 +271,7 @@ def _routing(config: Any, mode: Mode) -> Iterator[None]:
         before = config._attn_implementation
         name = _name_for(config, before, mode)
         _routed[key] = Routed(config, before)
-        config._attn_implementation_internal = name
+        config._attn_implementation_internal = standing_in(config, name, STANDS_FOR[name])
     _routed[key].holders += 1
     try:
         yield

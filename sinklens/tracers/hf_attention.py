@@ -59,6 +59,32 @@ def attention_configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
+class StandIn(str):
+    """A name of attention that also equals the name of the implementation it stands for."""
+
+    implementation: str
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True or other == self.implementation
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__
+
+
+def standing_in(config: Any, name: str, implementation: str) -> str:
+    """The name to write into a config in place of that of an implementation.
+
+    Sparse attention puts the keys that its indexer chose into the mask only where it finds a name that it knows.
+    """
+    if not any("index" in field and "topk" in field for field in vars(config)):
+        return name
+    made = StandIn(name)
+    made.implementation = implementation
+    return made
+
+
 def own_kernel(module: nn.Module, implementation: str) -> Callable[..., Any]:
     """The function this module would have called under `implementation`."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -291,7 +291,13 @@ def state_edit(model: nn.Module, block: Block, edit: Callable[[Tensor], Tensor])
     if block.residual_norm is None:
 
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            return _replaced(output, edit(first_of(output)))
+            made = first_of(output)
+            edited = edit(block.residual(made))
+            if block.residual(made) is not made:  # one stream of several
+                whole = made.clone()
+                block.residual(whole).copy_(edited)
+                edited = whole
+            return _replaced(output, edited)
 
         handle = model.get_submodule(block.path).register_forward_hook(hook)
     else:

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sinklens.core.errors import ModelError
+
 from .batch import Batch
 from .experts import Routed
 from .signals import ALL_SIGNALS, REFERENCES, Signal, Source
@@ -88,15 +90,31 @@ class Ledger:
 
     def row(self, row: int, state: Tensor) -> Tensor:
         """The real tokens of one prompt, `[pos, dim]`: a view where they follow each other."""
-        state = state.detach().reshape(self.batch.size, -1, state.shape[-1])
+        state = self._unfolded(state)
         return state[row][self.spans(state.shape[1], state.device)[row]]
 
     def rows(self, state: Tensor) -> Iterable[tuple[int, Tensor]]:
         """The real tokens of each prompt, `[pos, dim]`; flat outputs are unfolded first."""
-        state = state.detach().reshape(self.batch.size, -1, state.shape[-1])
+        state = self._unfolded(state)
         for row, places in enumerate(self.places(state.shape[1], state.device)):
             whole = len(places) == state.shape[1]
             yield row, state[row] if whole else state[row][places]
+
+    def _unfolded(self, state: Tensor) -> Tensor:
+        """A state or an output, flat or not, as `[batch, pos, dim]`.
+
+        Raises:
+            ModelError: It has more rows than there are tokens.
+        """
+        found = state.detach().reshape(self.batch.size, -1, state.shape[-1])
+        if self.batch.valid is not None and found.shape[1] != self.batch.valid.shape[1]:
+            raise ModelError(
+                "This model's states cannot be measured: they are not one vector per token.",
+                detail=f"Found {list(state.shape)} for {list(self.batch.valid.shape)} tokens. Neither streams side by "
+                "side, which blocks mix, nor tokens that the model adds are read.",
+                hint="Its attention can be measured: --analyzers primary-sinks",
+            )
+        return found
 
     def put(self, row: int, name: str, layer: int, value: Tensor | np.ndarray) -> None:
         """Store what a layer shows of prompt `row` under a signal's name."""

@@ -71,7 +71,7 @@ def input_tap(model: nn.Module, tower: Tower, observer: Observer) -> Iterator[No
     """
     with ExitStack() as stack:
         for block in tower.blocks:
-            hook = _input_hook(block.index, observer)
+            hook = _input_hook(block, observer)
             module = model.get_submodule(block.path)
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
@@ -116,11 +116,11 @@ def _output_hook(layer: int, observer: Observer) -> Callable[..., None]:
     return hook
 
 
-def _input_hook(layer: int, observer: Observer) -> Callable[..., None]:
+def _input_hook(block: Block, observer: Observer) -> Callable[..., None]:
     def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
         state = states_of(args, kwargs)
         if state is not None:
-            observer(layer, state)
+            observer(block.index, block.residual(state))
 
     return hook
 
@@ -169,6 +169,7 @@ class _Watch:
     def _begin(self, _: nn.Module, args: Any, kwargs: Any) -> None:
         self.let_go()
         given = states_of(args, kwargs)
+        given = None if given is None else self.block.residual(given)
         self.passed.before = given.clone() if given is not None and self.block.sum.input_copied else given
 
     def _made(self, path: str, copied: bool) -> Callable[..., None]:
@@ -191,7 +192,7 @@ class _Watch:
 
     def _end(self, _: nn.Module, args: Any, output: Any) -> None:
         if self.block.residual_norm is None:
-            self.passed.after = first_of(output)
+            self.passed.after = self.block.residual(first_of(output))
         try:
             if self.passed.after is not None:
                 self.observer(self.passed)
