@@ -88,15 +88,19 @@ def test_bad_files_are_refused_by_tensor(name: str, changed: Any, said: str, tmp
         opened(whole).blocks.recipes.make(2)
 
 
-def test_unknown_settings_are_refused_by_plan_and_run(tmp_path: Path, capsys: Any) -> None:
+@pytest.mark.parametrize("said", ["twist = 3", f"{LAYER}.{STATE} in model.safetensors"])
+def test_plan_and_run_refuse_in_the_same_words(said: str, tmp_path: Path, capsys: Any) -> None:
     whole, _ = packed("bnb-nf4", "llama", tmp_path)
-    set_config(whole, quantization_config={**CASES["bnb-nf4"].config, "twist": 3})
+    if "twist" in said:
+        set_config(whole, quantization_config={**CASES["bnb-nf4"].config, "twist": 3})
+    else:
+        set_tensors(whole, **{ABSMAX: None})
     told = []
     capsys.readouterr()
     for more in (("--dry-run",), ("--out", str(tmp_path / "run"))):
         assert main(["profile", "-q", "-m", str(whole), "--stream", "on", "-n", "2", *more]) == 3
         told.append(capsys.readouterr().err)
-    assert "twist = 3" in told[0]
+    assert said in told[0]
     assert told[0] == told[1]
 
 

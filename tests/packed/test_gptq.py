@@ -132,3 +132,15 @@ def test_modules_that_are_left_out_by_dynamic_are_read_as_they_are(tmp_path: Pat
     whole, _ = packed("gptq-4", "llama", tmp_path)
     set_config(whole, quantization_config={**CASES["gptq-4"].config, "dynamic": {"-:.*lm_head.*": {}}})
     assert opened(whole).dequantised == "gptq"
+
+
+def test_a_bias_that_the_model_has_no_place_for_is_zero(tmp_path: Path) -> None:
+    """AutoGPTQ stores zeros for maps that have no bias."""
+    whole, _ = packed("gptq-4", "llama", tmp_path)
+    set_tensors(whole, **{f"{LAYER}.bias": torch.zeros(96)})
+    assert opened(whole).dequantised == "gptq"
+    set_tensors(whole, **{f"{LAYER}.bias": torch.full((96,), 0.25)})
+    with pytest.raises(
+        ModelError, match=f"{LAYER}.bias in model.safetensors of .* has no place in the model"
+    ):
+        opened(whole)

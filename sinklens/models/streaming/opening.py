@@ -21,7 +21,7 @@ from ..streamable import refuse_unstreamable_source
 from .blocks import SHELL, StreamedBlocks
 from .recipe import Recipes, put
 from .tensors import NUMBERS, StoredTensors
-from .unpacked import turn_inputs_first, unpacked, unquantised
+from .unpacked import refuse_lost_biases, turn_inputs_first, unpacked, unquantised
 
 
 def open_streamed(
@@ -66,6 +66,7 @@ def open_streamed(
 
     recipes = Recipes(module, stored, kept, group_of, quantizer)
     turn_inputs_first(module, recipes)
+    refuse_lost_biases(recipes)
     put(module, recipes.make(SHELL))
     missing = _missing(module, recipes)
     _complete_shell(module, missing, group_of)

@@ -149,3 +149,22 @@ def turn_inputs_first(module: nn.Module, recipes: Recipes) -> None:
             for part in parts:
                 if isinstance(owner, Conv1D) and part.key in stored.packed:
                     stored.turn(part.key)
+
+
+def refuse_lost_biases(recipes: Recipes) -> None:
+    """Refuse biases beside packed weights that the model has no place for. Some writers store zeros for every map.
+
+    Raises:
+        ModelError: One is not zero.
+    """
+    if not isinstance(stored := recipes.stored, UnpackedTensors):
+        return
+    used = {key for recipe in recipes.groups.values() for key in recipe.keys}
+    for name in stored.packed.keys() & used:
+        bias = f"{name.removesuffix('weight')}bias"
+        if bias in stored.where and bias not in used and bool(stored.read(bias).any()):
+            raise ModelError(
+                f"{bias} in {stored.file_of(bias)} of {stored.name!r} has no place in the model, and is not zero.",
+                detail="By the model's config this map adds nothing.",
+                hint="Check that config.json and the weights belong together.",
+            )
