@@ -115,7 +115,7 @@ def _library(chain: list[BaseException], source: Source, packed: str | None) -> 
     missing = next((error for error in chain if isinstance(error, ImportError)), None)
     if missing is None:
         return None
-    where = "" if packed is None else " in memory"
+    where = "" if packed is None else " to be held in memory"
     return ModelError(
         f"{source.id!r} needs a library that is not installed{where}: {_in_a_line(missing)}",
         hint="Install it in this environment, or use an unquantised version of the model."

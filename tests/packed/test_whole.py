@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -99,9 +100,10 @@ def test_streaming_is_chosen_where_the_library_is_not_installed(
     assert not streamed_blocks.choose(str(whole), options).on
     described, _, predicted = predict(str(whole), options)
     assert described.dequantised is predicted.stream is None
-    with pytest.raises(ModelError, match="in memory") as caught:
-        opened(whole, stream=False)
-    assert "--stream on" in str(caught.value)
+    if all(find_spec(name.replace("-", "_")) is None for name in library.split()):
+        with pytest.raises(ModelError, match="needs a library that is not installed to be held") as caught:
+            opened(whole, stream=False)
+        assert "--stream on" in str(caught.value)
 
 
 def test_any_dtype_may_be_asked_for_and_one_must_be_known(tmp_path: Path) -> None:
