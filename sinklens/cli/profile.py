@@ -202,6 +202,7 @@ def chosen_options(given: dict[str, Any]) -> ProfileOptions:
     """The options of the command line, all of them checked before anything is opened."""
     from dataclasses import fields
 
+    from sinklens.core.errors import UsageError
     from sinklens.pipeline.backends import chosen_backend
     from sinklens.pipeline.gate import check_paths
     from sinklens.pipeline.options import ProfileOptions, with_preset
@@ -218,6 +219,11 @@ def chosen_options(given: dict[str, Any]) -> ProfileOptions:
     options = ProfileOptions(**settings)
     if given["preset"] is not None:
         options = with_preset(options, given["preset"], given_options(settings))
+    if options.stream == "off" and options.stream_budget is not None:
+        raise UsageError(
+            "--stream-budget is memory for a model that is streamed, and --stream off was asked for.",
+            hint="Leave out one of the two.",
+        )
     chosen_backend(options)
     names = [analyzer.name for analyzer in analyzers_for(options)]
     if given["fail_if"]:

@@ -18,6 +18,7 @@ CASES = [
     (("mitigate", "--with", "act", "--analyzers", ""), 2, "--analyzers names no analyzer."),
     (("profile", "--question", "how many ?"), 2, "the prompts have none"),
     (("profile", "--question", "how many ?", "--dry-run"), 2, "the prompts have none"),
+    (("profile", "--stream", "off", "--stream-budget", "1GB"), 2, "Leave out one of the two."),
     (("profile", "--sink-dims", "published"), 2, "the prompts have none"),
     (("profile", "--sink-dims", "3", "--dry-run"), 2, "leave it out"),
     (("profile", "--resume", "RUN"), 3, "does not say what the run was asked to do"),
