@@ -41,6 +41,7 @@ from .spec import Anatomy, ModelInfo, OpenedModel
 from .spread import refuse_spread, refuse_unspreadable, spread_of
 from .streamable import refuse_unstreamable
 from .streaming import StreamedBlocks, open_streamed
+from .streaming.expected import bytes_per_token
 
 PROMPTS = "sinklens_prompts.jsonl"
 PICTURES = "sinklens_pictures.jsonl"
@@ -56,6 +57,7 @@ class ModelDescription:
         loaded_bytes: Weights in memory at the dtype asked for.
         estimated: Whether `stored_bytes` is an estimate.
         block_bytes, shell_bytes: The largest block of the main tower and everything outside its blocks, in memory.
+        handed_bytes: What is handed on between two blocks, per token and at most: states, and what goes beside them.
         dequantised: The format that the weights are stored in and dequantised from; None for all others.
         scratch_bytes: What dequantising the largest parameter takes beside it.
         packed: The format of packed weights, which only streaming dequantises; None for all others.
@@ -68,6 +70,7 @@ class ModelDescription:
     estimated: bool = False
     block_bytes: int = 0
     shell_bytes: int = 0
+    handed_bytes: float = 0.0
     dequantised: str | None = None
     scratch_bytes: int = 0
     packed: str | None = None
@@ -217,6 +220,7 @@ def describe_model(
         estimated=stored is None,
         block_bytes=max(by_block),
         shell_bytes=info.parameters * kept.itemsize - sum(by_block),
+        handed_bytes=bytes_per_token(shell, anatomy, kept.itemsize) or info.hidden_size * kept.itemsize,
         dequantised=None if unpacks is None else format_of(config),
         scratch_bytes=scratch_bytes(config, _dequantised_shapes(config, shell, anatomy), kept.itemsize),
         packed=packed_format(config),

@@ -44,7 +44,7 @@ class StreamCost:
         shell: Everything outside the blocks, in memory throughout.
         block: The largest block; two are in memory at a time, in each process.
         scratch: What dequantising the largest parameter takes beside it; 0 for weights stored as they are used.
-        states: The states of all prompts between two blocks.
+        states: The states of all prompts between two blocks, with what blocks hand on beside them.
         budget: How many of them each process may hold in memory.
         processes: Processes that go through the blocks in step, each with its share of the batches.
         one_memory: How many of them have the same memory.
@@ -234,8 +234,7 @@ def stream_cost(
 ) -> StreamCost:
     """The cost of streaming these batches."""
     tokens = sum(len(batch) * len(batch[0]) for batch in batches)
-    itemsize = described.loaded_bytes / max(1, described.info.parameters)
-    states = round(tokens * described.anatomy.main.hidden_size * itemsize)
+    states = round(tokens * described.handed_bytes)
     parts = described.shell_bytes, described.block_bytes, states, budget, described.scratch_bytes
     return StreamCost(why, *parts, processes, one_memory)
 

@@ -84,3 +84,21 @@ def test_a_set_entry_is_in_the_stream_that_is_measured(name: str) -> None:
     top = record.arrays
     assert (top["residual_top_pos"][2, 0], top["residual_top_dim"][2, 0]) == (3, 5)
     assert top["residual_top"][2, 0] == 700.0
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("gemma3n", 4 * 256 + 2 * 256), ("gemma4", 256 + 256 + 384), ("mistral_large4", 256 + 80 + 112 + 24)],
+)
+def test_what_will_be_handed_on_is_told_before(name: str, expected: int, tmp_path: Path) -> None:
+    """A state, keys and values of each kind, the tokens of an indexer; and that is what a run keeps at most."""
+    from sinklens.models.opening import describe_model
+    from sinklens.pipeline.options import ProfileOptions
+    from sinklens.pipeline.plan import predict
+
+    folder = str(sharing.saved(name, tmp_path))
+    assert describe_model(folder).handed_bytes == expected
+    few: dict[str, Any] = {"n": 2, "seq_len": 16, "analyzers": ("massive-activations",), "verify": False}
+    stream = predict(folder, ProfileOptions(stream="on", **few))[2].stream
+    assert stream is not None
+    assert stream.states == 2 * 16 * expected
