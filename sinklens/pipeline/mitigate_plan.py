@@ -14,11 +14,12 @@ from sinklens.mitigations import ExpertPruning, FakeQuantisation, MassiveActivat
 from sinklens.mitigations.visual import VisualSinkMethod
 from sinklens.models.opening import open_shell
 
+from .estimates import seconds_for
 from .judging import NEW_TOKENS, PROBES, ROUNDS, Assignment
 from .mitigate_options import MitigateOptions
 from .mitigate_setup import Job, assigned, is_run_folder, jobs, of_run, search_of
 from .mitigation_found import fits, with_finders
-from .plan import Prediction, plan_document, predict, seconds_for
+from .plan import Prediction, plan_document, predict
 
 if TYPE_CHECKING:
     from sinklens.inputs.spec import PromptSet

@@ -10,7 +10,7 @@ from sinklens.models.opening import ModelDescription
 from sinklens.tracers.executor import TracePlan
 
 from .cost import size
-from .plan import record_bytes
+from .estimates import record_bytes
 from .prepare import Prepared
 
 COPIES = 2
