@@ -50,8 +50,10 @@ def print_plan(
     if predicted.sampling is not None:
         lines["Sampled"] = prompts.description["warnings"][-1]
     if (stream := predicted.stream) is not None:
-        disk = f", {size(stream.spilled)} of them on disk" if stream.spilled else ""
-        states = f"{size(stream.states)} of states between blocks{disk}"
+        disk = f", {size(stream.spilled)} of both on disk" if stream.spilled else ""
+        states = (
+            f"{size(stream.states)} of states between blocks, {size(stream.shown)} of what blocks show{disk}"
+        )
         parts = f"{size(stream.shell)} stay, 2 of {described.info.layers} blocks of {size(stream.block)} at a time"
         parts += f", {size(stream.scratch)} to dequantise" if stream.scratch else ""
         lines["Stream"] = f"on ({stream.why}): {parts}, {states}"

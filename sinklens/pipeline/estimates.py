@@ -62,13 +62,23 @@ def large_per_state(hidden: int) -> float:
 
 def record_bytes(described: ModelDescription, prompt: Prompt, plan: TracePlan) -> int:
     """Size of one prompt's record on disk, at most: as many positions are kept as may be."""
+    kept = min(len(prompt), plan.limits.leading + plan.limits.strongest)
+    return _array_bytes(described, prompt, plan, kept)
+
+
+def shown_bytes(described: ModelDescription, prompt: Prompt, plan: TracePlan) -> int:
+    """About what all blocks show of one prompt: which positions are kept is known after the last of them."""
+    return _array_bytes(described, prompt, plan, len(prompt))
+
+
+def _array_bytes(described: ModelDescription, prompt: Prompt, plan: TracePlan, kept_positions: int) -> int:
     tower, vision, length = described.anatomy.main, vision_tower(described.anatomy), len(prompt)
     sizes = {
         "layer": len(tower.blocks),
         "head": tower.heads,
         "kv_head": tower.kv_heads,
         "pos": length,
-        "kept": min(length, plan.limits.leading + plan.limits.strongest),
+        "kept": kept_positions,
         "rank": plan.limits.ranks,
         "expert": tower.n_experts,
         "slot": tower.top_k,

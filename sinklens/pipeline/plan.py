@@ -13,7 +13,7 @@ from sinklens.tracers.signals_visual import PHI
 from . import visual_experiments as visual
 from .beside_plan import refuse_beside_plan, refuse_one_process
 from .cost import available_memory
-from .estimates import picture_bytes, record_bytes, seconds_for, working_bytes
+from .estimates import picture_bytes, record_bytes, seconds_for, shown_bytes, working_bytes
 from .options import ProfileOptions
 from .picture_prompts import has_pictures, refuse_without_pictures
 from .prepare import (
@@ -163,7 +163,8 @@ def _streamed(
     why = lacking or why_streamed(needed, free, together["one_memory"])
     why = "asked for" if options.stream == "on" else why
     batches = partition(prompts.prompts, most=plan.batch_prompts, tokens=plan.batch_tokens)
-    cost = stream_cost(described, batches, why, budget_of(options), **together)
+    shown = sum(shown_bytes(described, prompt, plan) for prompt in prompts.prompts)
+    cost = stream_cost(described, batches, shown, why, budget_of(options), **together)
     return replace(found, weights=cost.weights, working=found.working + cost.held, stream=cost)
 
 

@@ -45,7 +45,8 @@ class StreamCost:
         block: The largest block; two are in memory at a time, in each process.
         scratch: What dequantising the largest parameter takes beside it; 0 for weights stored as they are used.
         states: The states of all prompts between two blocks, with what blocks hand on beside them.
-        budget: How many of them each process may hold in memory.
+        shown: About what all blocks show of all prompts, which is kept until the last block has run.
+        budget: How many bytes of both each process may hold in memory.
         processes: Processes that go through the blocks in step, each with its share of the batches.
         one_memory: How many of them have the same memory.
         spilled: What is on disk beyond all budgets, while the run lasts.
@@ -55,6 +56,7 @@ class StreamCost:
     shell: int
     block: int
     states: int
+    shown: int
     budget: int
     scratch: int = 0
     processes: int = 1
@@ -67,13 +69,13 @@ class StreamCost:
 
     @property
     def held(self) -> int:
-        """States in one memory."""
-        each = min(self.states / self.processes, self.budget)
+        """States and what was shown, in one memory."""
+        each = min((self.states + self.shown) / self.processes, self.budget)
         return round(self.one_memory * each)
 
     @property
     def spilled(self) -> int:
-        return max(0, self.states - self.processes * self.budget)
+        return max(0, self.states + self.shown - self.processes * self.budget)
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "spilled": self.spilled}
@@ -227,15 +229,16 @@ def sharing_memory(options: ProfileOptions, here: int) -> int:
 def stream_cost(
     described: ModelDescription,
     batches: Iterable[list[Prompt]],
+    shown: int,
     why: str,
     budget: int,
     processes: int = 1,
     one_memory: int = 1,
 ) -> StreamCost:
-    """The cost of streaming these batches."""
+    """The cost of streaming these batches, of which blocks show so many bytes."""
     tokens = sum(len(batch) * len(batch[0]) for batch in batches)
     states = round(tokens * described.handed_bytes)
-    parts = described.shell_bytes, described.block_bytes, states, budget, described.scratch_bytes
+    parts = described.shell_bytes, described.block_bytes, states, shown, budget, described.scratch_bytes
     return StreamCost(why, *parts, processes, one_memory)
 
 

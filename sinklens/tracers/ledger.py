@@ -121,6 +121,27 @@ class Ledger:
         array = value.detach().cpu().numpy() if isinstance(value, Tensor) else value
         self.seen[row].setdefault(name, {})[layer] = array
 
+    def shown(self, layer: int) -> Arrays:
+        """What a layer showed of all prompts, by `row/name`."""
+        return {
+            f"{row}/{name}": by_layer[layer]
+            for row, seen in enumerate(self.seen)
+            for name, by_layer in seen.items()
+            if layer in by_layer
+        }
+
+    def forget(self, layer: int) -> None:
+        """Let go of what a layer showed. No other layer looks at it; only the records do."""
+        for seen in self.seen:
+            for by_layer in seen.values():
+                by_layer.pop(layer, None)
+
+    def recall(self, layer: int, shown: Arrays) -> None:
+        """Put back what a layer showed."""
+        for key, array in shown.items():
+            row, _, name = key.partition("/")
+            self.put(int(row), name, layer, array)
+
     def arrays(self, row: int) -> Arrays:
         """Everything of one prompt, layers stacked."""
         return {name: join(by_layer, self.layers) for name, by_layer in self.seen[row].items()}

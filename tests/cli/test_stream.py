@@ -19,7 +19,9 @@ def test_the_plan_says_what_streaming_takes(capsys: Any) -> None:
     shown = capsys.readouterr().out
     line = next(line for line in shown.splitlines() if line.startswith("Stream"))
     assert "asked for" in line
-    assert "of them on disk" in line
+    assert "of states between blocks" in line
+    assert "of what blocks show" in line
+    assert "of both on disk" in line
     assert main(["profile", "--stream", "off", "--dry-run", "--json", *FEW]) == 0
     assert json.loads(capsys.readouterr().out)["prediction"]["stream"] is None
 

@@ -28,8 +28,9 @@ def expected(folder):
     return trace(opened(folder, stream=False), prompts(), PLAN)
 
 
-@pytest.mark.parametrize("budget", [0, 20_000])
-def test_states_beyond_the_budget_are_spilled(folder, expected, budget, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("budget", "states", "shown"), [(0, 3, 12), (20_000, 1, 12), (60_000, 0, 11)])
+def test_what_is_beyond_the_budget_is_spilled(folder, expected, budget, states, shown, tmp_path, monkeypatch):
+    """What blocks showed goes before states do: those are needed again after every block."""
     import tempfile
 
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -38,12 +39,52 @@ def test_states_beyond_the_budget_are_spilled(folder, expected, budget, tmp_path
     seen = []
     found = trace(model, prompts(), PLAN, progress=lambda *_: seen.append(_files(tmp_path)))
     assert not differences(expected, found)
-    assert max(seen) == (3 if budget == 0 else 1)
+    assert tuple(map(max, zip(*seen, strict=True))) == (states, shown)
     assert not list(tmp_path.iterdir())
 
 
-def _files(folder: Path) -> int:
-    return sum(1 for _ in folder.rglob("*.safetensors"))
+def _files(folder: Path) -> tuple[int, int]:
+    """Files of states, and of what a block showed of a batch."""
+    names = [path.stem for path in folder.rglob("*.safetensors")]
+    return sum("-" not in name for name in names), sum("-" in name for name in names)
+
+
+def test_what_blocks_will_show_is_told_from_the_first(folder, tmp_path, monkeypatch):
+    import shutil
+
+    model = opened(folder)
+    model.blocks.budget = 20_000
+    free = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
+    with pytest.raises(ResourceError, match="What the blocks show needs") as caught:
+        trace(model, prompts(), PLAN)
+    assert "--out" in caught.value.hint
+    assert max(model.blocks.loads) == 1
+    assert sum(model.blocks.loads) == 1
+
+
+def test_arrays_in_memory_of_their_own_are_the_same():
+    import numpy as np
+
+    from sinklens.tracers.own_memory import in_own_memory
+
+    random = np.random.default_rng(0)
+    arrays = {
+        "a": random.standard_normal((3, 5, 7), dtype=np.float32),
+        "turned": random.integers(0, 9, (11, 13)).T,
+        "one": np.float16(2.5).reshape(()),
+        "none": np.zeros((0, 4), dtype=np.int32),
+        "last": random.standard_normal(17),
+    }
+    found = in_own_memory(arrays)
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert found[name].dtype == array.dtype
+        np.testing.assert_array_equal(found[name], array)
+        assert not np.shares_memory(found[name], array)
+    found["a"][...] = 0
+    np.testing.assert_array_equal(found["last"], arrays["last"])
+    assert in_own_memory({}) == {}
 
 
 def test_within_the_budget_nothing_is_written(folder, expected, tmp_path, monkeypatch):

@@ -1,4 +1,8 @@
-"""What is handed on between two blocks: in memory within a budget, on disk beyond it, in a run folder to go on from."""
+"""What is handed on between two blocks, and what they showed: in memory within a budget, on disk beyond it.
+
+With a run folder both are written there after every block, to go on from. What blocks showed is needed again when a
+batch has passed the last of them; it goes out of memory before states do, which every block needs.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ from sinklens.models.streaming import StreamedBlocks
 from sinklens.models.streaming.passed import Passed
 
 from ..ledger import Arrays
+from ..own_memory import in_own_memory
 from ..store import STREAMING, RunStore
 from .carried import carried_by, give_back, pack, unpack
 from .steps import Alone
@@ -37,6 +42,7 @@ class Kept:
         first: The first block that some batch of any process still has to pass.
         probe: What the last block before it handed on of the probe.
         sizes: Bytes by batch: expected before the first block, found after each.
+        shown: Bytes in memory of what blocks showed, of all batches.
     """
 
     def __init__(
@@ -56,6 +62,9 @@ class Kept:
         self.in_memory = _within(self.sizes, budget)
         self.folder: Path | None = None if store is None else store.folder / STREAMING
         self._temporary: Path | None = None
+        self.shown = 0
+        self._away: dict[str, set[int]] = {journey.name: set() for journey in journeys}
+        self._room_known = False
 
     def _size(self, journey: Journey) -> int:
         itemsize = next(self.opened.module.parameters()).dtype.itemsize
@@ -125,6 +134,43 @@ class Kept:
                 if self.store is None:
                     self._write(other)
                 other.passed = None
+        self._put_away(journey)
+
+    def _put_away(self, journey: Journey) -> None:
+        """What the block just passed showed: into memory of its own, or onto the disk where the budget is used up."""
+        ledger, layer = journey.recorder.ledger, journey.done - 1
+        arrays = ledger.shown(layer)
+        size = sum(array.nbytes for array in arrays.values())
+        self._refuse_too_much(journey, size)
+        if self._held() + self.shown + size <= self.budget:
+            ledger.recall(layer, in_own_memory(arrays))
+            self.shown += size
+            return
+        if self.store is None:  # else it is there already
+            self._write_shown(journey.name, layer, arrays)
+        ledger.forget(layer)
+        self._away[journey.name].add(layer)
+
+    def _refuse_too_much(self, journey: Journey, size: int) -> None:
+        """After the first block of the first batch it is known what all will show: refuse what the disk cannot take."""
+        if self._room_known:
+            return
+        self._room_known = True
+        tokens = [sum(map(len, one.group)) for one in (journey, *self.journeys)]
+        left = size * sum(tokens[1:]) / tokens[0] * (len(self.form_of) - journey.done)
+        needed = left if self.store is not None else left + sum(self.sizes.values()) - self.budget
+        free = shutil.disk_usage(self.folder or tempfile.gettempdir()).free
+        if needed > free:
+            raise ResourceError(
+                f"What the blocks show needs {needed / 1e9:.1f} GB on disk; {free / 1e9:.1f} GB are free.",
+                detail="It is kept until the last block has run, and removed then.",
+                hint="Free some space, choose another --out, or take fewer or shorter prompts (-n, --seq-len).",
+            )
+
+    def bring_back(self, journey: Journey) -> None:
+        """All that blocks showed of a batch, for its records."""
+        for layer in sorted(self._away[journey.name]):
+            journey.recorder.ledger.recall(layer, self._piece(journey.name, layer))
 
     def _held(self) -> int:
         """Bytes of all states that may be in memory, and of what other towers gave."""
@@ -151,19 +197,14 @@ class Kept:
     # files -----------------------------------------------------------------------------------------------------
 
     def _write(self, journey: Journey) -> None:
-        """What the block just passed showed, in a file of its own; then the state and what the recorder carries."""
+        """With a run folder what the block just passed showed, in a file of its own; then what is handed on."""
         assert journey.passed is not None
         if self.folder is None:
             self._make_room()
         tensors, packed = self._packed(journey.passed)
         if self.store is not None:
-            piece = {
-                f"{row}/{name}": torch.from_numpy(np.array(by_layer[journey.done - 1], order="C"))
-                for row, seen in enumerate(journey.recorder.ledger.seen)
-                for name, by_layer in seen.items()
-                if journey.done - 1 in by_layer
-            }
-            self._save(f"{journey.name}-{journey.done - 1:04d}", piece, {})
+            layer = journey.done - 1
+            self._write_shown(journey.name, layer, journey.recorder.ledger.shown(layer))
             carried = pack(carried_by(journey.recorder), tensors)
             vision = pack(journey.vision, tensors)
         else:
@@ -177,6 +218,12 @@ class Kept:
             "vision": vision,
         }
         self._save(journey.name, tensors, about)
+
+    def _write_shown(self, name: str, layer: int, arrays: Arrays) -> None:
+        if self.folder is None:
+            self._make_room()
+        tensors = {key: torch.from_numpy(np.array(array, order="C")) for key, array in arrays.items()}
+        self._save(f"{name}-{layer:04d}", tensors, {})
 
     def _packed(self, passed: Passed) -> tuple[dict[str, Tensor], Any]:
         """Tensors to be written, and how what was handed on is put together from them."""
@@ -199,7 +246,7 @@ class Kept:
             path.write_bytes(data)
         except OSError as error:
             raise ResourceError(
-                f"The states between two blocks cannot be written: {error.strerror or error}.",
+                f"What is between two blocks cannot be written: {error.strerror or error}.",
                 detail=f"They were to go to {self.folder.parent}, because they exceed the budget.",
                 hint="Give a larger --stream-budget, or an --out on a disk with more space.",
             ) from error
@@ -220,10 +267,7 @@ class Kept:
         tensors, about = self._read(journey.name)
         if about.get("prompts") != [prompt.index for prompt in journey.group] or "passed" not in about:
             return
-        for layer in range(about["done"]):
-            for key, array in self._piece(journey.name, layer).items():
-                row, _, name = key.partition("/")
-                journey.recorder.ledger.seen[int(row)].setdefault(name, {})[layer] = array
+        self._away[journey.name] = set(range(about["done"]))
         give_back(journey.recorder, unpack(about["carried"], tensors, self.form_of.device))
         journey.vision = unpack(about["vision"], tensors, self.form_of.device)
         journey.done, self.form_of.form = about["done"], about["form"]

@@ -231,7 +231,9 @@ class Sweep:
             self.kept.keep_probe(index + 1, self._replayed)
 
     def _records(self, journey: Journey) -> list[PromptRecord]:
+        self.kept.bring_back(journey)
         records = journey.recorder.records()
+        journey.recorder.ledger.seen.clear()
         if journey.vision:
             records[0].arrays.update(journey.vision)
         if self.store is not None:
