@@ -140,6 +140,7 @@ class Sweep:
                     self._pass(index, first)
             except Uncarried as error:
                 raise shares_more(self.opened.anatomy.family, index) from error
+        self.blocks.close()  # records are put together in the room of the blocks
         records = [record for journey in self.journeys for record in self._records(journey)]
         self.steps.reached(len(self.blocks))
         if self.steps.leads:
