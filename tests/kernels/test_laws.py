@@ -156,7 +156,9 @@ def test_permuting_heads_permutes_results(kernel: Kernel, case: Case) -> None:
     )
     before, after = kernel(call, want), kernel(moved, want)
     for stat in want.stats:
-        torch.testing.assert_close(after[stat], before[stat][:, heads], atol=1e-6, rtol=1e-5)
+        # A distance is a row's place less a mean of places: it is as exact as those are large.
+        size = case.queries if stat is Stat.DISTANCE else 1
+        torch.testing.assert_close(after[stat], before[stat][:, heads], atol=1e-6 * size, rtol=1e-5)
 
 
 @kernels
