@@ -58,7 +58,7 @@ def test_what_blocks_will_show_is_told_from_the_first(folder, tmp_path, monkeypa
     monkeypatch.setattr(shutil, "disk_usage", lambda _: free)
     with pytest.raises(ResourceError, match="What the blocks show needs") as caught:
         trace(model, prompts(), PLAN)
-    assert "--out" in caught.value.hint
+    assert "--out" in str(caught.value.hint)
     assert max(model.blocks.loads) == 1
     assert sum(model.blocks.loads) == 1
 
