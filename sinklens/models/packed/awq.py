@@ -19,6 +19,7 @@ from jaxtyping import Float, Float32, Int32, UInt8
 from torch import Tensor
 
 from .bits import unpack
+from .qweight import CODES, UNTOUCHED, group_size, refuse_without_codes
 from .weights import (
     SCALES,
     Format,
@@ -40,17 +41,9 @@ BITS = 4
 IN_A_WORD = 8
 PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where each output of eight lies in its word."""
-UNTOUCHED = (
-    "act_group_aware", "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs", "damp_auto_increment",
-    "damp_percent", "dataset", "desc_act", "do_fuse", "exllama_config", "fuse_max_seq_len", "lm_head",
-    "max_input_length", "meta", "method", "model_seqlen", "module_name_preceding_first_block",
-    "modules_in_block_to_quantize", "modules_to_fuse", "modules_to_not_convert", "pad_token_id", "sym", "tokenizer",
-    "true_sequential",
-)  # fmt: skip
-"""Settings of how the weights were found and of kernels, and those that the stored tensors say themselves."""
 KNOWN = (
-    "bits", "checkpoint_format", "format", "group_size", "pack_dtype", "q_group_size", "version", "w_bit", "zero_point",
-    *UNTOUCHED,
+    "bits", "checkpoint_format", "do_fuse", "format", "fuse_max_seq_len", "group_size", "modules_to_fuse",
+    "modules_to_not_convert", "pack_dtype", "q_group_size", "version", "w_bit", "zero_point", *UNTOUCHED,
 )  # fmt: skip
 
 
@@ -71,9 +64,7 @@ def settings_of(settings: Mapping[str, Any], name: str) -> Settings:
     bits = whole(name, METHOD, settings, "bits" if "bits" in settings else "w_bit")
     if bits != BITS:
         raise refuse_setting(name, METHOD, "bits", bits, str(BITS))
-    group = whole(name, METHOD, settings, "group_size" if "group_size" in settings else "q_group_size")
-    if group < 1 and group != -1:
-        raise refuse_setting(name, METHOD, "group_size", group, "a size, or -1 for one group")
+    group = group_size(name, METHOD, settings, "group_size" if "group_size" in settings else "q_group_size")
     for key in ("version", "format", "checkpoint_format"):
         if str(settings.get(key) or "gemm").lower() != "gemm":
             raise refuse_setting(name, METHOD, key, settings[key], "gemm")
@@ -81,8 +72,6 @@ def settings_of(settings: Mapping[str, Any], name: str) -> Settings:
         raise refuse_setting(name, METHOD, "zero_point", settings["zero_point"], "true")
     if settings.get("backend") == "llm-awq":
         raise refuse_setting(name, METHOD, "backend", "llm-awq", "those that store the version gemm")
-    if settings.get("pack_dtype") not in (None, "int32"):
-        raise refuse_setting(name, METHOD, "pack_dtype", settings["pack_dtype"], "int32")
     return Settings(group)
 
 
@@ -115,7 +104,7 @@ def weights(stored: Stored, settings: Settings) -> Iterator[PackedWeight]:
         ModelError: Tensors are missing, or do not fit together; or inputs of a map are scaled by a tensor that the
             model has no place for.
     """
-    for module, found in modules(stored, "qweight"):
+    for module, found in modules(stored, CODES):
         parts = parts_of(stored, found, "qweight", ("qzeros", "scales"))
         inputs, width = matrix(stored, parts["qweight"])
         size = inputs if settings.group == -1 else settings.group
@@ -128,12 +117,9 @@ def weights(stored: Stored, settings: Settings) -> Iterator[PackedWeight]:
         expect(stored, parts["scales"], (inputs // size, IN_A_WORD * width), SCALES)
         shape = IN_A_WORD * width, inputs
         yield PackedWeight(f"{module}.weight", shape, parts, partial(_unpacked, size))
+    refuse_without_codes(stored, ("qzeros",))
     for key in stored.where:
-        if key.endswith(".qzeros") and f"{key.removesuffix('qzeros')}qweight" not in stored.where:
-            raise refuse_content(
-                stored, key, "has no qweight beside it", "The weight that it belongs to is missing."
-            )
-        if key.endswith(".scales") and f"{key.removesuffix('scales')}qweight" not in stored.where:
+        if key.endswith(".scales") and f"{key.removesuffix('scales')}{CODES}" not in stored.where:
             raise refuse_content(
                 stored,
                 key,

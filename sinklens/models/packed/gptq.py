@@ -20,6 +20,7 @@ from jaxtyping import Float, Float32, Int, UInt8
 from torch import Tensor
 
 from .bits import unpack, words_for
+from .qweight import CODES, UNTOUCHED, group_size, refuse_without_codes
 from .weights import (
     SCALES,
     Format,
@@ -40,24 +41,12 @@ METHOD = "gptq"
 BITS = (2, 3, 4, 8)
 LESS_ONE = {"gptq": True, "gptq_v2": False}
 """Layouts, and whether each zero point is stored less one."""
-UNTOUCHED = (
-    "act_group_aware", "backend", "batch_size", "block_name_to_quantize", "cache_block_outputs",
-    "damp_auto_increment", "damp_percent", "dataset", "desc_act", "disable_exllama", "exllama_config", "hyb_act",
-    "lm_head", "max_input_length", "meta", "method", "model_file_base_name", "model_name_or_path", "model_seqlen",
-    "module_name_preceding_first_block", "modules_in_block_to_quantize", "mse", "pad_token_id", "quantizer",
-    "static_groups", "sym", "tokenizer", "true_sequential", "use_cuda_fp16", "use_exllama",
-)  # fmt: skip
-"""Settings of how the weights were found and of kernels, and those that the stored tensors say themselves."""
 KNOWN = (
-    "bits",
-    "checkpoint_format",
-    "dynamic",
-    "format",
-    "group_size",
-    "is_marlin_format",
-    "pack_dtype",
-    *UNTOUCHED,
-)
+    "bits", "checkpoint_format", "disable_exllama", "dynamic", "format", "group_size", "hyb_act", "is_marlin_format",
+    "model_file_base_name", "model_name_or_path", "mse", "pack_dtype", "quantizer", "static_groups", "use_cuda_fp16",
+    "use_exllama", *UNTOUCHED,
+)  # fmt: skip
+"""Settings that are looked at here, and those of AutoGPTQ's search and kernels, which the weights do not depend on."""
 
 
 @dataclass(frozen=True)
@@ -81,18 +70,14 @@ def settings_of(settings: Mapping[str, Any], name: str) -> Settings:
         ModelError: It says something that is not known.
     """
     refuse_unknown(name, METHOD, settings, KNOWN)
-    bits, group = (whole(name, METHOD, settings, key) for key in ("bits", "group_size"))
+    bits, group = whole(name, METHOD, settings, "bits"), group_size(name, METHOD, settings)
     if bits not in BITS:
         raise refuse_setting(name, METHOD, "bits", bits, ", ".join(map(str, BITS)))
-    if group < 1 and group != -1:
-        raise refuse_setting(name, METHOD, "group_size", group, "a size, or -1 for one group")
     layout = settings.get("checkpoint_format") or settings.get("format") or METHOD
     if layout not in LESS_ONE:
         raise refuse_setting(name, METHOD, "checkpoint_format", layout, ", ".join(LESS_ONE))
     if settings.get("is_marlin_format"):
         raise refuse_setting(name, METHOD, "is_marlin_format", True, "false")
-    if settings.get("pack_dtype") not in (None, "int32"):
-        raise refuse_setting(name, METHOD, "pack_dtype", settings["pack_dtype"], "int32")
     for key in settings.get("dynamic") or {}:
         if not key.startswith("-:"):  # those are left unquantised, which the stored tensors say
             raise refuse_setting(name, METHOD, "dynamic", key, "-:, for modules that are not quantised")
@@ -108,9 +93,7 @@ def dequantise(
     """A weight, inputs first, from its codes and the zero points and scales of each input's group."""
     values = codes.float()
     scales, zeros = scales.float(), zeros.float()
-    for rows in torch.arange(len(values)).split(
-        256
-    ):  # spread over all inputs, the scales would be two more copies
+    for rows in torch.arange(len(values)).split(256):  # for all at once, scales would be two more copies
         groups = group_of[rows].long()
         values[rows[0] : rows[-1] + 1].sub_(zeros[groups]).mul_(scales[groups])
     return values
@@ -122,7 +105,7 @@ def weights(stored: Stored, settings: Settings) -> Iterator[PackedWeight]:
     Raises:
         ModelError: Tensors are missing, or do not fit together.
     """
-    for module, found in modules(stored, "qweight"):
+    for module, found in modules(stored, CODES):
         parts = parts_of(stored, found, "qweight", ("qzeros", "scales"), ("g_idx",))
         height, outputs = matrix(stored, parts["qweight"])
         groups, _ = matrix(stored, parts["scales"])
@@ -141,11 +124,7 @@ def weights(stored: Stored, settings: Settings) -> Iterator[PackedWeight]:
         yield PackedWeight(
             f"{module}.weight", (outputs, inputs), parts, partial(_unpacked, stored, parts, settings, inputs)
         )
-    for key in stored.where:
-        if key.endswith((".qzeros", ".g_idx")) and f"{key.rpartition('.')[0]}.qweight" not in stored.where:
-            raise refuse_content(
-                stored, key, "has no qweight beside it", "The weight that it belongs to is missing."
-            )
+    refuse_without_codes(stored, ("qzeros", "g_idx"))
 
 
 def _unpacked(

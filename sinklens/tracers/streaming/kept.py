@@ -156,8 +156,8 @@ class Kept:
         if self._room_known:
             return
         self._room_known = True
-        tokens = [sum(map(len, one.group)) for one in (journey, *self.journeys)]
-        left = size * sum(tokens[1:]) / tokens[0] * (len(self.form_of) - journey.done)
+        mine, everyone = sum(map(len, journey.group)), sum(len(p) for one in self.journeys for p in one.group)
+        left = size * everyone / mine * (len(self.form_of) - journey.done)
         needed = left if self.store is not None else left + sum(self.sizes.values()) - self.budget
         free = shutil.disk_usage(self.folder or tempfile.gettempdir()).free
         if needed > free:
